@@ -1,0 +1,37 @@
+"""Tile sizes of the flash attention kernels: the only place to touch after running scripts/tune_attention.py."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One kernel's share of the score matrix and how Triton compiles it."""
+
+    queries: int  # rows of the score matrix a step works on
+    keys: int  # columns
+    warps: int  # of 32 threads; 4 or 8, one or two warpgroups on Hopper
+    stages: int  # depth of the software pipeline that loads the next tiles
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The three kernels: forward and dQ loop over key tiles, dK/dV loops over query tiles."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+
+
+BFLOAT16 = Tiles(
+    forward=Tile(queries=128, keys=64, warps=8, stages=2),
+    dq=Tile(queries=128, keys=64, warps=8, stages=2),
+    dkv=Tile(queries=64, keys=128, warps=8, stages=2),
+)
+# Float32 serves tests: true float32 products have no tensor cores, and larger tiles do not fit in registers.
+FLOAT32 = Tiles(*[Tile(queries=32, keys=32, warps=4, stages=1)] * 3)
+
+
+def default_tiles(dtype: jnp.dtype) -> Tiles:
+    return BFLOAT16 if dtype == jnp.bfloat16 else FLOAT32
