@@ -1,0 +1,31 @@
+"""Attention over one interval of keys per query: one function, several implementations that agree."""
+
+from typing import Literal
+
+from jaxtyping import Array, Float
+
+from senano_jax.attention.banded import banded_attention
+from senano_jax.attention.dense import dense_attention
+from senano_jax.attention.intervals import BLOCK, END_OF_TEXT, Intervals, document_start, window_intervals
+
+__all__ = ["BLOCK", "END_OF_TEXT", "Intervals", "attend", "document_start", "window_intervals"]
+
+Implementation = Literal["auto", "banded", "dense"]
+
+
+def attend(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H D"],
+    intervals: Intervals,
+    scale: float,
+    implementation: Implementation = "auto",
+) -> Float[Array, "B T H D"]:
+    """softmax(scale * q k^T) v, in which query i sees the keys intervals.key_start[i] <= j <= i.
+
+    Scores, softmax and sums are float32 whatever the type of q, k and v; the result has q's type. T is a multiple of
+    128. `dense` needs O(T^2) memory and is the reference for the others; `auto` takes the fastest one that runs.
+    """
+    if implementation == "dense":
+        return dense_attention(q, k, v, intervals, scale)
+    return banded_attention(q, k, v, intervals, scale)

@@ -1,0 +1,122 @@
+"""Weights under the PyTorch project's names, and its checkpoint files.
+
+A PyTorch matrix is (out, in) and ours is (in, out); nothing else differs but the names.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from senano_jax.config import ModelConfig
+from senano_jax.errors import UserError
+
+_TOP_LEVEL = {
+    "embed.weight": ("embedding",),
+    "lm_head.weight": ("head",),
+    "skip_weights": ("skip_weights",),
+}
+_OF_BLOCK = {
+    "attn.qkv_w": ("attention", "qkv"),
+    "attn.c_proj.weight": ("attention", "out"),
+    "attn.lamb": ("attention", "value_residual"),
+    "mlp.c_fc.weight": ("mlp", "up"),
+    "mlp.c_proj.weight": ("mlp", "down"),
+    "lambdas": ("lambdas",),
+}
+_TRANSPOSED = ("head", "qkv", "out", "up", "down")
+
+
+def torch_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """PyTorch name -> path in our parameter tree, for every parameter of the model."""
+    layers = config.layers
+    in_loop = range(layers.prelude, layers.prelude + layers.loop)
+    names = dict(_TOP_LEVEL)
+    for n in range(layers.layers):
+        layer = ("loop", f"layer_{n}") if n in in_loop else (f"layer_{n}",)
+        names |= {f"blocks.{n}.{name}": layer + path for name, path in _OF_BLOCK.items()}
+    return names
+
+
+def from_torch(arrays: Mapping[str, np.ndarray], config: ModelConfig, abstract_params, source: str):
+    """Our parameter tree from PyTorch-named arrays.
+
+    Args:
+      arrays: by PyTorch name, with or without the `_orig_mod.` prefix of a compiled module.
+      config: the model the arrays must fit.
+      abstract_params: its parameter tree of shapes and dtypes, as `jax.eval_shape` gives it.
+      source: where the arrays come from, for messages.
+
+    Returns: a tree like `abstract_params`, of NumPy arrays.
+    Raises: UserError naming the tensors that are missing, left over or of another shape.
+    """
+    arrays = {name.removeprefix("_orig_mod."): array for name, array in arrays.items()}
+    names = torch_names(config)
+    if missing := sorted(names.keys() - arrays.keys()):
+        raise UserError(
+            f"{source} lacks {_some(missing)}; is it a checkpoint of another --preset or --model.layers?"
+        )
+    if extra := sorted(arrays.keys() - names.keys()):
+        raise UserError(
+            f"{source} holds {_some(extra)}, unknown to this model; is it a checkpoint of another preset?"
+        )
+    params: dict = {}
+    for name, path in names.items():
+        array = np.asarray(arrays[name])
+        if path[-1] in _TRANSPOSED and array.ndim >= 2:
+            array = np.swapaxes(array, -1, -2)
+        expected = _get(abstract_params, path)
+        if array.shape != expected.shape:
+            wanted = expected.shape
+            if path[-1] in _TRANSPOSED:
+                wanted = (*wanted[:-2], wanted[-1], wanted[-2])
+            raise UserError(
+                f"{source}: {name} has shape {np.shape(arrays[name])}, this model needs {tuple(wanted)}"
+            )
+        node = params
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = np.ascontiguousarray(array).reshape(array.shape).astype(expected.dtype)
+    return params
+
+
+def read_torch_checkpoint(path: str) -> dict[str, np.ndarray]:
+    """Tensors of a .pt file by name: a state dict, or one under the key `model`. Never unpickles objects.
+
+    bfloat16 tensors come back as float32 (NumPy has no such type), which loses nothing.
+    Raises: UserError if torch is not installed, or the file is absent, unreadable or of another kind.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"reading {path} needs PyTorch; run: pip install 'senano-jax[torch]'") from None
+    if not Path(path).is_file():
+        raise UserError(f"{path} is not a file; give a PyTorch checkpoint (.pt)")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged or unsafe file
+        reason = re.sub(r"\s+", " ", str(error)).split(". ")[0][:150]
+        raise UserError(f"{path} cannot be read as a PyTorch checkpoint of plain tensors: {reason}") from None
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path} holds no state dict (a dictionary of tensors, or one under the key 'model')")
+    for name, tensor in content.items():
+        if (
+            not isinstance(name, str)
+            or not isinstance(tensor, torch.Tensor)
+            or not tensor.is_floating_point()
+        ):
+            raise UserError(f"{path}: entry {name!r} is not a tensor of floating-point weights")
+    return {name: tensor.float().numpy() for name, tensor in content.items()}
+
+
+def _get(tree, path):
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")

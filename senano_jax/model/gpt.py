@@ -1,0 +1,166 @@
+"""The language model: embedding, a schedule of layers with skips over depth, output head and loss.
+
+With N positions, the output of position i < N/2 is added back at position N-1-i. The first half of the loop's visits
+emits its outputs and the second half consumes them in reverse, so the loop is two scans over one set of weights.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from senano_jax.attention import Intervals, document_start, window_intervals
+from senano_jax.config import ModelConfig
+from senano_jax.model.block import Block, mix, norm
+from senano_jax.model.loss import soft_cap, soft_capped_cross_entropy
+from senano_jax.model.rotary import rotary_tables
+
+
+class Surroundings(NamedTuple):
+    """What a layer sees beside the residual stream, the same for all positions after the first."""
+
+    x0: Float[Array, "B T D"]  # normalised embedding
+    first_v: Float[Array, "B T H K"] | None  # raw values of position 0
+    rotary: tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]
+    windows: tuple[Intervals, Intervals]  # of even positions (long) and of odd ones (short)
+
+
+def apply_layer(block: Block, position: int, x: Float[Array, "B T D"], around: Surroundings):
+    """Runs `block` at a position whose parity picks the window; returns the residual stream and the raw values."""
+    return block(x, around.x0, around.first_v, around.rotary, around.windows[position % 2])
+
+
+def add_skip(
+    x: Float[Array, "B T D"], weight: Float[Array, ""], skip: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    return mix(jnp.float32(1), x, weight, skip)
+
+
+def make_block(config: ModelConfig, *, scanned: bool = False) -> Block:
+    """A block that recomputes in its backward pass what config.remat says."""
+    if config.remat == "none":
+        return Block(config)
+    keep = {"full": (), "attention": ("attention_out", "attention_lse")}[config.remat]
+    policy = jax.checkpoint_policies.save_only_these_names(*keep)
+    # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
+    return nn.remat(Block, policy=policy, prevent_cse=not scanned)(config)
+
+
+class LoopVisit(nn.Module):
+    """One visit of all layers of the loop."""
+
+    config: ModelConfig
+
+    def setup(self):
+        layers = self.config.layers
+        for layer in range(layers.prelude, layers.prelude + layers.loop):
+            setattr(self, f"layer_{layer}", make_block(self.config, scanned=not self.config.unroll))
+
+    def __call__(self, x: Float[Array, "B T D"], skips, around: Surroundings):
+        """`skips` is None in the first half of the visits, and the outputs of the layers are returned beside x.
+
+        In the second half it is (weights [loop], one [B, T, D] a layer), to be added before each layer.
+        """
+        layers = self.config.layers
+        outputs = []
+        for j, layer in enumerate(range(layers.prelude, layers.prelude + layers.loop)):
+            if skips is not None:
+                weights, stored = skips
+                x = add_skip(x, weights[j], stored[j])
+            x, _ = apply_layer(getattr(self, f"layer_{layer}"), layer, x, around)
+            outputs.append(x)
+        return x, tuple(outputs) if skips is None else None
+
+
+class Gpt(nn.Module):
+    """Parameters: embedding [vocab, dim] in `dtype`; head [dim, padded vocab], skip_weights [N/2] and the layers
+    layer_<n>, or loop.layer_<n>, in float32."""
+
+    config: ModelConfig
+    dtype: jnp.dtype  # of activations and embedding
+
+    def setup(self):
+        c, layers = self.config, self.config.layers
+        self.embedding = self.param(
+            "embedding",
+            lambda key, shape: jax.random.normal(key, shape).astype(self.dtype),
+            (c.vocab_size, c.dim),
+        )
+        self.head = self.param("head", nn.initializers.zeros, (c.dim, c.padded_vocab_size))
+        self.skip_weights = self.param("skip_weights", nn.initializers.ones, (layers.skips,))
+        outer = (*range(layers.prelude), *range(layers.prelude + layers.loop, layers.layers))
+        for layer in outer:
+            setattr(self, f"layer_{layer}", make_block(c))
+        if layers.loop:
+            self.loop = self._visits()(c)
+
+    def __call__(
+        self, inputs: Int[Array, "B T"], targets: Int[Array, "B T"], window_blocks: Int[Array, ""] | int
+    ) -> Float[Array, ""]:
+        """Cross-entropy summed over all tokens, float32. `window_blocks` is the long window in blocks of 128."""
+        return soft_capped_cross_entropy(
+            self.features(inputs, window_blocks), self.head, targets.astype(jnp.int32)
+        )
+
+    def logits(self, inputs: Int[Array, "B T"], window_blocks: Int[Array, ""] | int) -> Float[Array, "B T V"]:
+        """Soft-capped logits of all tokens, float32; for short sequences."""
+        x = self.features(inputs, window_blocks)
+        return soft_cap(x @ self.head.astype(x.dtype), self.config.dim)
+
+    def features(
+        self, inputs: Int[Array, "B T"], window_blocks: Int[Array, ""] | int
+    ) -> Float[Array, "B T D"]:
+        """Normalised residual stream that the head reads."""
+        layers = self.config.layers
+        inputs = inputs.astype(jnp.int32)
+        starts = document_start(inputs)
+        windows = (window_intervals(starts, window_blocks), window_intervals(starts, window_blocks // 2))
+        x0 = norm(self.embedding[inputs].astype(self.dtype))
+        around = Surroundings(x0, None, rotary_tables(inputs.shape[1], self.config.head_dim), windows)
+
+        x, outputs = x0, []
+        for layer in range(layers.prelude):
+            with jax.named_scope(f"layer_{layer}"):
+                x, raw_v = apply_layer(getattr(self, f"layer_{layer}"), layer, x, around)
+            if layer == 0:
+                around = around._replace(first_v=raw_v)
+            outputs.append(x)
+
+        loop_skips = layers.loop * layers.visits // 2
+        loop_weights, coda_weights = self.skip_weights[:loop_skips], self.skip_weights[loop_skips:]
+        if layers.loop:
+            x = self._run_loop(x, loop_weights.reshape(-1, layers.loop), around)
+
+        for c in range(layers.coda):
+            layer = layers.prelude + layers.loop + c
+            x = add_skip(x, coda_weights[c], outputs.pop())
+            x, _ = apply_layer(getattr(self, f"layer_{layer}"), layer, x, around)
+        return norm(x)
+
+    def _visits(self):
+        """LoopVisit as it is, or scanned over half of the visits with the same weights in each."""
+        if self.config.unroll:
+            return LoopVisit
+        return nn.scan(
+            LoopVisit,
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            in_axes=(0, nn.broadcast),
+            length=self.config.layers.visits // 2,
+        )
+
+    def _run_loop(self, x, weights, around):
+        """All visits; `weights` [visits / 2, loop] are the skip weights of the second half."""
+        if not self.config.unroll:
+            x, emitted = self.loop(x, None, around)
+            mirrored = tuple(outputs[::-1] for outputs in reversed(emitted))
+            return self.loop(x, (weights, mirrored), around)[0]
+        emitted = []
+        for _ in weights:
+            x, outputs = self.loop(x, None, around)
+            emitted.append(outputs)
+        for visit_weights in weights:
+            x, _ = self.loop(x, (visit_weights, emitted.pop()[::-1]), around)
+        return x

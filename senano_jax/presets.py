@@ -1,0 +1,84 @@
+"""The systems of the record table. Each function is one of them; nothing else in the package names a hyperparameter."""
+
+import dataclasses
+from collections.abc import Callable
+
+from senano_jax.config import Config, DataConfig, LayerSchedule, ModelConfig, OptimizerConfig
+from senano_jax.data import sample
+from senano_jax.errors import UserError
+
+
+def no_value_embeddings() -> Config:
+    """12 layers once, 747.11M tokens: the baseline that the recurrent record improves on."""
+    return Config(
+        model=ModelConfig(dim=768, num_heads=6, layers=LayerSchedule(prelude=6, loop=0, visits=0, coda=6)),
+        data=DataConfig(
+            train_files="data/fineweb10B/fineweb_train_*.bin",
+            val_files="data/fineweb10B/fineweb_val_*.bin",
+            val_tokens=10_485_760,
+            val_seq_len=131_072,
+        ),
+        optimizer=OptimizerConfig(
+            muon_lr=0.05,
+            head_lr=0.22,
+            embed_lr=0.6,
+            scalar_lr=0.04,
+            adam_b1=0.8,
+            adam_b2=0.95,
+            adam_eps=1e-10,
+            momentum_start=0.85,
+            momentum_end=0.95,
+            momentum_warmup_steps=300,
+            cooldown_fraction=0.4,
+            final_lr_factor=0.1,
+        ),
+        steps=1900,
+        batch_tokens=16 * 24_576,
+        seq_len=24_576,
+        final_window_tokens=1728,
+        val_every=125,
+    )
+
+
+def recurrent() -> Config:
+    """The record, 668.47M tokens: the six middle layers are applied four times over the same weights."""
+    base = no_value_embeddings()
+    layers = LayerSchedule(prelude=3, loop=6, visits=4, coda=3)
+    return dataclasses.replace(base, model=dataclasses.replace(base.model, layers=layers), steps=1700)
+
+
+def demo() -> Config:
+    """A narrow recurrent model on the bundled sample; minutes on two CPU cores."""
+    base = recurrent()
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(
+            base.model, dim=128, num_heads=2, layers=LayerSchedule(prelude=1, loop=2, visits=2, coda=1)
+        ),
+        data=DataConfig(
+            train_files=sample.TRAIN_FILES,
+            val_files=sample.VAL_FILES,
+            val_tokens=32_768,
+            val_seq_len=4096,
+        ),
+        steps=95,
+        batch_tokens=4096,
+        seq_len=1024,
+        final_window_tokens=512,
+        val_every=25,
+        dtype="float32",
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    "recurrent": recurrent,
+    "no-value-embeddings": no_value_embeddings,
+    "demo": demo,
+}
+
+
+def preset(name: str) -> Config:
+    """The configuration called `name`; raises UserError with the known names otherwise."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset '{name}'; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]()
