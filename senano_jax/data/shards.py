@@ -1,0 +1,129 @@
+"""The shard format: GPT-2 tokens in a flat file.
+
+A shard is a header of 256 little-endian int32 (magic number, version, token count, then zeros) and after it
+the tokens, little-endian uint16. It is the format of the published FineWeb shards and of the PyTorch program.
+"""
+
+import contextlib
+import glob
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from senano_jax.errors import UserError
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+TOKEN_BYTES = 2
+MAX_TOKENS = 2**31 - 1  # a shard, because the header counts in int32
+VOCAB_SIZE = 50257
+END_OF_TEXT = 50256  # GPT-2's <|endoftext|>; stands in front of each document
+
+_FETCH_AGAIN = "delete it and download or tokenize it again"
+
+
+def find_shards(pattern: str) -> list[Path]:
+    """The files that match the glob `pattern`, sorted by name; `**` crosses folders.
+
+    Raises UserError where nothing matches.
+    """
+    paths = sorted(glob.glob(pattern, recursive=True))
+    if not paths:
+        raise UserError(
+            f"no shard matches {pattern!r}: fetch FineWeb with `python scripts/download_fineweb.py`, "
+            "or point --data.train-files and --data.val-files at shards you have"
+        )
+    return [Path(path) for path in paths]
+
+
+def open_shard(path: str | os.PathLike) -> np.memmap:
+    """The tokens of a shard, a read-only memory map, uint16 [tokens], once its header and its size agree.
+
+    The tokens themselves are not looked at: `check_tokens` does that for what is read.
+    Raises UserError naming the file for whatever keeps it from being a whole shard.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # before open, which would wait for ever on a pipe
+            raise UserError(f"{path} is not a regular file: give shards, or a glob such as '{path}/*.bin'")
+        with open(path, "rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            count = _token_count(path, file.read(HEADER_BYTES), file_bytes)
+            return np.memmap(file, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+    except OSError as error:
+        raise UserError(
+            f"cannot read the shard {path} ({error.strerror or error}): check that it exists and may be read"
+        ) from error
+
+
+def _token_count(path: str | os.PathLike, header: bytes, file_bytes: int) -> int:
+    """The count in the header, or UserError where the header is not one or disagrees with the file's size."""
+    if len(header) < HEADER_BYTES:
+        raise UserError(
+            f"{path} is too short for a shard: {len(header)} bytes, the header alone has {HEADER_BYTES}; {_FETCH_AGAIN}"
+        )
+    magic, version, count = (int(value) for value in np.frombuffer(header, "<i4", count=3))
+    if magic != MAGIC:
+        raise UserError(
+            f"{path} is not a shard: it starts with {magic} instead of {MAGIC}; "
+            "make shards from text with `python scripts/tokenize_text.py`"
+        )
+    if version != VERSION:
+        raise UserError(f"{path} has format version {version}, only {VERSION} is understood; {_FETCH_AGAIN}")
+    if count <= 0:
+        raise UserError(f"{path} says that it holds {count} tokens; {_FETCH_AGAIN}")
+    expected_bytes = HEADER_BYTES + TOKEN_BYTES * count
+    if file_bytes != expected_bytes:
+        fault = "is cut short" if file_bytes < expected_bytes else "is too long"
+        raise UserError(
+            f"{path} {fault}: {count} tokens in its header make {expected_bytes} bytes, "
+            f"the file has {file_bytes}; {_FETCH_AGAIN}"
+        )
+    return count
+
+
+def check_tokens(path: str | os.PathLike, tokens: np.ndarray, first: int) -> None:
+    """Raises UserError if one of `tokens`, found in `path` from token `first` on, is not GPT-2's."""
+    if tokens.size and tokens.max() >= VOCAB_SIZE:
+        position = int(np.argmax(tokens >= VOCAB_SIZE))
+        raise UserError(
+            f"{path} holds {tokens[position]} at token {first + position}, GPT-2's end at {VOCAB_SIZE - 1}: "
+            f"the file is damaged or of another tokenizer; {_FETCH_AGAIN}"
+        )
+
+
+def write_shard(path: str | os.PathLike, tokens: Sequence[int] | np.ndarray) -> None:
+    """Writes integer `tokens` [tokens] as a shard; `path` appears whole or not at all.
+
+    Raises UserError if the file cannot be written, ValueError if there is no token, too many, or one that is
+    not GPT-2's.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or not 0 < tokens.size <= MAX_TOKENS or tokens.dtype.kind not in "iu":
+        raise ValueError(f"a shard is 1 to {MAX_TOKENS} integers in a row, not {tokens.dtype} {tokens.shape}")
+    if tokens.min() < 0 or tokens.max() >= VOCAB_SIZE:
+        raise ValueError(f"tokens from {tokens.min()} to {tokens.max()}, GPT-2's end at {VOCAB_SIZE - 1}")
+    header = np.zeros(HEADER_INTS, "<i4")
+    header[:3] = MAGIC, VERSION, tokens.size
+
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        try:
+            with open(partial, "wb") as file:
+                file.write(header.tobytes())
+                file.write(tokens.astype("<u2", copy=False).data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write the shard {path} ({error.strerror or error}): check its folder and the disk space"
+        ) from error
