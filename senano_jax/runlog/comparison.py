@@ -1,0 +1,212 @@
+"""Which runs belong together, and the figures of each group of them beside the first."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+from senano_jax.errors import UserError
+from senano_jax.runlog.curves import RunLog, loss_at, tokens_to_loss
+from senano_jax.runlog.reader import PUBLISHED_PREFIX, read_log
+from senano_jax.runlog.statistics import Sample, WelchTest, p_mean_below, welch_test
+
+
+@dataclass(frozen=True)
+class Group:
+    """One system: a run, or several seeds of one configuration."""
+
+    name: str
+    runs: tuple[RunLog, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one group. Means are over its complete runs, or over all if none is complete."""
+
+    name: str
+    implementation: str
+    hardware: str | None
+    parameters: int | None
+    steps: int | None
+    n: int
+    """Runs the means are over."""
+    complete: bool
+    tokens_trained: float
+    tokens_read: float | None
+    final_loss: Sample
+    reached: int
+    """Runs of the `n` that came down to the target."""
+    tokens_to_target: Sample | None
+    """None unless all did."""
+    train_time_ms: float | None
+    tokens_per_s: float | None
+    p_below_target: float | None
+    """One-sided p-value that the true mean is below the target."""
+    # Against the first group; None for the first group itself and where there is nothing to compare.
+    tokens_saved: float | None
+    saved_fraction: float | None
+    final_loss_test: WelchTest | None
+    common_tokens: float | None
+    """The last token count that all runs of both groups reached."""
+    difference_at_common: float | None
+    """Mean loss there, minus the first group's."""
+
+
+def read_groups(arguments: Sequence[str], tokens_per_step: int | None) -> list[Group]:
+    """Reads `LOG` and `NAME=LOG,LOG` arguments. Runs of ours with one configuration join into a group by themselves.
+
+    Raises UserError for a log that is damaged or named twice, and for a name that is used twice.
+    """
+    entries: dict[tuple[str | None, str], list[RunLog]] = {}
+    seen: set[str] = set()
+    for argument in arguments:
+        name, sources = _split_argument(argument)
+        if (name, "") in entries:
+            raise UserError(f"{argument}: the name {name!r} is used twice; write {name}=LOG,LOG for one group")
+        for source in sources:
+            identity = source if source.startswith(PUBLISHED_PREFIX) else str(Path(source).resolve())
+            if identity in seen:
+                raise UserError(f"{source} is given twice, which would count as two seeds; give each log once")
+            seen.add(identity)
+            run = read_log(source, tokens_per_step=tokens_per_step)
+            entries.setdefault((name, "" if name else run.group_key), []).append(run)
+    return _named_groups([(name, tuple(runs)) for (name, _), runs in entries.items()])
+
+
+def compare(groups: Sequence[Group], target: float) -> list[Row]:
+    """One row a group, in order; the first one is what the others are held against."""
+    rows: list[Row] = []
+    for group in groups:
+        first = groups[0] if rows else None
+        rows.append(_row(group, target, first, rows[0] if rows else None))
+    return rows
+
+
+def complete_runs(group: Group) -> tuple[RunLog, ...]:
+    """The runs whose last evaluation is the final one; all of them if none is."""
+    return tuple(run for run in group.runs if run.complete) or group.runs
+
+
+def notes(groups: Sequence[Group]) -> list[str]:
+    """What the reader of the table should know about single runs, one sentence each."""
+    found = []
+    for group in groups:
+        seeds = [run.seed for run in group.runs if run.seed is not None]
+        if len(set(seeds)) < len(seeds):
+            found.append(f"{group.name}: two runs have one seed; their spread is not the spread over seeds")
+        done = sum(run.complete for run in group.runs)
+        if 0 < done < len(group.runs):
+            found.append(
+                f"{group.name}: {len(group.runs) - done} of {len(group.runs)} runs are not complete and left out"
+            )
+        elif not done:
+            steps = ", ".join(f"{run.final.step} of {run.steps_total}" for run in group.runs)
+            found.append(f"{group.name}: not complete (evaluated at step {steps}); its loss is not a final one")
+        found += [f"{group.name}: {note}" for run in group.runs for note in run.notes]
+    return found
+
+
+def _row(group: Group, target: float, first: Group | None, first_row: Row | None) -> Row:
+    runs = complete_runs(group)
+    final_loss = Sample.of([run.final.val_loss for run in runs])
+    reached = [tokens for run in runs if (tokens := tokens_to_loss(run.points, target)) is not None]
+    to_target = Sample.of(reached) if len(reached) == len(runs) else None
+    saved = fraction = test = common = difference = None
+    if first is not None:
+        if to_target and first_row.tokens_to_target:
+            saved = first_row.tokens_to_target.mean - to_target.mean
+            fraction = saved / first_row.tokens_to_target.mean if first_row.tokens_to_target.mean else None
+        if group.runs[0].complete and first_row.complete:
+            test = welch_test(first_row.final_loss, final_loss)
+        common, difference = _difference_at_common(complete_runs(first), runs)
+    time = _mean(run.final.train_time_ms for run in runs)
+    evaluated = _mean(run.final.tokens for run in runs)
+    return Row(
+        name=group.name,
+        implementation=_agreed(run.implementation for run in runs) or "several",
+        hardware=_agreed(run.hardware for run in runs),
+        parameters=_agreed(run.parameters for run in runs),
+        steps=_agreed(run.steps_total for run in runs),
+        n=len(runs),
+        complete=runs[0].complete,
+        tokens_trained=_mean(run.tokens_trained for run in runs),
+        tokens_read=_mean(run.tokens_read for run in runs),
+        final_loss=final_loss,
+        reached=len(reached),
+        tokens_to_target=to_target,
+        train_time_ms=time,
+        tokens_per_s=1000 * evaluated / time if time else None,
+        p_below_target=p_mean_below(final_loss, target) if runs[0].complete else None,
+        tokens_saved=saved,
+        saved_fraction=fraction,
+        final_loss_test=test,
+        common_tokens=common,
+        difference_at_common=difference,
+    )
+
+
+def _difference_at_common(first: Sequence[RunLog], runs: Sequence[RunLog]) -> tuple[float | None, float | None]:
+    tokens = min(run.final.tokens for run in (*first, *runs))
+    losses = [[loss_at(run.points, tokens) for run in side] for side in (first, runs)]
+    if any(loss is None for side in losses for loss in side):
+        return None, None
+    return tokens, Sample.of(losses[1]).mean - Sample.of(losses[0]).mean
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Their mean; None if any is missing."""
+    values = list(values)
+    return None if None in values else sum(values) / len(values)
+
+
+def _agreed(values: Iterable) -> Any:
+    """The value they all have, else None."""
+    values = set(values)
+    return values.pop() if len(values) == 1 else None
+
+
+def _split_argument(argument: str) -> tuple[str | None, list[str]]:
+    """`NAME=LOG,LOG` in its parts; a path that exists is a path, whatever signs it holds."""
+    match = re.fullmatch(r"([^=/]+)=(.+)", argument, re.DOTALL)
+    if match is None or Path(argument).exists():
+        return None, [argument]
+    name, sources = match[1].strip(), match[2]
+    if not name or not name.isprintable():
+        raise UserError(f"{argument!r}: the name before '=' is empty or not printable; write NAME=LOG,LOG")
+    return name, [sources] if Path(sources).exists() else [source for source in sources.split(",") if source]
+
+
+def _named_groups(entries: Sequence[tuple[str | None, tuple[RunLog, ...]]]) -> list[Group]:
+    """The groups, all with different names: the user's, else the run's with what sets its configuration apart."""
+    used = {name for name, _ in entries if name}
+    groups = []
+    for name, runs in entries:
+        if name is None:
+            peers = [others[0] for given, others in entries if given is None and others[0].name == runs[0].name]
+            base = "".join(c if c.isprintable() else "?" for c in runs[0].name + _distinction(runs[0], peers))[:80]
+            name = next(text for text in chain([base], (f"{base} #{k}" for k in count(2))) if text not in used)
+            used.add(name)
+        groups.append(Group(name, runs))
+    return groups
+
+
+def _distinction(run: RunLog, peers: Sequence[RunLog]) -> str:
+    """The first two settings of the run that its peers do not all share, such as " (steps=1500)"."""
+    settings, own = [_settings(peer.group_key) for peer in peers], _settings(run.group_key)
+    differing = [key for key in own if any(other.get(key) != own[key] for other in settings)]
+    shown = ", ".join(f"{key}={own[key]}" for key in differing[:2])
+    return f" ({shown})" if shown else ""
+
+
+def _settings(group_key: str) -> dict[str, object]:
+    kind, _, text = group_key.partition(" ")
+    return _flat(json.loads(text), "") if kind == "config" else {}
+
+
+def _flat(value: object, prefix: str) -> dict[str, object]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else key).items()}

@@ -1,0 +1,121 @@
+"""What a log says about a run: its points, and the loss and token count interpolated between them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+
+class ValidationPoint(NamedTuple):
+    """One evaluation."""
+
+    step: int | None  # updates done; None where the log does not count steps
+    tokens: int  # tokens trained on so far
+    val_loss: float  # mean cross-entropy in nats a token
+    train_time_ms: float | None  # training clock, stopped during evaluation
+
+
+class TrainPoint(NamedTuple):
+    """One training step."""
+
+    step: int  # 1 is the first update
+    tokens: int | None  # tokens trained on, this step included
+    loss: float | None  # mean over the step's tokens, before the update
+    train_time_ms: float | None  # training clock after the step
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """One run, whoever wrote its log. Points are in the order of the run; there is at least one evaluation."""
+
+    name: str
+    implementation: str
+    """"senano_jax", "PyTorch" or "CSV"."""
+    group_key: str
+    """Equal for runs that differ only in the seed and in where they were written."""
+    points: tuple[ValidationPoint, ...]
+    train_points: tuple[TrainPoint, ...]
+    tokens_trained: int
+    tokens_read: int | None
+    """More than `tokens_trained` for a loader that throws tokens away; None if the log does not say."""
+    complete: bool
+    """Whether the last planned step was evaluated."""
+    steps_total: int | None = None
+    parameters: int | None = None
+    seed: int | None = None
+    hardware: str | None = None
+    notes: tuple[str, ...] = ()
+    """What the reader passed over, for the user to know."""
+
+    @property
+    def final(self) -> ValidationPoint:
+        return self.points[-1]
+
+
+def tokens_to_loss(points: Sequence[ValidationPoint], target: float) -> float | None:
+    """Tokens trained on when the validation loss first falls to `target`; None if it never does.
+
+    Between two evaluations the loss is taken as linear in the logarithm of the tokens (as linear in the tokens where
+    the earlier evaluation was made before training). Two evaluations at one token count, which a log that rounds its
+    tokens can have, give that count.
+    """
+    for index, after in enumerate(points):
+        if after.val_loss > target:
+            continue
+        if index == 0:
+            return float(after.tokens)
+        before = points[index - 1]
+        fraction = (before.val_loss - target) / (before.val_loss - after.val_loss)
+        if before.tokens == 0:
+            return fraction * after.tokens
+        return before.tokens * (after.tokens / before.tokens) ** fraction
+    return None
+
+
+def loss_at(points: Sequence[ValidationPoint], tokens: float) -> float | None:
+    """Validation loss after `tokens`, linear in log tokens between evaluations; None outside of the run.
+
+    Before the first evaluation that follows training nothing is known well enough: the loss falls by several nats.
+    """
+    trained = [point for point in points if point.tokens > 0]
+    if not trained or not trained[0].tokens <= tokens <= trained[-1].tokens:
+        return None
+    for before, after in pairwise(trained):
+        if tokens <= after.tokens and before.tokens < after.tokens:
+            fraction = math.log(tokens / before.tokens) / math.log(after.tokens / before.tokens)
+            return before.val_loss + fraction * (after.val_loss - before.val_loss)
+    return trained[-1].val_loss
+
+
+def time_at(points: Sequence[ValidationPoint], tokens: float) -> float | None:
+    """Training clock in milliseconds after `tokens`, linear between evaluations; None where the log does not say."""
+    for before, after in pairwise(points):
+        if before.tokens <= tokens <= after.tokens and before.tokens < after.tokens:
+            if before.train_time_ms is None or after.train_time_ms is None:
+                return None
+            fraction = (tokens - before.tokens) / (after.tokens - before.tokens)
+            return before.train_time_ms + fraction * (after.train_time_ms - before.train_time_ms)
+    return next((point.train_time_ms for point in points if point.tokens == tokens), None)
+
+
+def mean_curve(runs: Sequence[RunLog]) -> list[ValidationPoint]:
+    """The mean over seeds at every token count of an evaluation that lies within all runs; none before training."""
+    counts = sorted({point.tokens for run in runs for point in run.points if point.tokens > 0})
+    curve = []
+    for tokens in counts:
+        losses = [loss_at(run.points, tokens) for run in runs]
+        times = [time_at(run.points, tokens) for run in runs]
+        if None not in losses:
+            time = None if None in times else math.fsum(times) / len(times)
+            curve.append(ValidationPoint(None, tokens, math.fsum(losses) / len(losses), time))
+    return curve
+
+
+def difference_curve(points: Sequence[ValidationPoint], base: Sequence[ValidationPoint]) -> list[tuple[int, float]]:
+    """(tokens, loss - base's loss) at every evaluation of `base` within both; negative where `points` is ahead.
+
+    Only `points` is interpolated: a chord lies above a convex curve, so this can understate a lead but not feign one.
+    """
+    pairs = [(other.tokens, loss_at(points, other.tokens), other.val_loss) for other in base if other.tokens > 0]
+    return [(tokens, loss - base_loss) for tokens, loss, base_loss in pairs if loss is not None]

@@ -1,0 +1,120 @@
+"""The lines of a log somebody else may have damaged: bounded in memory, and every complaint names file and line."""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from senano_jax.errors import UserError
+from senano_jax.runlog.curves import TrainPoint, ValidationPoint
+
+MAX_LINE_BYTES = 1 << 16  # the longest line of a dumped source file or of our metrics is far below
+MAX_FILE_BYTES = 1 << 26  # a run of 20,000 steps writes 5 MB
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?")
+_ONE_RUN = "keep the lines of one run only:"
+_LARGEST = {"tokens": 1e15, "train_time_ms": 1e13, "val_loss": 1e6, "loss": 1e6, "step": 1e12}
+
+
+class Line(NamedTuple):
+    """One line of a log, without its end."""
+
+    path: Path
+    number: int  # from 1
+    text: str
+    ended: bool  # False for a last line without line break: its writer may have been stopped inside it
+
+    def damaged(self, reason: str, remedy: str = "mend or delete the line") -> NoReturn:
+        """Raises the UserError for this line."""
+        excerpt = self.text if len(self.text) <= 80 else self.text[:77] + "..."
+        raise UserError(f"{self.path}, line {self.number}: {reason}; {remedy} {excerpt!r}")
+
+    def number_of(self, field: str, text: object) -> float:
+        """`text`, a string or a JSON value, as the value of `field`: finite, not negative and of a sane size."""
+        if isinstance(text, str) and _NUMBER.fullmatch(text):
+            value = float(text)
+        elif isinstance(text, int | float) and not isinstance(text, bool):
+            value = min(text, 1e300) if isinstance(text, int) else text  # float() of a huge int would raise
+        else:
+            self.damaged(f"{field} is {str(text)[:40]!r}, not a finite number")
+        if not math.isfinite(value):
+            self.damaged(f"{field} is {value}, not a finite number")
+        if value < 0:
+            self.damaged(f"{field} is negative ({value:g})")
+        if value > _LARGEST[field]:
+            self.damaged(f"{field} is {value:g}, which no run reaches")
+        return value
+
+    def count_of(self, field: str, value: object, kind: str = "tokens") -> int:
+        """Like `number_of` for a whole number of `kind` ("tokens" or "step")."""
+        number = self.number_of(kind, value)
+        if number != int(number):
+            self.damaged(f"{field} is {number:g}, not a whole number")
+        return int(number)
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """The lines of a UTF-8 text file. Raises UserError for a file that is not one, or is too large to be a log."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; give a run folder, a PyTorch log or published:NAME")
+    if not path.is_file():
+        raise UserError(f"{path}: not a regular file; copy the log to a file first")
+    read = 0
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
+                read += len(raw)
+                if len(raw) > MAX_LINE_BYTES:
+                    raise UserError(f"{path}, line {number}: longer than {MAX_LINE_BYTES} bytes; this is not a log")
+                if read > MAX_FILE_BYTES:
+                    raise UserError(
+                        f"{path}, line {number}: the file is larger than {MAX_FILE_BYTES >> 20} MiB; "
+                        "keep its step: lines only"
+                    )
+                if b"\0" in raw:
+                    raise UserError(f"{path}, line {number}: a zero byte; the file is binary or damaged")
+                try:
+                    text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{path}, line {number}: byte {error.start + 1} is not UTF-8; the file is binary or damaged"
+                    ) from None
+                yield Line(path, number, text.rstrip("\r\n"), raw.endswith(b"\n"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); check the disk and its permissions"
+        ) from None
+
+
+class PointCollector:
+    """Gathers the points of a log and refuses those that cannot follow the ones before."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.validation: list[ValidationPoint] = []
+        self.train: list[TrainPoint] = []
+
+    def add_validation(self, line: Line, point: ValidationPoint) -> None:
+        if self.validation:
+            last = self.validation[-1]
+            if point.step is not None and last.step is not None and point.step <= last.step:
+                line.damaged(f"evaluation of step {point.step} after that of step {last.step}", _ONE_RUN)
+            if point.tokens < last.tokens:
+                line.damaged(f"tokens fall from {last.tokens} to {point.tokens}", _ONE_RUN)
+            if (point.train_time_ms or 0) < (last.train_time_ms or 0) and point.train_time_ms is not None:
+                line.damaged(f"train_time falls from {last.train_time_ms:.0f} to {point.train_time_ms:.0f} ms")
+        self.validation.append(point)
+
+    def add_train(self, line: Line, point: TrainPoint) -> None:
+        if self.train and point.step <= self.train[-1].step:
+            line.damaged(f"step {point.step} after step {self.train[-1].step}", _ONE_RUN)
+        self.train.append(point)
+
+    def evaluations(self) -> tuple[ValidationPoint, ...]:
+        """All of them; raises UserError if there is none."""
+        if not self.validation:
+            raise UserError(
+                f"{self._path}: no validation line (step:N/TOTAL val_loss:X ...); "
+                "give the log of a run that has evaluated"
+            )
+        return tuple(self.validation)

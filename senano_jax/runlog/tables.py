@@ -1,0 +1,114 @@
+"""The comparison in words: cells for a terminal, a Markdown file or a web page, the same in all of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from senano_jax.runlog.comparison import Row
+
+SIGNIFICANCE = 0.01  # the speedrun's rule for a claimed record
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def comparison_tables(rows: Sequence[Row], target: float) -> list[Table]:
+    """The figures of every run, then, where there is something to test or to compare, each against the first."""
+    tables = [_figures(rows, target)]
+    if len(rows) > 1 or any(row.p_below_target is not None for row in rows):
+        tables.append(_tests(rows, target))
+    return tables
+
+
+def to_markdown(table: Table) -> str:
+    """A GitHub table; the first column is the name, the others are figures."""
+    lines = [table.headers, ("---",) + ("---:",) * (len(table.headers) - 1), *table.rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def format_tokens(tokens: float, decimals: int = 2, like: float | None = None) -> str:
+    """650.18M; below a tenth of a million in full. `like` is the figure whose unit to share (a count and its error)."""
+    if abs(tokens if like is None else like) < 1e5:
+        return f"{tokens:,.0f}"
+    return f"{tokens / 1e6:,.{decimals}f}M"
+
+
+def format_time(milliseconds: float) -> str:
+    """1:49:16, in hours, minutes and seconds."""
+    minutes, seconds = divmod(round(milliseconds / 1000), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def _figures(rows: Sequence[Row], target: float) -> Table:
+    headers = (
+        "run", "by", "parameters", "steps", "tokens trained", "tokens read", "final loss ± sd",
+        f"tokens to {target:g} ± 95%", "saved", "time", "tokens/s",
+    )  # fmt: skip
+    return Table("Runs", headers, tuple(_figure_cells(row, row is rows[0]) for row in rows))
+
+
+def _figure_cells(row: Row, is_first: bool) -> tuple[str, ...]:
+    loss = f"{row.final_loss.mean:.4f}"
+    if row.final_loss.sd is not None:
+        loss += f" ± {row.final_loss.sd:.4f} (n={row.n})"
+    return (
+        row.name,
+        row.implementation,
+        _or_dash(row.parameters, "{:,}"),
+        _or_dash(row.steps, "{:,}"),
+        format_tokens(row.tokens_trained),
+        "-" if row.tokens_read is None else format_tokens(row.tokens_read),
+        loss if row.complete else f"{loss} (so far)",
+        _to_target(row),
+        "-" if is_first else _saved(row),
+        "-" if row.train_time_ms is None else format_time(row.train_time_ms),
+        _or_dash(row.tokens_per_s, "{:,.0f}"),
+    )
+
+
+def _to_target(row: Row) -> str:
+    if row.tokens_to_target is None:
+        return f"reached by {row.reached} of {row.n}" if row.reached else "not reached"
+    text, half_width = format_tokens(row.tokens_to_target.mean), row.tokens_to_target.half_width()
+    return text if half_width is None else f"{text} ± {format_tokens(half_width, like=row.tokens_to_target.mean)}"
+
+
+def _tests(rows: Sequence[Row], target: float) -> Table:
+    headers = (
+        "run", "hardware", f"p(mean loss < {target:g})", "final loss - first ± 95%", "Welch's p",
+        "loss - first at common tokens",
+    )  # fmt: skip
+    return Table(f"Tests (first: {rows[0].name})", headers, tuple(_test_cells(row, row is rows[0]) for row in rows))
+
+
+def _test_cells(row: Row, is_first: bool) -> tuple[str, ...]:
+    if row.p_below_target is None:
+        p = "needs 2 complete runs" if row.n < 2 or not row.complete else "no spread"
+    else:
+        verdict = "<" if row.p_below_target < SIGNIFICANCE else "not <"
+        p = f"{row.p_below_target:.2g}, {verdict} {SIGNIFICANCE:g}"
+    test, common = row.final_loss_test, "-"
+    if row.common_tokens is not None and row.difference_at_common is not None:
+        common = f"{row.difference_at_common:+.4f} at {format_tokens(row.common_tokens)}"
+    return (
+        row.name,
+        row.hardware or "-",
+        p,
+        "first" if is_first else "-" if test is None else f"{test.difference:+.4f} ± {test.half_width:.4f}",
+        "-" if test is None else f"{test.p:.2g}",
+        "first" if is_first else common,
+    )
+
+
+def _saved(row: Row) -> str:
+    if row.tokens_saved is None or row.saved_fraction is None:
+        return "-"
+    sign = "+" if row.tokens_saved > 0 else ""
+    return f"{sign}{format_tokens(row.tokens_saved, like=row.tokens_to_target.mean)} ({row.saved_fraction:+.1%})"
+
+
+def _or_dash(value: float | None, pattern: str) -> str:
+    return "-" if value is None else pattern.format(value)
