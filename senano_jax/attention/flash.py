@@ -59,11 +59,11 @@ def flash_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _attention(q, k, v, intervals, scale, tiles, interpret):
-    return _forward(q, k, v, intervals, scale, tiles, interpret)[0]
+    return forward(q, k, v, intervals, scale, tiles, interpret)[0]
 
 
 def _attention_fwd(q, k, v, intervals, scale, tiles, interpret):
-    out, lse_BHT = _forward(q, k, v, intervals, scale, tiles, interpret)
+    out, lse_BHT = forward(q, k, v, intervals, scale, tiles, interpret)
     out = checkpoint_name(out, "attention_out")
     lse_BHT = checkpoint_name(lse_BHT, "attention_lse")
     return out, (q, k, v, intervals, out, lse_BHT)
@@ -71,12 +71,8 @@ def _attention_fwd(q, k, v, intervals, scale, tiles, interpret):
 
 def _attention_bwd(scale, tiles, interpret, residuals, dout):
     q, k, v, intervals, out, lse_BHT = residuals
-    dq, delta_BHT = _backward_queries(
-        q, k, v, out, dout, lse_BHT, intervals.key_start, scale, tiles.dq, interpret
-    )
-    dk, dv = _backward_keys(
-        q, k, v, dout, lse_BHT, delta_BHT, intervals.query_end, scale, tiles.dkv, interpret
-    )
+    dq, delta_BHT = backward_queries(q, k, v, out, dout, lse_BHT, intervals.key_start, scale, tiles.dq, interpret)
+    dk, dv = backward_keys(q, k, v, dout, lse_BHT, delta_BHT, intervals.query_end, scale, tiles.dkv, interpret)
     return dq, dk, dv, None  # the bounds are integers
 
 
@@ -97,7 +93,7 @@ def _specs(length: int, heads: int, width: int, rows: int):
     )
 
 
-def _forward(q, k, v, intervals, scale, tiles, interpret):
+def forward(q, k, v, intervals, scale, tiles, interpret):
     batch, length, heads, width = q.shape
     tile = tiles.forward
     tile_QD, all_TD, tile_Q, _, bounds_T = _specs(length, heads, width, tile.queries)
@@ -116,7 +112,7 @@ def _forward(q, k, v, intervals, scale, tiles, interpret):
     )(q, k, v, intervals.key_start)
 
 
-def _backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale, tile, interpret):
+def backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale, tile, interpret):
     batch, length, heads, width = q.shape
     tile_QD, all_TD, tile_Q, _, bounds_T = _specs(length, heads, width, tile.queries)
     return pallas_triton.call(
@@ -134,7 +130,7 @@ def _backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale, tile, in
     )(q, k, v, out, dout, lse_BHT, key_start_BT)
 
 
-def _backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale, tile, interpret):
+def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale, tile, interpret):
     batch, length, heads, width = q.shape
     tile_KD, all_TD, _, all_T, bounds_T = _specs(length, heads, width, tile.keys)
     return pallas_triton.call(
@@ -160,20 +156,18 @@ def _forward_kernel(q_ref, k_ref, v_ref, key_start_ref, out_ref, lse_ref, *, sca
     def step(j, carry, masked):
         out_QD, max_Q, sum_Q = carry
         keys = pl.ds(j * tile.keys, tile.keys)
-        score_QK = _dot(q_QD, k_ref[keys, :].T)
-        if masked:
-            score_QK = jnp.where(visible(j), score_QK, MASKED)
-        new_max_Q = jnp.maximum(max_Q, jnp.max(score_QK, axis=1) * (scale * LOG2_E))
-        p_QK = jnp.exp2(score_QK * (scale * LOG2_E) - new_max_Q[:, None])
+        score_QK, to_log2 = _dot(q_QD, k_ref[keys, :].T), scale * LOG2_E
+        if masked:  # MASKED is already in log2: scaled once for the maximum, once fused below, it would round apart
+            score_QK, to_log2 = jnp.where(visible(j), score_QK * to_log2, MASKED), 1.0
+        new_max_Q = jnp.maximum(max_Q, jnp.max(score_QK, axis=1) * to_log2)
+        p_QK = jnp.exp2(score_QK * to_log2 - new_max_Q[:, None])
         decay_Q = jnp.exp2(max_Q - new_max_Q)
         v_KD = v_ref[keys, :]
         out_QD = out_QD * decay_Q[:, None] + _dot(p_QK.astype(v_KD.dtype), v_KD)
         return out_QD, new_max_Q, sum_Q * decay_Q + jnp.sum(p_QK, axis=1)
 
     zero_Q = jnp.zeros((tile.queries,), jnp.float32)
-    out_QD, max_Q, sum_Q = _sweep(
-        key_tiles, step, (jnp.zeros(q_QD.shape, jnp.float32), zero_Q + MASKED, zero_Q)
-    )
+    out_QD, max_Q, sum_Q = _sweep(key_tiles, step, (jnp.zeros(q_QD.shape, jnp.float32), zero_Q + MASKED, zero_Q))
     out_ref[...] = (out_QD / sum_Q[:, None]).astype(out_ref.dtype)
     lse_ref[...] = max_Q + jnp.log2(sum_Q)
 

@@ -1,7 +1,7 @@
 """pallas_call through the Triton compiler: the one place that knows JAX's unstable names for it.
 
-Same names in JAX 0.10 to 0.12: `compiler_params` of this class selects Triton. From 0.11 lowering warns that Triton under
-Pallas is deprecated (in favour of Mosaic GPU); whoever runs us can do nothing about it, so the warning stops here.
+The names are the same in JAX 0.10 to 0.12: the class of `compiler_params` selects Triton. From 0.11 on, lowering warns
+that Triton under Pallas is deprecated (for Mosaic GPU); our users can do nothing about it, so the warning stops here.
 """
 
 import warnings
