@@ -9,6 +9,7 @@ Run it again after an interruption: whole shards are kept and a partial one is c
 import argparse
 import contextlib
 import hashlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -86,6 +87,8 @@ def fetch(name: str, path: Path) -> None:
         from huggingface_hub.file_download import http_get
     except ImportError as error:
         raise UserError(f"cannot import huggingface_hub ({error}): pip install 'huggingface_hub>=1.0'") from error
+    except ValueError as error:  # it looks at its addresses when imported
+        raise UserError(f"HF_ENDPOINT is {os.environ.get('HF_ENDPOINT')!r}, not an address: {error}") from error
 
     url = hf_hub_url(DATASET, name, repo_type="dataset")
     try:

@@ -48,7 +48,7 @@ def main() -> None:
         try:
             tokenize(args)
         except KeyboardInterrupt:
-            raise UserError(f"interrupted: delete what is in {args.out} before you start again") from None
+            raise UserError(f"interrupted: delete {args.out}/{args.name}_*.bin and start again") from None
 
 
 def tokenize(args: argparse.Namespace) -> None:
@@ -169,7 +169,7 @@ def read_jsonl(path: Path, field: str) -> Iterator[str]:
                 continue
             try:
                 document = json.loads(line)
-            except ValueError as error:  # also for what is not UTF-8
+            except (ValueError, RecursionError) as error:  # a ValueError also for what is not UTF-8
                 raise UserError(f"{path}, line {number} is not JSON ({error}): mend or delete the line") from error
             if not isinstance(document, dict) or not isinstance(document.get(field), str):
                 raise UserError(f"{path}, line {number} has no text in {field!r}: name the field with --field")
@@ -194,7 +194,7 @@ def read_parquet(path: Path, field: str) -> Iterator[str]:
                     if not isinstance(text, str):
                         raise UserError(f"{path}, row {row} has no text in {field!r}: name the column with --field")
                     yield text
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a sound parquet file ({str(error).splitlines()[0]}): fetch it again") from error
 
 

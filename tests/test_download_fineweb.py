@@ -34,7 +34,6 @@ class Hub(http.server.ThreadingHTTPServer):
         self.gets: list[tuple[str, int]] = []  # name and first byte of every GET
         self.cut_once_at: dict[str, int] = {}  # byte at which the next connection for this file is cut
         self.stall_at: dict[str, int] = {}  # byte at which nothing more comes, until cleared
-        self.stalled = threading.Event()
         self.status: int | None = None  # answer to everything, where set
 
     @property
@@ -73,18 +72,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
             stall_at = self.server.stall_at.get(name)
             end = self.server.cut_once_at.pop(name, stall_at)
             self.wfile.write(content[first:end])
-            while stall_at and self.server.stall_at:
-                self.server.stalled.set()
-                time.sleep(0.01)
+            if stall_at:
+                wait_for(lambda: not self.server.stall_at)
             self.close_connection = True
 
     def log_message(self, *args):
         pass
 
 
-def shard(tmp_path, seed, tokens=3000):
+def wait_for(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def shard(tmp_path, seed):
     path = tmp_path / "made.bin"
-    write_shard(path, np.random.default_rng(seed).integers(50257, size=tokens))
+    write_shard(path, np.random.default_rng(seed).integers(50257, size=20_000))
     content = path.read_bytes()
     path.unlink()
     return content
@@ -147,7 +152,7 @@ def test_validation_and_the_first_training_shards_arrive(hub, download, tmp_path
     result = download("1")
     assert result.returncode == 0, result.stderr
     assert held(tmp_path) == {name: hub.files[name] for name in (VAL, TRAIN_1)}
-    assert "2 shards, 6,000 tokens" in result.stdout
+    assert "2 shards, 40,000 tokens" in result.stdout
 
 
 def test_whole_shards_are_kept_and_broken_ones_replaced(hub, download, tmp_path):
@@ -163,18 +168,19 @@ def test_whole_shards_are_kept_and_broken_ones_replaced(hub, download, tmp_path)
 
 def test_an_interrupted_download_is_continued_by_the_next_run(hub, download, tmp_path):
     """Ctrl-C in the middle of a shard: what had come is on the disk, and is not fetched again."""
-    hub.stall_at[TRAIN_1] = 2500
+    hub.stall_at[TRAIN_1] = 30_000
     with download.start("1", code=SMALL_CHUNKS) as process:
-        assert hub.stalled.wait(30)
+        wait_for(lambda: sum(path.stat().st_size for path in tmp_path.glob(f"shards/.{TRAIN_1}.*")))
         process.send_signal(signal.SIGINT)
         hub.stall_at.clear()
         _, stderr = process.communicate(timeout=30)
     assert stderr.endswith("error: interrupted: run the same command again to continue\n")
-    assert TRAIN_1 not in held(tmp_path)
+    [(partial, kept)] = ((name, content) for name, content in held(tmp_path).items() if TRAIN_1 in name)
+    assert partial.startswith(f".{TRAIN_1}.")
     hub.gets.clear()
     result = download("1")
     assert result.returncode == 0, result.stderr
-    assert hub.gets == [(TRAIN_1, 2500)]
+    assert hub.gets == [(TRAIN_1, len(kept))]
     assert held(tmp_path) == {name: hub.files[name] for name in (VAL, TRAIN_1)}
 
 
@@ -220,6 +226,11 @@ def test_a_refusing_server_is_named(hub, download):
 def test_no_network_is_one_line(download):
     result = download("1", HF_ENDPOINT="http://127.0.0.1:9")  # the discard port: nothing listens
     assert_one_line_error(result, "no answer", "check the network")
+
+
+@pytest.mark.parametrize("endpoint", ["http://[x", "http://127.0.0.1:99999", "x"])
+def test_an_endpoint_that_is_no_address_is_one_line(download, endpoint):
+    assert_one_line_error(download("1", HF_ENDPOINT=endpoint), endpoint, "HF_ENDPOINT")
 
 
 def test_a_full_disk_is_one_line_and_its_beginning_is_kept(hub, download, tmp_path):

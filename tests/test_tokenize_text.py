@@ -150,6 +150,7 @@ def test_too_few_documents_for_a_validation_shard_are_told(tokenize, tmp_path):
         ("d.jsonl", b'{"text": null}\n', ["d.jsonl, line 1 has no text"]),
         ("d.jsonl", b'["a"]\n', ["d.jsonl, line 1 has no text"]),
         ("d.jsonl", b'{"text": "\xff"}\n', ["d.jsonl, line 1 is not JSON", "utf-8"]),
+        ("d.jsonl", b"[" * 100_000, ["d.jsonl, line 1 is not JSON"]),
         ("d.jsonl", b"", ["no text in"]),
         ("d.txt", b"one\ntwo \xff\n", ["d.txt, line 2 is not UTF-8"]),
         ("d.parquet", b"PAR1 but no more", ["d.parquet is not a sound parquet file"]),
@@ -168,6 +169,12 @@ def test_parquet_rows_and_columns_are_named(tokenize, tmp_path):
     assert_one_line_error(
         tokenize(tmp_path / "d.parquet", "--field", "body"), "no column 'body' but text, id: name one with --field"
     )
+
+
+def test_parquet_text_that_is_not_utf8_is_one_line(tokenize, tmp_path):
+    text = pa.array([b"a\xff"], pa.binary()).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"text": text}), tmp_path / "d.parquet")
+    assert_one_line_error(tokenize(tmp_path / "d.parquet"), "d.parquet is not a sound parquet file", "utf-8")
 
 
 def test_arguments_that_cannot_be_are_refused_at_once(tokenize, tmp_path):
