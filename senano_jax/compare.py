@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -112,9 +113,9 @@ def _print(tables: Sequence[Table], remarks: Sequence[str]) -> None:
     if not console.is_terminal:
         console = Console(width=_PIPE_WIDTH)
     for table in tables:
-        view = RichTable(title=Text(table.title), title_justify="left")
+        view = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for index, header in enumerate(table.headers):
-            view.add_column(Text(header), justify="right" if index > 1 else "left", overflow="fold")
+            view.add_column(Text(header), justify="right" if index else "left", overflow="fold")
         for row in table.rows:
             view.add_row(*(Text(cell) for cell in row))
         console.print(view)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from senano_jax.errors import UserError
-from senano_jax.runlog.curves import RunLog, loss_at, tokens_to_loss
+from senano_jax.runlog.curves import SAME_TOKENS, RunLog, loss_at, tokens_to_loss
 from senano_jax.runlog.reader import PUBLISHED_PREFIX, read_log
 from senano_jax.runlog.statistics import Sample, WelchTest, p_mean_below, welch_test
 
@@ -94,6 +94,10 @@ def notes(groups: Sequence[Group]) -> list[str]:
     """What the reader of the table should know about single runs, one sentence each."""
     found = []
     for group in groups:
+        if not _evaluated_alike(groups[0], group):
+            found.append(
+                f"{group.name}: evaluated at other token counts than {groups[0].name}; differences are interpolated"
+            )
         seeds = [run.seed for run in group.runs if run.seed is not None]
         if len(set(seeds)) < len(seeds):
             found.append(f"{group.name}: two runs have one seed; their spread is not the spread over seeds")
@@ -107,6 +111,14 @@ def notes(groups: Sequence[Group]) -> list[str]:
             found.append(f"{group.name}: not complete (evaluated at step {steps}); its loss is not a final one")
         found += [f"{group.name}: {note}" for run in group.runs for note in run.notes]
     return found
+
+
+def _evaluated_alike(first: Group, group: Group) -> bool:
+    """Whether the first run of `group` was evaluated where that of `first` was, as far as both go."""
+    base, own = [[p.tokens for p in complete_runs(g)[0].points if p.tokens > 0] for g in (first, group)]
+    end = min(base[-1:] + own[-1:], default=0) * (1 + SAME_TOKENS)
+    base, own = [[tokens for tokens in counts if tokens <= end] for counts in (base, own)]
+    return len(base) == len(own) and all(abs(a - b) <= SAME_TOKENS * b for a, b in zip(own, base))
 
 
 def _row(group: Group, target: float, first: Group | None, first_row: Row | None) -> Row:

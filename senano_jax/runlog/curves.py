@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+SAME_TOKENS = 1e-3  # counts closer than this part are one: PyTorch logs round to 0.01M tokens
+
 
 class ValidationPoint(NamedTuple):
     """One evaluation."""
@@ -79,8 +81,12 @@ def loss_at(points: Sequence[ValidationPoint], tokens: float) -> float | None:
     Before the first evaluation that follows training nothing is known well enough: the loss falls by several nats.
     """
     trained = [point for point in points if point.tokens > 0]
-    if not trained or not trained[0].tokens <= tokens <= trained[-1].tokens:
+    if not trained:
         return None
+    first, last = trained[0], trained[-1]
+    if not first.tokens * (1 - SAME_TOKENS) <= tokens <= last.tokens * (1 + SAME_TOKENS):
+        return None
+    tokens = min(max(tokens, first.tokens), last.tokens)
     for before, after in pairwise(trained):
         if tokens <= after.tokens and before.tokens < after.tokens:
             fraction = math.log(tokens / before.tokens) / math.log(after.tokens / before.tokens)
@@ -115,7 +121,8 @@ def mean_curve(runs: Sequence[RunLog]) -> list[ValidationPoint]:
 def difference_curve(points: Sequence[ValidationPoint], base: Sequence[ValidationPoint]) -> list[tuple[int, float]]:
     """(tokens, loss - base's loss) at every evaluation of `base` within both; negative where `points` is ahead.
 
-    Only `points` is interpolated: a chord lies above a convex curve, so this can understate a lead but not feign one.
+    Where the two were evaluated at different token counts, a chord of `points` stands for its curve: with evaluations
+    49M tokens apart that is wrong by up to 0.003 nats, and more in the first 150M tokens.
     """
     pairs = [(other.tokens, loss_at(points, other.tokens), other.val_loss) for other in base if other.tokens > 0]
     return [(tokens, loss - base_loss) for tokens, loss, base_loss in pairs if loss is not None]

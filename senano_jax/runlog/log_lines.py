@@ -13,7 +13,16 @@ MAX_LINE_BYTES = 1 << 16  # the longest line of a dumped source file or of our m
 MAX_FILE_BYTES = 1 << 26  # a run of 20,000 steps writes 5 MB
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?")
 _ONE_RUN = "keep the lines of one run only:"
-_LARGEST = {"tokens": 1e15, "train_time_ms": 1e13, "val_loss": 1e6, "loss": 1e6, "step": 1e12}
+_LARGEST = {  # beyond what any run reaches, and far below what floats cannot count
+    "step": 1e12,
+    "total": 1e12,
+    "tokens": 1e15,
+    "tokens_trained": 1e15,
+    "tokens_read": 1e15,
+    "train_time_ms": 1e13,
+    "val_loss": 1e6,
+    "loss": 1e6,
+}
 
 
 class Line(NamedTuple):
@@ -45,9 +54,9 @@ class Line(NamedTuple):
             self.damaged(f"{field} is {value:g}, which no run reaches")
         return value
 
-    def count_of(self, field: str, value: object, kind: str = "tokens") -> int:
-        """Like `number_of` for a whole number of `kind` ("tokens" or "step")."""
-        number = self.number_of(kind, value)
+    def count_of(self, field: str, value: object) -> int:
+        """Like `number_of`, for a whole number."""
+        number = self.number_of(field, value)
         if number != int(number):
             self.damaged(f"{field} is {number:g}, not a whole number")
         return int(number)

@@ -88,7 +88,7 @@ def _cells(line: Line) -> list[str]:
 
 def _csv_point(line: Line, row: dict[str, str]) -> ValidationPoint:
     return ValidationPoint(
-        step=line.count_of("step", row["step"], "step") if row.get("step") else None,
+        step=line.count_of("step", row["step"]) if row.get("step") else None,
         tokens=line.count_of("tokens", row.get("tokens", "")),
         val_loss=line.number_of("val_loss", row.get("val_loss", "")),
         train_time_ms=line.number_of("train_time_ms", row["train_time_ms"]) if row.get("train_time_ms") else None,

@@ -35,7 +35,7 @@ def read_run_folder(folder: Path, name: str | None = None) -> RunLog:
             continue
         if "val_loss" not in record and "loss" not in record:
             continue  # a kind of record that later versions may add
-        step = line.count_of("step", record.get("step"), "step")
+        step = line.count_of("step", record.get("step"))
         if step > steps_total:
             line.damaged(f"step {step}, in a run of {steps_total} steps (config.json)")
         tokens = line.count_of("tokens_trained", record.get("tokens_trained"))

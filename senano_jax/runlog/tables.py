@@ -16,11 +16,11 @@ class Table:
 
 
 def comparison_tables(rows: Sequence[Row], target: float) -> list[Table]:
-    """The figures of every run, then, where there is something to test or to compare, each against the first."""
-    tables = [_figures(rows, target)]
-    if len(rows) > 1 or any(row.p_below_target is not None for row in rows):
+    """Tokens and losses; where there is something to test or to compare, tests; what the runs cost."""
+    tables = [_results(rows, target)]
+    if len(rows) > 1 or rows[0].p_below_target is not None:
         tables.append(_tests(rows, target))
-    return tables
+    return [*tables, _costs(rows)]
 
 
 def to_markdown(table: Table) -> str:
@@ -42,31 +42,44 @@ def format_time(milliseconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def _figures(rows: Sequence[Row], target: float) -> Table:
-    headers = (
-        "run", "by", "parameters", "steps", "tokens trained", "tokens read", "final loss ± sd",
-        f"tokens to {target:g} ± 95%", "saved", "time", "tokens/s",
-    )  # fmt: skip
-    return Table("Runs", headers, tuple(_figure_cells(row, row is rows[0]) for row in rows))
+def _results(rows: Sequence[Row], target: float) -> Table:
+    headers = ("run", "parameters", "trained on", "final loss ± sd", f"tokens to {target:g} ± 95%", "saved")
+    cells = [
+        (
+            row.name,
+            _or_dash(row.parameters, "{:,}"),
+            format_tokens(row.tokens_trained),
+            _final_loss(row),
+            _to_target(row),
+            "first" if row is rows[0] else _saved(row),
+        )
+        for row in rows
+    ]
+    return Table("Results", headers, tuple(cells))
 
 
-def _figure_cells(row: Row, is_first: bool) -> tuple[str, ...]:
+def _costs(rows: Sequence[Row]) -> Table:
+    headers = ("run", "by", "hardware", "steps", "tokens read", "time", "tokens/s")
+    cells = [
+        (
+            row.name,
+            row.implementation,
+            row.hardware or "-",
+            _or_dash(row.steps, "{:,}"),
+            "-" if row.tokens_read is None else format_tokens(row.tokens_read),
+            "-" if row.train_time_ms is None else format_time(row.train_time_ms),
+            _or_dash(row.tokens_per_s, "{:,.0f}"),
+        )
+        for row in rows
+    ]
+    return Table("Cost", headers, tuple(cells))
+
+
+def _final_loss(row: Row) -> str:
     loss = f"{row.final_loss.mean:.4f}"
     if row.final_loss.sd is not None:
         loss += f" ± {row.final_loss.sd:.4f} (n={row.n})"
-    return (
-        row.name,
-        row.implementation,
-        _or_dash(row.parameters, "{:,}"),
-        _or_dash(row.steps, "{:,}"),
-        format_tokens(row.tokens_trained),
-        "-" if row.tokens_read is None else format_tokens(row.tokens_read),
-        loss if row.complete else f"{loss} (so far)",
-        _to_target(row),
-        "-" if is_first else _saved(row),
-        "-" if row.train_time_ms is None else format_time(row.train_time_ms),
-        _or_dash(row.tokens_per_s, "{:,.0f}"),
-    )
+    return loss if row.complete else f"{loss} (so far)"
 
 
 def _to_target(row: Row) -> str:
@@ -78,29 +91,32 @@ def _to_target(row: Row) -> str:
 
 def _tests(rows: Sequence[Row], target: float) -> Table:
     headers = (
-        "run", "hardware", f"p(mean loss < {target:g})", "final loss - first ± 95%", "Welch's p",
+        "run",
+        f"p(mean loss < {target:g})",
+        "final loss - first ± 95%",
+        "Welch's p",
         "loss - first at common tokens",
-    )  # fmt: skip
-    return Table(f"Tests (first: {rows[0].name})", headers, tuple(_test_cells(row, row is rows[0]) for row in rows))
+    )
+    cells = [
+        (row.name, _p_below_target(row), *(("first",) * 3 if row is rows[0] else _against_first(row))) for row in rows
+    ]
+    return Table(f"Against {rows[0].name}", headers, tuple(cells))
 
 
-def _test_cells(row: Row, is_first: bool) -> tuple[str, ...]:
+def _p_below_target(row: Row) -> str:
     if row.p_below_target is None:
-        p = "needs 2 complete runs" if row.n < 2 or not row.complete else "no spread"
-    else:
-        verdict = "<" if row.p_below_target < SIGNIFICANCE else "not <"
-        p = f"{row.p_below_target:.2g}, {verdict} {SIGNIFICANCE:g}"
+        return "needs 2 complete runs" if row.n < 2 or not row.complete else "no spread"
+    verdict = "<" if row.p_below_target < SIGNIFICANCE else "not <"
+    return f"{row.p_below_target:.2g}, {verdict} {SIGNIFICANCE:g}"
+
+
+def _against_first(row: Row) -> tuple[str, str, str]:
     test, common = row.final_loss_test, "-"
     if row.common_tokens is not None and row.difference_at_common is not None:
         common = f"{row.difference_at_common:+.4f} at {format_tokens(row.common_tokens)}"
-    return (
-        row.name,
-        row.hardware or "-",
-        p,
-        "first" if is_first else "-" if test is None else f"{test.difference:+.4f} ± {test.half_width:.4f}",
-        "-" if test is None else f"{test.p:.2g}",
-        "first" if is_first else common,
-    )
+    if test is None:
+        return "-", "-", common
+    return f"{test.difference:+.4f} ± {test.half_width:.4f}", f"{test.p:.2g}", common
 
 
 def _saved(row: Row) -> str:

@@ -47,10 +47,10 @@ def read_torch_log(path: Path, name: str, tokens_per_step: int | None) -> RunLog
         if not match:
             line.damaged("not a complete step line")
         if total is None:
-            total = _count(line, match, "total")
-        elif total != _count(line, match, "total"):
+            total = line.count_of("total", match["total"])
+        elif total != line.count_of("total", match["total"]):
             line.damaged(f"a run of {match['total']} steps, in a log of {total} steps")
-        step = _count(line, match, "step")
+        step = line.count_of("step", match["step"])
         if step > total:
             line.damaged(f"step {step} of {total}")
         time = line.number_of("train_time_ms", match["time"]) * (1 if match["time_unit"] == "ms" else 1000)
@@ -77,10 +77,6 @@ def read_torch_log(path: Path, name: str, tokens_per_step: int | None) -> RunLog
         steps_total=total,
         notes=tuple(notes),
     )
-
-
-def _count(line: Line, match: re.Match, field: str) -> int:
-    return line.count_of(field, match[field], "step")
 
 
 def _tokens(line: Line, match: re.Match, step: int, tokens_per_step: int | None) -> int:
