@@ -56,8 +56,8 @@ def demo() -> Config:
             base.model, dim=128, num_heads=2, layers=LayerSchedule(prelude=1, loop=2, visits=2, coda=1)
         ),
         data=DataConfig(
-            train_files=sample.TRAIN_FILES,
-            val_files=sample.VAL_FILES,
+            train_files=sample.TRAIN,
+            val_files=sample.VAL,
             val_tokens=32_768,
             val_seq_len=4096,
         ),

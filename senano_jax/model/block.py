@@ -26,11 +26,9 @@ def uniform_fan_in(key, shape, dtype=jnp.float32):
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def mix(
-    a: Float[Array, ""], x: Float[Array, "*S"], b: Float[Array, ""], y: Float[Array, "*S"]
-) -> Float[Array, "*S"]:
-    """a * x + b * y with float32 scalars, rounded once to x's type."""
-    return (a * x.astype(jnp.float32) + b * y.astype(jnp.float32)).astype(x.dtype)
+def scaled(weight: Float[Array, ""], x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """A float32 scalar times x, rounded to x's type: what PyTorch makes of a zero-dimensional weight."""
+    return (weight * x.astype(jnp.float32)).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -50,7 +48,9 @@ class Attention(nn.Module):
         qkv = jnp.einsum("btd,cde->btce", x_BTD, qkv_3DD.astype(x_BTD.dtype))
         q, k, raw_v = (qkv[:, :, i].reshape(B, T, c.num_heads, c.head_dim) for i in range(3))
         q, k = rotate(norm(q), rotary), rotate(norm(k), rotary)
-        v = raw_v if first_v_BTHK is None else mix(1 - value_residual, raw_v, value_residual, first_v_BTHK)
+        v = raw_v
+        if first_v_BTHK is not None:
+            v = scaled(1 - value_residual, raw_v) + scaled(value_residual, first_v_BTHK)
         y_BTHK = attend(q, k, v, intervals, ATTENTION_SCALE, c.attention)
         return y_BTHK.reshape(B, T, D) @ out_DD.astype(x_BTD.dtype), raw_v
 
@@ -73,13 +73,16 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, x0_BTD, first_v_BTHK, rotary, intervals: Intervals):
+    def __call__(self, x_BTD, skip, x0_BTD, first_v_BTHK, rotary, intervals: Intervals):
         """Applies the layer; returns the new residual stream and the layer's raw values.
 
-        `x0_BTD` is the normalised embedding, `first_v_BTHK` the raw values of position 0 (None in position 0).
+        `skip` is None or (weight, output of an earlier position), added first. `x0_BTD` is the normalised embedding,
+        `first_v_BTHK` the raw values of position 0 (None in position 0).
         """
         lambdas = self.param("lambdas", lambda key: jnp.array([1.0, 0.0]))
-        x_BTD = mix(lambdas[0], x_BTD, lambdas[1], x0_BTD)
+        if skip is not None:
+            x_BTD = x_BTD + scaled(*skip)
+        x_BTD = scaled(lambdas[0], x_BTD) + scaled(lambdas[1], x0_BTD)
         y_BTD, raw_v = Attention(self.config, name="attention")(norm(x_BTD), first_v_BTHK, rotary, intervals)
         x_BTD = x_BTD + y_BTD
         x_BTD = x_BTD + Mlp(self.config, name="mlp")(norm(x_BTD))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from senano_jax.attention import Intervals, document_start, window_intervals
 from senano_jax.config import ModelConfig
-from senano_jax.model.block import Block, mix, norm
+from senano_jax.model.block import Block, norm
 from senano_jax.model.loss import soft_cap, soft_capped_cross_entropy
 from senano_jax.model.rotary import rotary_tables
 
@@ -27,15 +27,9 @@ class Surroundings(NamedTuple):
     windows: tuple[Intervals, Intervals]  # of even positions (long) and of odd ones (short)
 
 
-def apply_layer(block: Block, position: int, x: Float[Array, "B T D"], around: Surroundings):
+def apply_layer(block: Block, position: int, x: Float[Array, "B T D"], skip, around: Surroundings):
     """Runs `block` at a position whose parity picks the window; returns the residual stream and the raw values."""
-    return block(x, around.x0, around.first_v, around.rotary, around.windows[position % 2])
-
-
-def add_skip(
-    x: Float[Array, "B T D"], weight: Float[Array, ""], skip: Float[Array, "B T D"]
-) -> Float[Array, "B T D"]:
-    return mix(jnp.float32(1), x, weight, skip)
+    return block(x, skip, around.x0, around.first_v, around.rotary, around.windows[position % 2])
 
 
 def make_block(config: ModelConfig, *, scanned: bool = False) -> Block:
@@ -66,10 +60,8 @@ class LoopVisit(nn.Module):
         layers = self.config.layers
         outputs = []
         for j, layer in enumerate(range(layers.prelude, layers.prelude + layers.loop)):
-            if skips is not None:
-                weights, stored = skips
-                x = add_skip(x, weights[j], stored[j])
-            x, _ = apply_layer(getattr(self, f"layer_{layer}"), layer, x, around)
+            skip = None if skips is None else (skips[0][j], skips[1][j])
+            x, _ = apply_layer(getattr(self, f"layer_{layer}"), layer, x, skip, around)
             outputs.append(x)
         return x, tuple(outputs) if skips is None else None
 
@@ -100,18 +92,14 @@ class Gpt(nn.Module):
         self, inputs: Int[Array, "B T"], targets: Int[Array, "B T"], window_blocks: Int[Array, ""] | int
     ) -> Float[Array, ""]:
         """Cross-entropy summed over all tokens, float32. `window_blocks` is the long window in blocks of 128."""
-        return soft_capped_cross_entropy(
-            self.features(inputs, window_blocks), self.head, targets.astype(jnp.int32)
-        )
+        return soft_capped_cross_entropy(self.features(inputs, window_blocks), self.head, targets.astype(jnp.int32))
 
     def logits(self, inputs: Int[Array, "B T"], window_blocks: Int[Array, ""] | int) -> Float[Array, "B T V"]:
         """Soft-capped logits of all tokens, float32; for short sequences."""
         x = self.features(inputs, window_blocks)
         return soft_cap(x @ self.head.astype(x.dtype), self.config.dim)
 
-    def features(
-        self, inputs: Int[Array, "B T"], window_blocks: Int[Array, ""] | int
-    ) -> Float[Array, "B T D"]:
+    def features(self, inputs: Int[Array, "B T"], window_blocks: Int[Array, ""] | int) -> Float[Array, "B T D"]:
         """Normalised residual stream that the head reads."""
         layers = self.config.layers
         inputs = inputs.astype(jnp.int32)
@@ -122,8 +110,7 @@ class Gpt(nn.Module):
 
         x, outputs = x0, []
         for layer in range(layers.prelude):
-            with jax.named_scope(f"layer_{layer}"):
-                x, raw_v = apply_layer(getattr(self, f"layer_{layer}"), layer, x, around)
+            x, raw_v = apply_layer(getattr(self, f"layer_{layer}"), layer, x, None, around)
             if layer == 0:
                 around = around._replace(first_v=raw_v)
             outputs.append(x)
@@ -135,8 +122,8 @@ class Gpt(nn.Module):
 
         for c in range(layers.coda):
             layer = layers.prelude + layers.loop + c
-            x = add_skip(x, coda_weights[c], outputs.pop())
-            x, _ = apply_layer(getattr(self, f"layer_{layer}"), layer, x, around)
+            skip = (coda_weights[c], outputs.pop())
+            x, _ = apply_layer(getattr(self, f"layer_{layer}"), layer, x, skip, around)
         return norm(x)
 
     def _visits(self):

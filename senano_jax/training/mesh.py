@@ -1,0 +1,78 @@
+"""The devices of a run, how a batch lies on them, and how finely each step must be split to fit in their memory."""
+
+import os
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from senano_jax.config import Config, check_split
+from senano_jax.errors import UserError
+
+DATA_AXIS = "data"
+
+# Bytes of activations a token needs for each position, unit of width and byte of the activations' type; measured as
+# XLA's temporaries of the full-width step on an H200 (docs/performance.md).
+ACTIVATION_FACTOR = {"none": 26, "attention": 7, "full": 5}
+
+
+def make_mesh(devices: int | None) -> Mesh:
+    """A one-dimensional mesh over the first `devices` devices, or all; raises UserError if there are fewer."""
+    available = jax.devices()
+    count = len(available) if devices is None else devices
+    if count > len(available):
+        raise UserError(f"--devices {count}: this machine has {len(available)} {available[0].platform} devices")
+    return Mesh(np.asarray(available[:count]), (DATA_AXIS,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def place_batch(mesh: Mesh, sequences: np.ndarray, micro_batches: int) -> jax.Array:
+    """Puts this process's sequences [S, T+1] on its devices as [micro_batches, all sequences / micro_batches, T+1].
+
+    Which micro-batch a sequence falls into does not matter: a step is a sum over all of them.
+    """
+    split = sequences.reshape(micro_batches, -1, sequences.shape[-1])
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, P(None, DATA_AXIS)), split)
+
+
+def place_sequences(mesh: Mesh, rows: np.ndarray) -> jax.Array:
+    """Puts this process's rows on its devices along the first axis."""
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, P(DATA_AXIS)), rows)
+
+
+def choose_micro_batches(config: Config, devices: int) -> int:
+    """`config.micro_batches`, or the fewest equal micro-batches whose activations fit in a device's free memory."""
+    if config.micro_batches is not None:
+        check_split(config, devices, config.micro_batches)
+        return config.micro_batches
+    check_split(config, devices, 1)
+    sequences = config.batch_sequences // devices
+    budget = memory_budget(config, devices)
+    bytes_per_sequence = activation_bytes(config, config.seq_len)
+    fitting = [
+        n for n in range(1, sequences + 1) if sequences % n == 0 and sequences // n * bytes_per_sequence <= budget
+    ]
+    return fitting[0] if fitting else sequences
+
+
+def activation_bytes(config: Config, tokens: int) -> int:
+    """Estimate of what one micro-batch of `tokens` tokens keeps for its backward pass, in bytes."""
+    itemsize = {"bfloat16": 2, "float32": 4}[config.dtype]
+    factor = ACTIVATION_FACTOR[config.model.remat]
+    return tokens * config.model.layers.positions * config.model.dim * itemsize * factor
+
+
+def memory_budget(config: Config, devices: int) -> int:
+    """Bytes of one device's memory that activations may take: 80% of it, less parameters, gradients and optimiser."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    host_share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // devices
+    total = stats.get("bytes_limit", host_share)
+    model = config.model
+    matrices = model.layers.layers * (4 + 2 * model.mlp_expansion) * model.dim**2
+    parameters = matrices + (model.vocab_size + model.padded_vocab_size) * model.dim
+    return int(0.8 * total) - 20 * parameters  # float32: weights, two gradients, two moments
