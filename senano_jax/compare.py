@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from senano_jax.errors import UserError, one_line_errors
+from senano_jax.files import write_atomically
 from senano_jax.runlog.comparison import Group, Row, compare, notes, read_groups
 from senano_jax.runlog.html_report import html_report
 from senano_jax.runlog.plots import plot_image
@@ -77,17 +77,6 @@ def to_json(groups: Sequence[Group], rows: Sequence[Row], remarks: Sequence[str]
     ]
     document = {"target": target, "notes": list(remarks), "rows": records}
     return json.dumps(document, indent=1, allow_nan=False) + "\n"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `path` whole or not at all: a temporary file beside it, then a rename. Raises UserError if it cannot."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from None
 
 
 def _check(arguments: Arguments) -> None:

@@ -3,7 +3,6 @@
 The field docstrings are the texts of `--help`. No default here is a hyperparameter of a system: presets.py names those.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -195,9 +194,7 @@ def check_config(config: Config) -> None:
 
     for flag, length in {"--seq-len": config.seq_len, "--data.val-seq-len": data.val_seq_len}.items():
         if length % BLOCK:
-            raise UserError(
-                f"{flag} {length} is not a multiple of {BLOCK}, the block of the attention window"
-            )
+            raise UserError(f"{flag} {length} is not a multiple of {BLOCK}, the block of the attention window")
     if config.final_window_tokens > config.seq_len:
         raise UserError(
             f"--final-window-tokens {config.final_window_tokens} is longer than --seq-len {config.seq_len}; "
@@ -224,11 +221,6 @@ def check_split(config: Config, devices: int, micro_batches: int) -> None:
             f"a step of {config.batch_sequences} sequences (--batch-tokens / --seq-len) cannot be split evenly over "
             f"{devices} devices x {micro_batches} micro-batches; change --devices, --micro-batches or --batch-tokens"
         )
-
-
-def to_dict(config: Config) -> dict:
-    """The configuration as nested plain values, for config.json."""
-    return dataclasses.asdict(config)
 
 
 def _positive_integers(config: Config) -> dict[str, int]:

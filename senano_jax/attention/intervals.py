@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from senano_jax.data.shards import END_OF_TEXT
+
 BLOCK = 128  # tokens; the unit of the window, from the PyTorch program's block mask
-END_OF_TEXT = 50256  # GPT-2's <|endoftext|>; a document starts at this token
 
 
 class Intervals(NamedTuple):

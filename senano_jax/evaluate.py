@@ -1,0 +1,87 @@
+"""python -m senano_jax.evaluate RUN_DIR|FILE.pt [flags]: validation loss of saved weights."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from senano_jax.config import Config, DataConfig, check_config
+from senano_jax.config_file import read_config
+from senano_jax.errors import UserError, one_line_errors
+from senano_jax.optim.schedules import window_blocks
+from senano_jax.presets import preset
+from senano_jax.train import configure_jax
+from senano_jax.training.evaluation import make_evaluator
+from senano_jax.training.mesh import make_mesh
+from senano_jax.training.state import abstract_params, make_model
+from senano_jax.training.weights import load_weights
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Prints val_loss:<6 decimals> tokens:<n> for the newest checkpoint of a run or for PyTorch weights."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Folder of a run, or a PyTorch checkpoint (.pt)."""
+    data: DataConfig
+    preset: str = "recurrent"
+    """System that a PyTorch checkpoint holds; a run folder knows its own."""
+    window_blocks: int | None = None
+    """Long attention window in blocks of 128 tokens; that of the end of the run by default."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the activations and of the embedding table."""
+    attention: Literal["auto", "banded", "dense"] = "auto"
+    """Implementation of attention."""
+    devices: int | None = None
+    """Devices to use; all by default."""
+
+
+def main(arguments: Sequence[str]) -> float:
+    """Parses, evaluates, prints, and returns the loss."""
+    base = _base_config(arguments)
+    defaults = Arguments(
+        source=tyro.MISSING, data=base.data, dtype=base.dtype, attention=base.model.attention, devices=base.devices
+    )
+    args = tyro.cli(Arguments, default=defaults, args=arguments, prog="python -m senano_jax.evaluate")
+    if args.window_blocks is not None and args.window_blocks < 1:
+        raise UserError(f"--window-blocks is {args.window_blocks}; it must be at least 1")
+    config = dataclasses.replace(
+        base,
+        data=args.data,
+        dtype=args.dtype,
+        devices=args.devices,
+        model=dataclasses.replace(base.model, attention=args.attention),
+    )
+    check_config(config)
+    configure_jax(config.dtype, config.compilation_cache)
+    mesh = make_mesh(config.devices)
+    model = make_model(config)
+    evaluate = make_evaluator(config, model, mesh)
+    params = load_weights(args.source, config.model, abstract_params(model), mesh)
+    window = args.window_blocks or window_blocks(config.steps, config.steps, config.final_window_tokens)
+    loss = evaluate(params, window)
+    print(f"val_loss:{loss:.6f} tokens:{evaluate.tokens}")
+    return loss
+
+
+def _base_config(arguments: Sequence[str]) -> Config:
+    """The configuration that the flags change: of the run folder named, or of --preset."""
+    folders = [a for a in arguments if not a.startswith("-") and (Path(a) / "config.json").is_file()]
+    if folders:
+        return read_config(Path(folders[0]) / "config.json")[0]
+    name = "recurrent"
+    for i, argument in enumerate(arguments):
+        if argument == "--preset" and i + 1 < len(arguments):
+            name = arguments[i + 1]
+        elif argument.startswith("--preset="):
+            name = argument.removeprefix("--preset=")
+    return preset(name)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

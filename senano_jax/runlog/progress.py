@@ -1,0 +1,43 @@
+"""What a person watching a run sees: a live line on a terminal, plain lines elsewhere."""
+
+import rich.console
+import rich.progress
+
+
+class Progress:
+    """A context manager; `total_steps` is the length of the run. Prints nothing if `visible` is False."""
+
+    def __init__(self, total_steps: int, first_step: int = 0, visible: bool = True):
+        self._console = rich.console.Console(highlight=False, quiet=not visible, soft_wrap=True)
+        self._bar = None
+        if self._console.is_terminal:
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("step {task.completed}/{task.total}"),
+                rich.progress.BarColumn(bar_width=30),
+                rich.progress.TextColumn("{task.fields[figures]}"),
+                rich.progress.TextColumn("left"),
+                rich.progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                console=self._console,
+                transient=True,
+                speed_estimate_period=120,
+            )
+            self._task = self._bar.add_task("train", total=total_steps, completed=first_step, figures="compiling")
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, step: int, loss: float, tokens_per_s: float, line: str) -> None:
+        """Shows a finished step: on the live line, or as the plain `line`."""
+        if self._bar is None:
+            self._console.print(line, markup=False)
+        else:
+            self._bar.update(self._task, completed=step, figures=f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s")
+
+    def say(self, line: str) -> None:
+        self._console.print(line, markup=False)

@@ -1,0 +1,23 @@
+"""Training time: a clock that stops for evaluations, as in the PyTorch program's logs."""
+
+import time
+
+
+class Clock:
+    def __init__(self):
+        self._elapsed = 0.0
+        self._started: float | None = None
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        self._elapsed, self._started = self._seconds(), None
+
+    @property
+    def milliseconds(self) -> float:
+        return 1000 * self._seconds()
+
+    def _seconds(self) -> float:
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        return self._elapsed + running

@@ -1,0 +1,56 @@
+"""Validation loss: the plain mean over the first tokens of the validation shards."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int32
+
+from senano_jax.config import Config
+from senano_jax.data.shards import find_shards
+from senano_jax.data.stream import validation_sequences
+from senano_jax.model.gpt import Gpt
+from senano_jax.training.mesh import place_sequences
+from senano_jax.training.state import Params
+from senano_jax.training.step import make_eval_step
+
+
+class Evaluator:
+    """Evaluates weights on a fixed set of sequences, one sequence on each device at a time."""
+
+    def __init__(self, model: Gpt, mesh: Mesh, sequences: Int32[np.ndarray, "N T+1"]):
+        self._step = make_eval_step(model, mesh)
+        self._mesh = mesh
+        self._sequences = sequences
+
+    @property
+    def tokens(self) -> int:
+        return self._sequences.shape[0] * (self._sequences.shape[1] - 1)
+
+    def __call__(self, params: Params, window_blocks: int) -> float:
+        """Mean cross-entropy over all tokens, in nats; waits for the devices."""
+        losses = []
+        for first in range(0, len(self._sequences), self._mesh.size):
+            rows, weights = self._local_rows(first)
+            losses.append(
+                self._step(
+                    params,
+                    place_sequences(self._mesh, rows),
+                    place_sequences(self._mesh, weights),
+                    np.int32(window_blocks),
+                )
+            )
+        return float(np.sum(np.asarray(jax.device_get(losses), np.float64))) / self.tokens
+
+    def _local_rows(self, first: int):
+        """This process's sequences of the round that begins at `first`, and 1 or 0 for each: does it count?"""
+        local = self._mesh.size // jax.process_count()
+        wanted = first + local * jax.process_index() + np.arange(local)
+        counts = wanted < len(self._sequences)
+        return self._sequences[np.where(counts, wanted, 0)], counts.astype(np.float32)
+
+
+def make_evaluator(config: Config, model: Gpt, mesh: Mesh) -> Evaluator:
+    """Raises UserError if the validation shards are unsound or too short."""
+    data = config.data
+    shards = find_shards(data.val_files)
+    return Evaluator(model, mesh, validation_sequences(data.val_files, shards, data.val_tokens, data.val_seq_len))
