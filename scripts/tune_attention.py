@@ -20,13 +20,13 @@ from bench_attention import chain, load_tokens, median_ms
 
 from senano_jax.attention import flash
 from senano_jax.attention.intervals import document_start, window_intervals
-from senano_jax.attention.tiles import BFLOAT16, Tile, Tiles
+from senano_jax.attention.tiles import BFLOAT16, Tile
 
 SCALE = 0.12
 
 
 def run_forward(tile, q, k, v, intervals):
-    return flash.forward(q, k, v, intervals, SCALE, Tiles(tile, tile, tile), False)
+    return flash.forward(q, k, v, intervals.key_start, SCALE, tile, False)
 
 
 def run_dq(tile, q, k, v, intervals, out, dout, lse, delta):
@@ -68,7 +68,7 @@ def main():
     arguments = {"forward": {}, "dq": {}, "dkv": {}}
     for window in args.windows:
         intervals = jax.jit(window_intervals)(starts, window)
-        out, lse = flash.forward(q, k, v, intervals, SCALE, BFLOAT16, False)
+        out, lse = flash.forward(q, k, v, intervals.key_start, SCALE, BFLOAT16.forward, False)
         _, delta = flash.backward_queries(q, k, v, out, dout, lse, intervals.key_start, SCALE, BFLOAT16.dq, False)
         backward = (q, k, v, intervals, out, dout, lse, delta)
         for kernel in KERNELS:

@@ -1,9 +1,12 @@
 """Flash attention over intervals, three Pallas kernels for NVIDIA GPUs.
 
 FlashAttention-2 (arXiv 2307.08691) with one change: query q sees the keys key_start[q] <= k <= q. Both bounds of
-`Intervals` are sorted, so the tiles that a query tile meets are a range, and so are those that a key tile meets. Tiles
-outside are never visited, in either direction; tiles inside need no mask; only the two borders of the range compare
-positions. The bounds are read from memory at run time: one compilation serves every window and every packing.
+`Intervals` are sorted, so the tiles that a query tile meets are a range, and so are those that a key tile meets: tiles
+without a visible pair are never visited, in either direction. The bounds are read from memory at run time: one
+compilation serves every window and every packing of documents.
+
+Every visited tile is masked. A loop of its own for the tiles that need no mask was slower in all three kernels (H200):
+three loops hold more registers than one and drain the pipeline of loads three times, and a mask costs one comparison.
 
 Names end in their dimensions: Q a tile of queries, K a tile of keys, D the width of a head. Scores are in units of
 log2, so that exp and log are the hardware's exp2 and log2: p = exp2(scale * log2(e) * q.k - lse).
@@ -24,9 +27,10 @@ from senano_jax.attention.intervals import BLOCK, Intervals
 from senano_jax.attention.tiles import Tile, Tiles, default_tiles
 
 LOG2_E = math.log2(math.e)
-# Finite: a row whose keys are all hidden in its first tile collects garbage of weight exp2(0) there, which
-# exp2(MASKED - m) = 0 wipes out when the row meets its own key; -inf would make that inf - inf.
-MASKED = -1e30
+# The running maximum starts above scale * MASKED, so that a hidden score weighs exp2(scale * MASKED - LOWEST) = 0 even
+# in a tile where a row sees no key; both are finite, because inf - inf is not a number.
+MASKED = -3e38
+LOWEST = -1e30
 
 
 def flash_attention(
@@ -59,11 +63,11 @@ def flash_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _attention(q, k, v, intervals, scale, tiles, interpret):
-    return forward(q, k, v, intervals, scale, tiles, interpret)[0]
+    return forward(q, k, v, intervals.key_start, scale, tiles.forward, interpret)[0]
 
 
 def _attention_fwd(q, k, v, intervals, scale, tiles, interpret):
-    out, lse_BHT = forward(q, k, v, intervals, scale, tiles, interpret)
+    out, lse_BHT = forward(q, k, v, intervals.key_start, scale, tiles.forward, interpret)
     out = checkpoint_name(out, "attention_out")
     lse_BHT = checkpoint_name(lse_BHT, "attention_lse")
     return out, (q, k, v, intervals, out, lse_BHT)
@@ -79,100 +83,106 @@ def _attention_bwd(scale, tiles, interpret, residuals, dout):
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-# --- launches: one program a tile; heads vary fastest, so that neighbours read the same bounds and the same rows ---
+# --- launches: one program a tile and head, the tiles with most work first, the heads of a tile next to each other ---
 
 
-def _specs(length: int, heads: int, width: int, rows: int):
-    """Block specs of program (head, tile, sequence): its rows or the whole sequence, [T, D] or [T]."""
-    return (
-        pl.BlockSpec((None, rows, None, width), lambda h, i, b: (b, i, h, 0)),
-        pl.BlockSpec((None, length, None, width), lambda h, i, b: (b, 0, h, 0)),
-        pl.BlockSpec((None, None, rows), lambda h, i, b: (b, h, i)),
-        pl.BlockSpec((None, None, length), lambda h, i, b: (b, h, 0)),
-        pl.BlockSpec((None, length), lambda h, i, b: (b, 0)),
+def forward(q, k, v, key_start_BT, scale: float, tile: Tile, interpret: bool):
+    """out, like q, and the log-sum-exp of its scores, float32 [B, H, T] in units of log2."""
+    return _launch(
+        _forward_kernel,
+        (q, k, v, key_start_BT),
+        (q, _per_query(q)),
+        _query_tiles_by_work(key_start_BT, tile.queries),
+        scale,
+        tile,
+        interpret,
     )
 
 
-def forward(q, k, v, intervals, scale, tiles, interpret):
-    batch, length, heads, width = q.shape
-    tile = tiles.forward
-    tile_QD, all_TD, tile_Q, _, bounds_T = _specs(length, heads, width, tile.queries)
+def backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale: float, tile: Tile, interpret: bool):
+    """dQ, and delta = rowsum(dout * out), float32 [B, H, T], for `backward_keys`: here because dout is at hand."""
+    return _launch(
+        _backward_queries_kernel,
+        (q, k, v, out, dout, lse_BHT, key_start_BT),
+        (q, _per_query(q)),
+        _query_tiles_by_work(key_start_BT, tile.queries),
+        scale,
+        tile,
+        interpret,
+    )
+
+
+def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float, tile: Tile, interpret: bool):
+    """dK and dV."""
+    return _launch(
+        _backward_keys_kernel,
+        (q, k, v, dout, lse_BHT, delta_BHT, query_end_BT),
+        (k, v),
+        _key_tiles_by_work(query_end_BT, tile.keys),
+        scale,
+        tile,
+        interpret,
+    )
+
+
+def _launch(kernel, inputs, outputs, order, scale, tile, interpret):
+    heads = inputs[0].shape[2]
     return pallas_triton.call(
-        functools.partial(_forward_kernel, scale=scale, tile=tile),
-        name="flash_forward",
-        grid=(heads, length // tile.queries, batch),
-        in_specs=[tile_QD, all_TD, all_TD, bounds_T],
-        out_specs=[tile_QD, tile_Q],
-        out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
-        ],
+        functools.partial(kernel, scale=scale, tile=tile, exp2=pallas_triton.scaled_exp2(interpret)),
+        name=kernel.__name__.removeprefix("_").removesuffix("_kernel"),
+        grid=(heads, order.size),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
         tile=tile,
         interpret=interpret,
-    )(q, k, v, intervals.key_start)
+    )(order, *inputs)
 
 
-def backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale, tile, interpret):
-    batch, length, heads, width = q.shape
-    tile_QD, all_TD, tile_Q, _, bounds_T = _specs(length, heads, width, tile.queries)
-    return pallas_triton.call(
-        functools.partial(_backward_queries_kernel, scale=scale, tile=tile),
-        name="flash_backward_queries",
-        grid=(heads, length // tile.queries, batch),
-        in_specs=[tile_QD, all_TD, all_TD, tile_QD, tile_QD, tile_Q, bounds_T],
-        out_specs=[tile_QD, tile_Q],
-        out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct(lse_BHT.shape, jnp.float32),
-        ],
-        tile=tile,
-        interpret=interpret,
-    )(q, k, v, out, dout, lse_BHT, key_start_BT)
+def _per_query(q):
+    batch, length, heads, _ = q.shape
+    return jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
 
 
-def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale, tile, interpret):
-    batch, length, heads, width = q.shape
-    tile_KD, all_TD, _, all_T, bounds_T = _specs(length, heads, width, tile.keys)
-    return pallas_triton.call(
-        functools.partial(_backward_keys_kernel, scale=scale, tile=tile),
-        name="flash_backward_keys",
-        grid=(heads, length // tile.keys, batch),
-        in_specs=[all_TD, tile_KD, tile_KD, all_TD, all_T, all_T, bounds_T],
-        out_specs=[tile_KD, tile_KD],
-        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
-        tile=tile,
-        interpret=interpret,
-    )(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT)
+def _query_tiles_by_work(key_start_BT, size: int):
+    """Tile numbers over all sequences, int32, those that reach over most keys first."""
+    first_query = jnp.arange(0, key_start_BT.shape[1], size)
+    return jnp.argsort((key_start_BT[:, ::size] - first_query).reshape(-1)).astype(jnp.int32)
 
 
-# --- kernels ---
+def _key_tiles_by_work(query_end_BT, size: int):
+    """Tile numbers over all sequences, int32, those that most queries reach first."""
+    first_key = jnp.arange(0, query_end_BT.shape[1], size)
+    return jnp.argsort((first_key - query_end_BT[:, size - 1 :: size]).reshape(-1)).astype(jnp.int32)
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, key_start_ref, out_ref, lse_ref, *, scale: float, tile: Tile):
-    query0 = pl.program_id(1) * tile.queries
-    q_QD = q_ref[...]
-    visible, key_tiles = _visible_keys(key_start_ref, query0, tile)
+# --- kernels: they see whole arrays and find their tile in `order` ---
 
-    def step(j, carry, masked):
+
+def _forward_kernel(order_ref, q_ref, k_ref, v_ref, key_start_ref, out_ref, lse_ref, *, scale: float, tile: Tile, exp2):
+    head, sequence, query0 = _my_tile(order_ref, q_ref, tile.queries)
+    queries = pl.ds(query0, tile.queries)
+    visible, first, stop = _visible_keys(key_start_ref, sequence, query0, tile)
+    q_QD = q_ref[sequence, queries, head, :]
+
+    def step(j, carry):
         out_QD, max_Q, sum_Q = carry
         keys = pl.ds(j * tile.keys, tile.keys)
-        score_QK, to_log2 = _dot(q_QD, k_ref[keys, :].T), scale * LOG2_E
-        if masked:  # MASKED is already in log2: scaled once for the maximum, once fused below, it would round apart
-            score_QK, to_log2 = jnp.where(visible(j), score_QK * to_log2, MASKED), 1.0
-        new_max_Q = jnp.maximum(max_Q, jnp.max(score_QK, axis=1) * to_log2)
-        p_QK = jnp.exp2(score_QK * to_log2 - new_max_Q[:, None])
+        score_QK = jnp.where(visible(j), _dot(q_QD, k_ref[sequence, keys, head, :].T), MASKED)
+        new_max_Q = jnp.maximum(max_Q, jnp.max(score_QK, axis=1) * (scale * LOG2_E))
+        p_QK = exp2(score_QK, scale * LOG2_E, new_max_Q[:, None])
         decay_Q = jnp.exp2(max_Q - new_max_Q)
-        v_KD = v_ref[keys, :]
+        v_KD = v_ref[sequence, keys, head, :]
         out_QD = out_QD * decay_Q[:, None] + _dot(p_QK.astype(v_KD.dtype), v_KD)
         return out_QD, new_max_Q, sum_Q * decay_Q + jnp.sum(p_QK, axis=1)
 
     zero_Q = jnp.zeros((tile.queries,), jnp.float32)
-    out_QD, max_Q, sum_Q = _sweep(key_tiles, step, (jnp.zeros(q_QD.shape, jnp.float32), zero_Q + MASKED, zero_Q))
-    out_ref[...] = (out_QD / sum_Q[:, None]).astype(out_ref.dtype)
-    lse_ref[...] = max_Q + jnp.log2(sum_Q)
+    start = (jnp.zeros(q_QD.shape, jnp.float32), zero_Q + LOWEST, zero_Q)
+    out_QD, max_Q, sum_Q = lax.fori_loop(first, stop, step, start)
+    out_ref[sequence, queries, head, :] = (out_QD / sum_Q[:, None]).astype(out_ref.dtype)
+    lse_ref[sequence, head, queries] = max_Q + jnp.log2(sum_Q)
 
 
 def _backward_queries_kernel(
+    order_ref,
     q_ref,
     k_ref,
     v_ref,
@@ -185,28 +195,31 @@ def _backward_queries_kernel(
     *,
     scale: float,
     tile: Tile,
+    exp2,
 ):
-    """dQ, and delta = rowsum(dout * out) for the other half: here because dout is at hand."""
-    query0 = pl.program_id(1) * tile.queries
-    q_QD, dout_QD, lse_Q = q_ref[...], dout_ref[...], lse_ref[...]
-    delta_Q = jnp.sum(out_ref[...].astype(jnp.float32) * dout_QD.astype(jnp.float32), axis=1)
-    delta_ref[...] = delta_Q
-    visible, key_tiles = _visible_keys(key_start_ref, query0, tile)
+    head, sequence, query0 = _my_tile(order_ref, q_ref, tile.queries)
+    queries = pl.ds(query0, tile.queries)
+    visible, first, stop = _visible_keys(key_start_ref, sequence, query0, tile)
+    q_QD, dout_QD = q_ref[sequence, queries, head, :], dout_ref[sequence, queries, head, :]
+    lse_Q = lse_ref[sequence, head, queries]
+    out_QD = out_ref[sequence, queries, head, :]
+    delta_Q = jnp.sum(out_QD.astype(jnp.float32) * dout_QD.astype(jnp.float32), axis=1)
+    delta_ref[sequence, head, queries] = delta_Q
 
-    def step(j, dq_QD, masked):
+    def step(j, dq_QD):
         keys = pl.ds(j * tile.keys, tile.keys)
-        k_KD = k_ref[keys, :]
-        p_QK = jnp.exp2(_dot(q_QD, k_KD.T) * (scale * LOG2_E) - lse_Q[:, None])
-        if masked:
-            p_QK = jnp.where(visible(j), p_QK, 0.0)
-        dscore_QK = p_QK * (_dot(dout_QD, v_ref[keys, :].T) - delta_Q[:, None])
+        k_KD, v_KD = k_ref[sequence, keys, head, :], v_ref[sequence, keys, head, :]
+        p_QK = exp2(_dot(q_QD, k_KD.T), scale * LOG2_E, lse_Q[:, None])
+        p_QK = jnp.where(visible(j), p_QK, 0.0)
+        dscore_QK = p_QK * (_dot(dout_QD, v_KD.T) - delta_Q[:, None])
         return dq_QD + _dot(dscore_QK.astype(k_KD.dtype), k_KD)
 
-    dq_QD = _sweep(key_tiles, step, jnp.zeros(q_QD.shape, jnp.float32))
-    dq_ref[...] = (dq_QD * scale).astype(dq_ref.dtype)
+    dq_QD = lax.fori_loop(first, stop, step, jnp.zeros(q_QD.shape, jnp.float32))
+    dq_ref[sequence, queries, head, :] = (dq_QD * scale).astype(dq_ref.dtype)
 
 
 def _backward_keys_kernel(
+    order_ref,
     q_ref,
     k_ref,
     v_ref,
@@ -219,74 +232,68 @@ def _backward_keys_kernel(
     *,
     scale: float,
     tile: Tile,
+    exp2,
 ):
-    """dK and dV on transposed tiles: the probabilities come out as the left factor of both products."""
-    key0 = pl.program_id(1) * tile.keys
-    k_KD, v_KD = k_ref[...], v_ref[...]
-    visible, query_tiles = _visible_queries(query_end_ref, key0, tile)
+    """On transposed tiles: probabilities come out of one product as the left factor of the next."""
+    head, sequence, key0 = _my_tile(order_ref, k_ref, tile.keys)
+    keys = pl.ds(key0, tile.keys)
+    visible, first, stop = _visible_queries(query_end_ref, sequence, key0, tile)
+    k_KD, v_KD = k_ref[sequence, keys, head, :], v_ref[sequence, keys, head, :]
 
-    def step(i, carry, masked):
+    def step(i, carry):
         dk_KD, dv_KD = carry
         queries = pl.ds(i * tile.queries, tile.queries)
-        q_QD, dout_QD = q_ref[queries, :], dout_ref[queries, :]
-        p_KQ = jnp.exp2(_dot(k_KD, q_QD.T) * (scale * LOG2_E) - lse_ref[queries][None, :])
-        if masked:
-            p_KQ = jnp.where(visible(i), p_KQ, 0.0)
+        q_QD, dout_QD = q_ref[sequence, queries, head, :], dout_ref[sequence, queries, head, :]
+        p_KQ = exp2(_dot(k_KD, q_QD.T), scale * LOG2_E, lse_ref[sequence, head, queries][None, :])
+        p_KQ = jnp.where(visible(i), p_KQ, 0.0)
         dv_KD = dv_KD + _dot(p_KQ.astype(dout_QD.dtype), dout_QD)
-        dscore_KQ = p_KQ * (_dot(v_KD, dout_QD.T) - delta_ref[queries][None, :])
+        dscore_KQ = p_KQ * (_dot(v_KD, dout_QD.T) - delta_ref[sequence, head, queries][None, :])
         return dk_KD + _dot(dscore_KQ.astype(q_QD.dtype), q_QD), dv_KD
 
     zero_KD = jnp.zeros(k_KD.shape, jnp.float32)
-    dk_KD, dv_KD = _sweep(query_tiles, step, (zero_KD, zero_KD))
-    dk_ref[...] = (dk_KD * scale).astype(dk_ref.dtype)
-    dv_ref[...] = dv_KD.astype(dv_ref.dtype)
+    dk_KD, dv_KD = lax.fori_loop(first, stop, step, (zero_KD, zero_KD))
+    dk_ref[sequence, keys, head, :] = (dk_KD * scale).astype(dk_ref.dtype)
+    dv_ref[sequence, keys, head, :] = dv_KD.astype(dv_ref.dtype)
 
 
 # --- which tiles, and which scores in them ---
 
 
-def _visible_keys(key_start_ref, query0, tile: Tile):
-    """For the queries from query0: the mask of a key tile, and the ranges of key tiles for `_sweep`."""
+def _my_tile(order_ref, rows_ref, size: int):
+    """Head, sequence and first row of this program's tile."""
+    tiles = rows_ref.shape[1] // size
+    number = order_ref[pl.program_id(1)]
+    return pl.program_id(0), _floor(number, tiles), lax.rem(number, jnp.int32(tiles)) * size
+
+
+def _visible_keys(key_start_ref, sequence, query0, tile: Tile):
+    """For the queries from query0: the mask [Q, K] of key tile j, and the range of j."""
     query_Q = query0 + jnp.arange(tile.queries, dtype=jnp.int32)
-    key_start_Q = key_start_ref[pl.ds(query0, tile.queries)]
-    last = query0 + tile.queries - 1
+    key_start_Q = key_start_ref[sequence, pl.ds(query0, tile.queries)]
 
     def visible(j):
         key_K = j * tile.keys + jnp.arange(tile.keys, dtype=jnp.int32)
-        return (key_start_Q[:, None] <= key_K[None, :]) & (key_K[None, :] <= query_Q[:, None])
+        return _within(key_K[None, :] - key_start_Q[:, None], (query_Q - key_start_Q + 1)[:, None])
 
-    first = _floor(key_start_ref[query0], tile.keys)
-    stop = _ceil(last + 1, tile.keys)
-    # Whole tiles: no query of the tile starts after their first key or precedes their last.
-    whole_first = jnp.minimum(_ceil(key_start_ref[last], tile.keys), stop)
-    whole_stop = jnp.maximum(_floor(query0 + 1, tile.keys), whole_first)
-    return visible, (first, whole_first, whole_stop, stop)
+    return visible, _floor(key_start_ref[sequence, query0], tile.keys), _ceil(query0 + tile.queries, tile.keys)
 
 
-def _visible_queries(query_end_ref, key0, tile: Tile):
-    """For the keys from key0: the mask of a query tile (transposed), and the ranges of query tiles for `_sweep`."""
+def _visible_queries(query_end_ref, sequence, key0, tile: Tile):
+    """For the keys from key0: the mask [K, Q] of query tile i, and the range of i."""
     key_K = key0 + jnp.arange(tile.keys, dtype=jnp.int32)
-    query_end_K = query_end_ref[pl.ds(key0, tile.keys)]
-    last = key0 + tile.keys - 1
+    query_end_K = query_end_ref[sequence, pl.ds(key0, tile.keys)]
 
     def visible(i):
         query_Q = i * tile.queries + jnp.arange(tile.queries, dtype=jnp.int32)
-        return (key_K[:, None] <= query_Q[None, :]) & (query_Q[None, :] < query_end_K[:, None])
+        return _within(query_Q[None, :] - key_K[:, None], (query_end_K - key_K)[:, None])
 
-    first = _floor(key0, tile.queries)
-    stop = _ceil(query_end_ref[last], tile.queries)
-    whole_first = jnp.minimum(_ceil(last, tile.queries), stop)
-    whole_stop = jnp.maximum(_floor(query_end_ref[key0], tile.queries), whole_first)
-    return visible, (first, whole_first, whole_stop, stop)
+    last = key0 + tile.keys - 1
+    return visible, _floor(key0, tile.queries), _ceil(query_end_ref[sequence, last], tile.queries)
 
 
-def _sweep(ranges, step, carry):
-    """Masked tiles, whole tiles, masked tiles, in order."""
-    first, whole_first, whole_stop, stop = ranges
-    masked, whole = functools.partial(step, masked=True), functools.partial(step, masked=False)
-    carry = lax.fori_loop(first, whole_first, masked, carry)
-    carry = lax.fori_loop(whole_first, whole_stop, whole, carry)
-    return lax.fori_loop(whole_stop, stop, masked, carry)
+def _within(offset, size):
+    """0 <= offset < size in one comparison: as unsigned numbers, negative offsets are larger than any size."""
+    return offset.astype(jnp.uint32) < size.astype(jnp.uint32)
 
 
 def _floor(n, size: int):

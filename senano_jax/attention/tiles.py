@@ -30,7 +30,7 @@ BFLOAT16 = Tiles(
     dkv=Tile(queries=64, keys=128, warps=8, stages=2),
 )
 # Float32 serves tests: true float32 products have no tensor cores, and larger tiles do not fit in registers.
-FLOAT32 = Tiles(*[Tile(queries=32, keys=32, warps=4, stages=1)] * 3)
+FLOAT32 = Tiles(*[Tile(queries=32, keys=32, warps=8, stages=1)] * 3)
 
 
 def default_tiles(dtype: jnp.dtype) -> Tiles:
