@@ -42,6 +42,20 @@ def run_dkv(tile, q, k, v, intervals, out, dout, lse, delta):
 KERNELS = {"forward": run_forward, "dq": run_dq, "dkv": run_dkv}
 
 
+def candidates(args):
+    """(kernel, tile) to try: those named, or the product of the sizes less what cannot be good."""
+    if args.only:
+        for name in args.only:
+            kernel, numbers = name.split(":")
+            yield kernel, Tile(*map(int, numbers.split("x")))
+        return
+    for kernel, *numbers in itertools.product(args.kernels, args.queries, args.keys, args.warps, args.stages):
+        tile = Tile(*numbers)
+        rows = tile.keys if kernel == "dkv" else tile.queries
+        if rows >= 16 * tile.warps:  # the tensor cores give a warp 16 rows: more warps would repeat work
+            yield kernel, tile
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shard", help="a .bin shard for real documents; default: synthetic lengths")
@@ -55,6 +69,7 @@ def main():
     parser.add_argument("--keys", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--warps", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", nargs="+", metavar="KERNEL:QxKxWxS", help="these, not the product of the above")
     parser.add_argument("--calls", type=int, default=8)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=4, help="no configuration starts after this")
@@ -77,8 +92,7 @@ def main():
     rows = []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         compiling = []
-        for kernel, *numbers in itertools.product(args.kernels, args.queries, args.keys, args.warps, args.stages):
-            tile = Tile(*numbers)
+        for kernel, tile in candidates(args):
             lowered = jax.jit(chain(functools.partial(KERNELS[kernel], tile), args.calls)).lower(
                 *arguments[kernel][args.windows[0]]
             )

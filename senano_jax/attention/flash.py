@@ -83,58 +83,73 @@ def _attention_bwd(scale, tiles, interpret, residuals, dout):
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-# --- launches: one program a tile and head, the tiles with most work first, the heads of a tile next to each other ---
+# --- launches: one program a tile, sequence and head; the heads of a tile run side by side and share its bounds ---
 
 
 def forward(q, k, v, key_start_BT, scale: float, tile: Tile, interpret: bool):
     """out, like q, and the log-sum-exp of its scores, float32 [B, H, T] in units of log2."""
-    return _launch(
-        _forward_kernel,
-        (q, k, v, key_start_BT),
-        (q, _per_query(q)),
-        _query_tiles_by_work(key_start_BT, tile.queries),
-        scale,
-        tile,
-        interpret,
-    )
+    tile_QD, all_TD, tile_Q, _, bounds_T = _block_specs(q, tile.queries)
+    return pallas_triton.call(
+        functools.partial(_forward_kernel, scale=scale, tile=tile, exp2=pallas_triton.scaled_exp2(interpret)),
+        name="flash_forward",
+        grid=_grid(q, tile.queries),
+        in_specs=[tile_QD, all_TD, all_TD, bounds_T],
+        out_specs=[tile_QD, tile_Q],
+        out_shape=[_like(q), _per_query(q)],
+        tile=tile,
+        interpret=interpret,
+    )(q, k, v, key_start_BT)
 
 
 def backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale: float, tile: Tile, interpret: bool):
     """dQ, and delta = rowsum(dout * out), float32 [B, H, T], for `backward_keys`: here because dout is at hand."""
-    return _launch(
-        _backward_queries_kernel,
-        (q, k, v, out, dout, lse_BHT, key_start_BT),
-        (q, _per_query(q)),
-        _query_tiles_by_work(key_start_BT, tile.queries),
-        scale,
-        tile,
-        interpret,
-    )
+    tile_QD, all_TD, tile_Q, _, bounds_T = _block_specs(q, tile.queries)
+    return pallas_triton.call(
+        functools.partial(_queries_kernel, scale=scale, tile=tile, exp2=pallas_triton.scaled_exp2(interpret)),
+        name="flash_backward_queries",
+        grid=_grid(q, tile.queries),
+        in_specs=[tile_QD, all_TD, all_TD, tile_QD, tile_QD, tile_Q, bounds_T],
+        out_specs=[tile_QD, tile_Q],
+        out_shape=[_like(q), _per_query(q)],
+        tile=tile,
+        interpret=interpret,
+    )(q, k, v, out, dout, lse_BHT, key_start_BT)
 
 
 def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float, tile: Tile, interpret: bool):
     """dK and dV."""
-    return _launch(
-        _backward_keys_kernel,
-        (q, k, v, dout, lse_BHT, delta_BHT, query_end_BT),
-        (k, v),
-        _key_tiles_by_work(query_end_BT, tile.keys),
-        scale,
-        tile,
-        interpret,
+    tile_KD, all_TD, _, all_T, bounds_T = _block_specs(k, tile.keys)
+    return pallas_triton.call(
+        functools.partial(_keys_kernel, scale=scale, tile=tile, exp2=pallas_triton.scaled_exp2(interpret)),
+        name="flash_backward_keys",
+        grid=_grid(k, tile.keys),
+        in_specs=[all_TD, tile_KD, tile_KD, all_TD, all_T, all_T, bounds_T],
+        out_specs=[tile_KD, tile_KD],
+        out_shape=[_like(k), _like(v)],
+        tile=tile,
+        interpret=interpret,
+    )(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT)
+
+
+def _grid(x, rows: int):
+    batch, length, heads, _ = x.shape
+    return heads, length // rows, batch  # the first index varies fastest
+
+
+def _block_specs(x, rows: int):
+    """What program (head, tile, sequence) sees: its rows or all rows of [T, D]; the same of [T]; the bounds, [T]."""
+    _, length, _, width = x.shape
+    return (
+        pl.BlockSpec((None, rows, None, width), lambda h, i, b: (b, i, h, 0)),
+        pl.BlockSpec((None, length, None, width), lambda h, i, b: (b, 0, h, 0)),
+        pl.BlockSpec((None, None, rows), lambda h, i, b: (b, h, i)),
+        pl.BlockSpec((None, None, length), lambda h, i, b: (b, h, 0)),
+        pl.BlockSpec((None, length), lambda h, i, b: (b, 0)),
     )
 
 
-def _launch(kernel, inputs, outputs, order, scale, tile, interpret):
-    heads = inputs[0].shape[2]
-    return pallas_triton.call(
-        functools.partial(kernel, scale=scale, tile=tile, exp2=pallas_triton.scaled_exp2(interpret)),
-        name=kernel.__name__.removeprefix("_").removesuffix("_kernel"),
-        grid=(heads, order.size),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
-        tile=tile,
-        interpret=interpret,
-    )(order, *inputs)
+def _like(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _per_query(q):
@@ -142,153 +157,101 @@ def _per_query(q):
     return jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
 
 
-def _query_tiles_by_work(key_start_BT, size: int):
-    """Tile numbers over all sequences, int32, those that reach over most keys first."""
-    first_query = jnp.arange(0, key_start_BT.shape[1], size)
-    return jnp.argsort((key_start_BT[:, ::size] - first_query).reshape(-1)).astype(jnp.int32)
+# --- kernels ---
 
 
-def _key_tiles_by_work(query_end_BT, size: int):
-    """Tile numbers over all sequences, int32, those that most queries reach first."""
-    first_key = jnp.arange(0, query_end_BT.shape[1], size)
-    return jnp.argsort((first_key - query_end_BT[:, size - 1 :: size]).reshape(-1)).astype(jnp.int32)
-
-
-# --- kernels: they see whole arrays and find their tile in `order` ---
-
-
-def _forward_kernel(order_ref, q_ref, k_ref, v_ref, key_start_ref, out_ref, lse_ref, *, scale: float, tile: Tile, exp2):
-    head, sequence, query0 = _my_tile(order_ref, q_ref, tile.queries)
-    queries = pl.ds(query0, tile.queries)
-    visible, first, stop = _visible_keys(key_start_ref, sequence, query0, tile)
-    q_QD = q_ref[sequence, queries, head, :]
+def _forward_kernel(q_ref, k_ref, v_ref, key_start_ref, out_ref, lse_ref, *, scale: float, tile: Tile, exp2):
+    visible, first, stop = _visible_keys(key_start_ref, tile)
+    q_QD = q_ref[...]
 
     def step(j, carry):
         out_QD, max_Q, sum_Q = carry
         keys = pl.ds(j * tile.keys, tile.keys)
-        score_QK = jnp.where(visible(j), _dot(q_QD, k_ref[sequence, keys, head, :].T), MASKED)
+        score_QK = jnp.where(visible(j), _dot(q_QD, k_ref[keys, :].T), MASKED)
         new_max_Q = jnp.maximum(max_Q, jnp.max(score_QK, axis=1) * (scale * LOG2_E))
         p_QK = exp2(score_QK, scale * LOG2_E, new_max_Q[:, None])
         decay_Q = jnp.exp2(max_Q - new_max_Q)
-        v_KD = v_ref[sequence, keys, head, :]
+        v_KD = v_ref[keys, :]
         out_QD = out_QD * decay_Q[:, None] + _dot(p_QK.astype(v_KD.dtype), v_KD)
         return out_QD, new_max_Q, sum_Q * decay_Q + jnp.sum(p_QK, axis=1)
 
     zero_Q = jnp.zeros((tile.queries,), jnp.float32)
     start = (jnp.zeros(q_QD.shape, jnp.float32), zero_Q + LOWEST, zero_Q)
     out_QD, max_Q, sum_Q = lax.fori_loop(first, stop, step, start)
-    out_ref[sequence, queries, head, :] = (out_QD / sum_Q[:, None]).astype(out_ref.dtype)
-    lse_ref[sequence, head, queries] = max_Q + jnp.log2(sum_Q)
+    out_ref[...] = (out_QD / sum_Q[:, None]).astype(out_ref.dtype)
+    lse_ref[...] = max_Q + jnp.log2(sum_Q)
 
 
-def _backward_queries_kernel(
-    order_ref,
-    q_ref,
-    k_ref,
-    v_ref,
-    out_ref,
-    dout_ref,
-    lse_ref,
-    key_start_ref,
-    dq_ref,
-    delta_ref,
-    *,
-    scale: float,
-    tile: Tile,
-    exp2,
+def _queries_kernel(
+    q_ref, k_ref, v_ref, out_ref, dout_ref, lse_ref, key_start_ref, dq_ref, delta_ref, *, scale, tile: Tile, exp2
 ):
-    head, sequence, query0 = _my_tile(order_ref, q_ref, tile.queries)
-    queries = pl.ds(query0, tile.queries)
-    visible, first, stop = _visible_keys(key_start_ref, sequence, query0, tile)
-    q_QD, dout_QD = q_ref[sequence, queries, head, :], dout_ref[sequence, queries, head, :]
-    lse_Q = lse_ref[sequence, head, queries]
-    out_QD = out_ref[sequence, queries, head, :]
-    delta_Q = jnp.sum(out_QD.astype(jnp.float32) * dout_QD.astype(jnp.float32), axis=1)
-    delta_ref[sequence, head, queries] = delta_Q
+    visible, first, stop = _visible_keys(key_start_ref, tile)
+    q_QD, dout_QD, lse_Q = q_ref[...], dout_ref[...], lse_ref[...]
+    delta_Q = jnp.sum(out_ref[...].astype(jnp.float32) * dout_QD.astype(jnp.float32), axis=1)
+    delta_ref[...] = delta_Q
 
     def step(j, dq_QD):
         keys = pl.ds(j * tile.keys, tile.keys)
-        k_KD, v_KD = k_ref[sequence, keys, head, :], v_ref[sequence, keys, head, :]
+        k_KD = k_ref[keys, :]
         p_QK = exp2(_dot(q_QD, k_KD.T), scale * LOG2_E, lse_Q[:, None])
         p_QK = jnp.where(visible(j), p_QK, 0.0)
-        dscore_QK = p_QK * (_dot(dout_QD, v_KD.T) - delta_Q[:, None])
+        dscore_QK = p_QK * (_dot(dout_QD, v_ref[keys, :].T) - delta_Q[:, None])
         return dq_QD + _dot(dscore_QK.astype(k_KD.dtype), k_KD)
 
     dq_QD = lax.fori_loop(first, stop, step, jnp.zeros(q_QD.shape, jnp.float32))
-    dq_ref[sequence, queries, head, :] = (dq_QD * scale).astype(dq_ref.dtype)
+    dq_ref[...] = (dq_QD * scale).astype(dq_ref.dtype)
 
 
-def _backward_keys_kernel(
-    order_ref,
-    q_ref,
-    k_ref,
-    v_ref,
-    dout_ref,
-    lse_ref,
-    delta_ref,
-    query_end_ref,
-    dk_ref,
-    dv_ref,
-    *,
-    scale: float,
-    tile: Tile,
-    exp2,
+def _keys_kernel(
+    q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, query_end_ref, dk_ref, dv_ref, *, scale, tile: Tile, exp2
 ):
     """On transposed tiles: probabilities come out of one product as the left factor of the next."""
-    head, sequence, key0 = _my_tile(order_ref, k_ref, tile.keys)
-    keys = pl.ds(key0, tile.keys)
-    visible, first, stop = _visible_queries(query_end_ref, sequence, key0, tile)
-    k_KD, v_KD = k_ref[sequence, keys, head, :], v_ref[sequence, keys, head, :]
+    visible, first, stop = _visible_queries(query_end_ref, tile)
+    k_KD, v_KD = k_ref[...], v_ref[...]
 
     def step(i, carry):
         dk_KD, dv_KD = carry
         queries = pl.ds(i * tile.queries, tile.queries)
-        q_QD, dout_QD = q_ref[sequence, queries, head, :], dout_ref[sequence, queries, head, :]
-        p_KQ = exp2(_dot(k_KD, q_QD.T), scale * LOG2_E, lse_ref[sequence, head, queries][None, :])
+        q_QD, dout_QD = q_ref[queries, :], dout_ref[queries, :]
+        p_KQ = exp2(_dot(k_KD, q_QD.T), scale * LOG2_E, lse_ref[queries][None, :])
         p_KQ = jnp.where(visible(i), p_KQ, 0.0)
         dv_KD = dv_KD + _dot(p_KQ.astype(dout_QD.dtype), dout_QD)
-        dscore_KQ = p_KQ * (_dot(v_KD, dout_QD.T) - delta_ref[sequence, head, queries][None, :])
+        dscore_KQ = p_KQ * (_dot(v_KD, dout_QD.T) - delta_ref[queries][None, :])
         return dk_KD + _dot(dscore_KQ.astype(q_QD.dtype), q_QD), dv_KD
 
     zero_KD = jnp.zeros(k_KD.shape, jnp.float32)
     dk_KD, dv_KD = lax.fori_loop(first, stop, step, (zero_KD, zero_KD))
-    dk_ref[sequence, keys, head, :] = (dk_KD * scale).astype(dk_ref.dtype)
-    dv_ref[sequence, keys, head, :] = dv_KD.astype(dv_ref.dtype)
+    dk_ref[...] = (dk_KD * scale).astype(dk_ref.dtype)
+    dv_ref[...] = dv_KD.astype(dv_ref.dtype)
 
 
 # --- which tiles, and which scores in them ---
 
 
-def _my_tile(order_ref, rows_ref, size: int):
-    """Head, sequence and first row of this program's tile."""
-    tiles = rows_ref.shape[1] // size
-    number = order_ref[pl.program_id(1)]
-    return pl.program_id(0), _floor(number, tiles), lax.rem(number, jnp.int32(tiles)) * size
-
-
-def _visible_keys(key_start_ref, sequence, query0, tile: Tile):
-    """For the queries from query0: the mask [Q, K] of key tile j, and the range of j."""
+def _visible_keys(key_start_ref, tile: Tile):
+    """For this program's queries: the mask [Q, K] of key tile j, and the range of j."""
+    query0 = pl.program_id(1) * tile.queries
     query_Q = query0 + jnp.arange(tile.queries, dtype=jnp.int32)
-    key_start_Q = key_start_ref[sequence, pl.ds(query0, tile.queries)]
+    key_start_Q = key_start_ref[pl.ds(query0, tile.queries)]
 
     def visible(j):
         key_K = j * tile.keys + jnp.arange(tile.keys, dtype=jnp.int32)
         return _within(key_K[None, :] - key_start_Q[:, None], (query_Q - key_start_Q + 1)[:, None])
 
-    return visible, _floor(key_start_ref[sequence, query0], tile.keys), _ceil(query0 + tile.queries, tile.keys)
+    return visible, _floor(key_start_ref[query0], tile.keys), _ceil(query0 + tile.queries, tile.keys)
 
 
-def _visible_queries(query_end_ref, sequence, key0, tile: Tile):
-    """For the keys from key0: the mask [K, Q] of query tile i, and the range of i."""
+def _visible_queries(query_end_ref, tile: Tile):
+    """For this program's keys: the mask [K, Q] of query tile i, and the range of i."""
+    key0 = pl.program_id(1) * tile.keys
     key_K = key0 + jnp.arange(tile.keys, dtype=jnp.int32)
-    query_end_K = query_end_ref[sequence, pl.ds(key0, tile.keys)]
+    query_end_K = query_end_ref[pl.ds(key0, tile.keys)]
 
     def visible(i):
         query_Q = i * tile.queries + jnp.arange(tile.queries, dtype=jnp.int32)
         return _within(query_Q[None, :] - key_K[:, None], (query_end_K - key_K)[:, None])
 
-    last = key0 + tile.keys - 1
-    return visible, _floor(key0, tile.queries), _ceil(query_end_ref[sequence, last], tile.queries)
+    return visible, _floor(key0, tile.queries), _ceil(query_end_ref[key0 + tile.keys - 1], tile.queries)
 
 
 def _within(offset, size):

@@ -17,11 +17,13 @@ from senano_jax.attention.tiles import Tile
 warnings.filterwarnings("ignore", message=".*[Tt]riton.*", category=DeprecationWarning, module="jax.*")
 
 
-def call(kernel, *, name, grid, out_shape, tile: Tile, interpret: bool):
+def call(kernel, *, name, grid, in_specs, out_specs, out_shape, tile: Tile, interpret: bool):
     return pl.pallas_call(
         kernel,
         name=name,
         grid=grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
         out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
