@@ -194,8 +194,8 @@ def _queries_kernel(
         keys = pl.ds(j * tile.keys, tile.keys)
         k_KD = k_ref[keys, :]
         p_QK = exp2(_dot(q_QD, k_KD.T), scale * LOG2_E, lse_Q[:, None])
-        p_QK = jnp.where(visible(j), p_QK, 0.0)
         dscore_QK = p_QK * (_dot(dout_QD, v_ref[keys, :].T) - delta_Q[:, None])
+        dscore_QK = jnp.where(visible(j), dscore_QK, 0.0)  # as late as possible: saves registers
         return dq_QD + _dot(dscore_QK.astype(k_KD.dtype), k_KD)
 
     dq_QD = lax.fori_loop(first, stop, step, jnp.zeros(q_QD.shape, jnp.float32))
@@ -236,7 +236,7 @@ def _visible_keys(key_start_ref, tile: Tile):
 
     def visible(j):
         key_K = j * tile.keys + jnp.arange(tile.keys, dtype=jnp.int32)
-        return _within(key_K[None, :] - key_start_Q[:, None], (query_Q - key_start_Q + 1)[:, None])
+        return (key_start_Q[:, None] <= key_K[None, :]) & (key_K[None, :] <= query_Q[:, None])
 
     return visible, _floor(key_start_ref[query0], tile.keys), _ceil(query0 + tile.queries, tile.keys)
 
@@ -249,14 +249,9 @@ def _visible_queries(query_end_ref, tile: Tile):
 
     def visible(i):
         query_Q = i * tile.queries + jnp.arange(tile.queries, dtype=jnp.int32)
-        return _within(query_Q[None, :] - key_K[:, None], (query_end_K - key_K)[:, None])
+        return (key_K[:, None] <= query_Q[None, :]) & (query_Q[None, :] < query_end_K[:, None])
 
     return visible, _floor(key0, tile.queries), _ceil(query_end_ref[key0 + tile.keys - 1], tile.queries)
-
-
-def _within(offset, size):
-    """0 <= offset < size in one comparison: as unsigned numbers, negative offsets are larger than any size."""
-    return offset.astype(jnp.uint32) < size.astype(jnp.uint32)
 
 
 def _floor(n, size: int):
