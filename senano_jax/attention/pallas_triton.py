@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from senano_jax.attention.tiles import Tile
 
-warnings.filterwarnings("ignore", message=".*[Tt]riton.*", category=DeprecationWarning, module="jax.*")
+warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
 
 def call(kernel, *, name, grid, in_specs, out_specs, out_shape, tile: Tile, interpret: bool):
