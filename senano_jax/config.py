@@ -56,7 +56,7 @@ class ModelConfig:
     """Rows of the embedding."""
     padded_vocab_size: int = 50304
     """Columns of the head; the softmax runs over all of them."""
-    attention: Literal["auto", "banded", "dense"] = "auto"
+    attention: Literal["auto", "flash", "banded", "dense"] = "auto"
     """Implementation of attention; auto takes the fastest one for the device."""
     remat: Literal["none", "attention", "full"] = "none"
     """What the backward pass recomputes: nothing; each block except its attention; each block."""

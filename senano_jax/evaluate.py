@@ -34,7 +34,7 @@ class Arguments:
     """Long attention window in blocks of 128 tokens; that of the end of the run by default."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the activations and of the embedding table."""
-    attention: Literal["auto", "banded", "dense"] = "auto"
+    attention: Literal["auto", "flash", "banded", "dense"] = "auto"
     """Implementation of attention."""
     devices: int | None = None
     """Devices to use; all by default."""

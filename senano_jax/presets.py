@@ -53,7 +53,7 @@ def demo() -> Config:
     return dataclasses.replace(
         base,
         model=dataclasses.replace(
-            base.model, dim=128, num_heads=2, layers=LayerSchedule(prelude=1, loop=2, visits=2, coda=1)
+            base.model, dim=64, num_heads=2, layers=LayerSchedule(prelude=1, loop=2, visits=2, coda=1)
         ),
         data=DataConfig(
             train_files=sample.TRAIN,
@@ -61,11 +61,11 @@ def demo() -> Config:
             val_tokens=32_768,
             val_seq_len=4096,
         ),
-        steps=95,
+        steps=40,
         batch_tokens=4096,
         seq_len=1024,
         final_window_tokens=512,
-        val_every=25,
+        val_every=20,
         dtype="float32",
     )
 

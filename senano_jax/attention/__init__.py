@@ -2,15 +2,17 @@
 
 from typing import Literal
 
+import jax
 from jaxtyping import Array, Float
 
 from senano_jax.attention.banded import banded_attention
 from senano_jax.attention.dense import dense_attention
+from senano_jax.attention.flash import flash_attention
 from senano_jax.attention.intervals import BLOCK, END_OF_TEXT, Intervals, document_start, window_intervals
 
 __all__ = ["BLOCK", "END_OF_TEXT", "Intervals", "attend", "document_start", "window_intervals"]
 
-Implementation = Literal["auto", "banded", "dense"]
+Implementation = Literal["auto", "flash", "banded", "dense"]
 
 
 def attend(
@@ -26,6 +28,7 @@ def attend(
     Scores, softmax and sums are float32 whatever the type of q, k and v; the result has q's type. T is a multiple of
     128. `dense` needs O(T^2) memory and is the reference for the others; `auto` takes the fastest one that runs.
     """
-    if implementation == "dense":
-        return dense_attention(q, k, v, intervals, scale)
-    return banded_attention(q, k, v, intervals, scale)
+    if implementation == "auto":
+        implementation = "flash" if jax.default_backend() == "gpu" else "banded"
+    attention = {"flash": flash_attention, "banded": banded_attention, "dense": dense_attention}[implementation]
+    return attention(q, k, v, intervals, scale)

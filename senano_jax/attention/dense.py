@@ -17,9 +17,7 @@ def dense_attention(
     position = jnp.arange(q.shape[1])
     visible_BQK = (intervals.key_start[:, :, None] <= position) & (position <= position[:, None])
     scores_BHQK = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-    scores_BHQK = jnp.where(
-        visible_BQK[:, None], scores_BHQK, -jnp.inf
-    )  # every query sees itself: no empty row
+    scores_BHQK = jnp.where(visible_BQK[:, None], scores_BHQK, -jnp.inf)  # every query sees itself: no empty row
     weights_BHQK = jax.nn.softmax(scores_BHQK, axis=-1).astype(v.dtype)
     out = jnp.einsum("bhqk,bkhd->bqhd", weights_BHQK, v, preferred_element_type=jnp.float32)
     return out.astype(q.dtype)

@@ -54,13 +54,9 @@ def from_torch(arrays: Mapping[str, np.ndarray], config: ModelConfig, abstract_p
     arrays = {name.removeprefix("_orig_mod."): array for name, array in arrays.items()}
     names = torch_names(config)
     if missing := sorted(names.keys() - arrays.keys()):
-        raise UserError(
-            f"{source} lacks {_some(missing)}; is it a checkpoint of another --preset or --model.layers?"
-        )
+        raise UserError(f"{source} lacks {_some(missing)}; is it a checkpoint of another --preset or --model.layers?")
     if extra := sorted(arrays.keys() - names.keys()):
-        raise UserError(
-            f"{source} holds {_some(extra)}, unknown to this model; is it a checkpoint of another preset?"
-        )
+        raise UserError(f"{source} holds {_some(extra)}, unknown to this model; is it a checkpoint of another preset?")
     params: dict = {}
     for name, path in names.items():
         array = np.asarray(arrays[name])
@@ -71,9 +67,7 @@ def from_torch(arrays: Mapping[str, np.ndarray], config: ModelConfig, abstract_p
             wanted = expected.shape
             if path[-1] in _TRANSPOSED:
                 wanted = (*wanted[:-2], wanted[-1], wanted[-2])
-            raise UserError(
-                f"{source}: {name} has shape {np.shape(arrays[name])}, this model needs {tuple(wanted)}"
-            )
+            raise UserError(f"{source}: {name} has shape {np.shape(arrays[name])}, this model needs {tuple(wanted)}")
         node = params
         for key in path[:-1]:
             node = node.setdefault(key, {})
@@ -103,11 +97,7 @@ def read_torch_checkpoint(path: str) -> dict[str, np.ndarray]:
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} holds no state dict (a dictionary of tensors, or one under the key 'model')")
     for name, tensor in content.items():
-        if (
-            not isinstance(name, str)
-            or not isinstance(tensor, torch.Tensor)
-            or not tensor.is_floating_point()
-        ):
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             raise UserError(f"{path}: entry {name!r} is not a tensor of floating-point weights")
     return {name: tensor.float().numpy() for name, tensor in content.items()}
 

@@ -13,21 +13,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 SOFT_CAP = 30.0
-CHUNK_TOKENS = 8192  # logits of a chunk: 0.8 GB in bfloat16 over 50,304 columns
+# Tokens whose logits exist at a time: 0.8 GB of bfloat16 over 50,304 columns. A CPU has no use for more than its cache.
+CHUNK_TOKENS = 8192
+CHUNK_TOKENS_CPU = 256
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def soft_capped_cross_entropy(
     x: Float[Array, "B T dim"],
     head: Float[Array, "dim V"],
     targets: Int[Array, "B T"],
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> Float[Array, ""]:
     """Sum over all tokens of the cross-entropy (natural log, float32) of soft-capped logits.
 
     `x @ head` is computed and rounded in x's type, everything after it in float32. `chunk_tokens` bounds the tokens
-    whose logits exist at a time.
+    whose logits exist at a time; it changes nothing but memory and speed.
     """
+    if chunk_tokens is None:
+        chunk_tokens = CHUNK_TOKENS_CPU if jax.default_backend() == "cpu" else CHUNK_TOKENS
+    return _chunked_loss(x, head, targets, chunk_tokens)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _chunked_loss(x, head, targets, chunk_tokens):
     chunks_x, chunks_targets = _chunks(x, targets, chunk_tokens)
     weights = head.astype(x.dtype)
 
@@ -78,7 +86,7 @@ def _backward(chunk_tokens, residuals, cotangent):
     return (cotangent * d_x).astype(d_x.dtype), (cotangent * d_head).astype(d_head.dtype), None
 
 
-soft_capped_cross_entropy.defvjp(_forward, _backward)
+_chunked_loss.defvjp(_forward, _backward)
 
 
 def _chunks(x, targets, chunk_tokens):

@@ -134,6 +134,8 @@ def train(config: Config, preset: str) -> Path:
             batch = next(stream)
             tokens = place_batch(mesh, batch.tokens, micro_batches)
             state, metrics = train_step(state, tokens, np.int32(window))
+            for value in metrics:  # starts the copy now: one asked for later would wait for the steps queued behind
+                value.copy_to_host_async()
             if pending is not None:
                 report_step(*pending)
             pending = (step + 1, metrics, window, batch.end_token)

@@ -14,7 +14,7 @@ DATA_AXIS = "data"
 
 # Bytes of activations a token needs for each position, unit of width and byte of the activations' type; measured as
 # XLA's temporaries of the full-width step on an H200 (docs/performance.md).
-ACTIVATION_FACTOR = {"none": 26, "attention": 7, "full": 5}
+ACTIVATION_FACTOR = {"none": 32, "attention": 7, "full": 5}
 
 
 def make_mesh(devices: int | None) -> Mesh:
