@@ -18,7 +18,7 @@ class LayerSchedule:
     """
 
     prelude: int
-    """Layers applied once before the loop."""
+    """Layers applied once before the loop; at least one, because the first layer's values feed all others."""
     loop: int
     """Layers of the loop; even, so that every visit meets the same windows."""
     visits: int
@@ -61,7 +61,7 @@ class ModelConfig:
     remat: Literal["none", "attention", "full"] = "none"
     """What the backward pass recomputes: nothing; each block except its attention; each block."""
     unroll: bool = False
-    """Unroll the loop's visits in the compiled program instead of scanning over them."""
+    """Unroll the scan over the loop's visits in the compiled program: faster on a GPU, slower to compile."""
 
     @property
     def head_dim(self) -> int:
@@ -161,6 +161,8 @@ def check_config(config: Config) -> None:
         "--data.discard-micro-batch": data.discard_micro_batch,
         "--optimizer.momentum-warmup-steps": config.optimizer.momentum_warmup_steps,
         "--seed": config.seed,
+        "--model.layers.loop": layers.loop,
+        "--model.layers.visits": layers.visits,
     }.items():
         if value < 0:
             raise UserError(f"{flag} is {value}; it must not be negative")
@@ -187,11 +189,8 @@ def check_config(config: Config) -> None:
     if layers.loop and (layers.loop % 2 or layers.visits % 2 or layers.visits < 2):
         raise UserError(
             f"--model.layers.loop {layers.loop} and --model.layers.visits {layers.visits} must both be even: "
-            "windows alternate by position and skips pair the first half of the visits with the second"
+            "windows alternate by position and skips pair the two halves of the visits"
         )
-    if not layers.loop and not layers.prelude:
-        raise UserError("--model.layers describes no layer; give a prelude and a coda, or a loop")
-
     for flag, length in {"--seq-len": config.seq_len, "--data.val-seq-len": data.val_seq_len}.items():
         if length % BLOCK:
             raise UserError(f"{flag} {length} is not a multiple of {BLOCK}, the block of the attention window")
@@ -238,4 +237,5 @@ def _positive_integers(config: Config) -> dict[str, int]:
         "--model.num-heads": model.num_heads,
         "--model.mlp-expansion": model.mlp_expansion,
         "--model.vocab-size": model.vocab_size,
+        "--model.layers.prelude": model.layers.prelude,
     }

@@ -24,10 +24,12 @@ class Tiles:
     dkv: Tile
 
 
+# Measured on an H200 with JAX 0.11.2 at windows of 1, 7 and 14 blocks over FineWeb's documents. Four warps and 64 rows let
+# two programs share a multiprocessor, so that one computes while the other waits; larger tiles read less but run alone.
 BFLOAT16 = Tiles(
-    forward=Tile(queries=128, keys=64, warps=8, stages=2),
-    dq=Tile(queries=128, keys=64, warps=8, stages=2),
-    dkv=Tile(queries=64, keys=128, warps=8, stages=2),
+    forward=Tile(queries=64, keys=64, warps=4, stages=3),
+    dq=Tile(queries=64, keys=64, warps=4, stages=2),
+    dkv=Tile(queries=64, keys=64, warps=4, stages=2),
 )
 # Float32 serves tests: true float32 products have no tensor cores, and larger tiles do not fit in registers.
 FLOAT32 = Tiles(*[Tile(queries=32, keys=32, warps=8, stages=1)] * 3)

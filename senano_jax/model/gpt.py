@@ -86,7 +86,15 @@ class Gpt(nn.Module):
         for layer in outer:
             setattr(self, f"layer_{layer}", make_block(c))
         if layers.loop:
-            self.loop = self._visits()(c)
+            half = layers.visits // 2
+            self.loop = nn.scan(
+                LoopVisit,
+                variable_broadcast="params",
+                split_rngs={"params": False},
+                in_axes=(0, nn.broadcast),
+                length=half,
+                unroll=half if c.unroll else 1,
+            )(c)
 
     def __call__(
         self, inputs: Int[Array, "B T"], targets: Int[Array, "B T"], window_blocks: Int[Array, ""] | int
@@ -118,36 +126,12 @@ class Gpt(nn.Module):
         loop_skips = layers.loop * layers.visits // 2
         loop_weights, coda_weights = self.skip_weights[:loop_skips], self.skip_weights[loop_skips:]
         if layers.loop:
-            x = self._run_loop(x, loop_weights.reshape(-1, layers.loop), around)
+            x, emitted = self.loop(x, None, around)
+            mirrored = tuple(outputs[::-1] for outputs in reversed(emitted))
+            x, _ = self.loop(x, (loop_weights.reshape(-1, layers.loop), mirrored), around)
 
         for c in range(layers.coda):
             layer = layers.prelude + layers.loop + c
             skip = (coda_weights[c], outputs.pop())
             x, _ = apply_layer(getattr(self, f"layer_{layer}"), layer, x, skip, around)
         return norm(x)
-
-    def _visits(self):
-        """LoopVisit as it is, or scanned over half of the visits with the same weights in each."""
-        if self.config.unroll:
-            return LoopVisit
-        return nn.scan(
-            LoopVisit,
-            variable_broadcast="params",
-            split_rngs={"params": False},
-            in_axes=(0, nn.broadcast),
-            length=self.config.layers.visits // 2,
-        )
-
-    def _run_loop(self, x, weights, around):
-        """All visits; `weights` [visits / 2, loop] are the skip weights of the second half."""
-        if not self.config.unroll:
-            x, emitted = self.loop(x, None, around)
-            mirrored = tuple(outputs[::-1] for outputs in reversed(emitted))
-            return self.loop(x, (weights, mirrored), around)[0]
-        emitted = []
-        for _ in weights:
-            x, outputs = self.loop(x, None, around)
-            emitted.append(outputs)
-        for visit_weights in weights:
-            x, _ = self.loop(x, (visit_weights, emitted.pop()[::-1]), around)
-        return x

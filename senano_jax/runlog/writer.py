@@ -26,7 +26,8 @@ def new_run_dir(preset: str) -> Path:
 
 
 class RunFolder:
-    """config.json and environment.json, written once; metrics.jsonl and log.txt, appended line by line.
+    """config.json and environment.json, written once; metrics.jsonl and log.txt, appended line by line and closed
+    when the context is left.
 
     In a job of several processes only process 0 writes. Raises UserError if the folder holds a run already or
     cannot be written.
@@ -56,7 +57,10 @@ class RunFolder:
         if self._writes:
             self._log.write(line + "\n")
 
-    def close(self) -> None:
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_) -> None:
         if self._writes:
             self._metrics.close()
             self._log.close()

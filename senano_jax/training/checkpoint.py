@@ -1,6 +1,5 @@
 """Checkpoints of a run: written in the background with orbax, complete or absent."""
 
-import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ KEEP = 2  # newest checkpoints kept
 
 
 class Checkpoints:
-    """The checkpoints in `folder`, one a step."""
+    """The checkpoints in `folder`, one a step. A context manager: on leaving it everything is on disk."""
 
     def __init__(self, folder: Path):
         logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every file it touches
@@ -27,6 +26,8 @@ class Checkpoints:
         self._folder = folder
 
     def latest_step(self) -> int | None:
+        """The newest step that is completely on disk; waits for a save under way."""
+        self._manager.wait_until_finished()
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
@@ -48,19 +49,12 @@ class Checkpoints:
             raise UserError(f"checkpoint {step} in {self._folder} cannot be read: {reason}") from None
         return items["params"]
 
-    def close(self) -> None:
-        """Waits until everything is on disk."""
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
-
-
-@contextlib.contextmanager
-def opened(folder: Path):
-    checkpoints = Checkpoints(folder)
-    try:
-        yield checkpoints
-    finally:
-        checkpoints.close()
 
 
 def load_latest_params(run_dir: Path, abstract: Params, mesh: Mesh) -> tuple[Params, int]:
@@ -68,7 +62,7 @@ def load_latest_params(run_dir: Path, abstract: Params, mesh: Mesh) -> tuple[Par
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{run_dir} holds no checkpoints; give the folder of a run that saved one")
-    with opened(folder) as checkpoints:
+    with Checkpoints(folder) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:
             raise UserError(f"{folder} holds no finished checkpoint; give the folder of a run that saved one")

@@ -47,7 +47,7 @@ def make_train_step(
             loss, gradients = jax.lax.psum(total, DATA_AXIS)
 
         with jax.named_scope("optimizer"):
-            grad_norm = optax.global_norm(gradients)
+            grad_norm = optax.tree.norm(gradients)
             gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.params)
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)

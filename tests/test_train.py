@@ -1,0 +1,191 @@
+"""The commands from end to end, on the bundled sample and a model of a few thousand parameters a layer."""
+
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from senano_jax import evaluate, train
+from senano_jax.config_file import read_config
+from senano_jax.data import sample
+from senano_jax.data.shards import open_shard, write_shard
+from senano_jax.errors import UserError
+from senano_jax.runlog.reader import read_log
+from senano_jax.training.checkpoint import Checkpoints
+
+STEPS, BATCH, SEQ = 5, 1024, 256
+SMALL = [
+    "--model.dim=16", "--model.num-heads=2", f"--steps={STEPS}", f"--batch-tokens={BATCH}", f"--seq-len={SEQ}",
+    "--final-window-tokens=256", "--data.val-tokens=1024", "--data.val-seq-len=512", "--val-every=2", "--devices=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_kept(tmp_path_factory):
+    """The runs below differ little: most take their compiled steps from one cache."""
+    SMALL.append(f"--compilation-cache={tmp_path_factory.mktemp('xla')}")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A finished run with a checkpoint in the middle."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    return train.main(["demo", *SMALL, "--checkpoint-every=3", f"--run-dir={path}"])
+
+
+def records(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in lines if "loss" in r], [r for r in lines if "val_loss" in r]
+
+
+def test_every_step_and_evaluation_is_recorded_with_its_place_in_the_stream(run_dir):
+    steps, evaluations = records(run_dir)
+    assert [r["step"] for r in steps] == list(range(1, STEPS + 1))
+    assert [r["tokens_trained"] for r in steps] == [BATCH * k for k in range(1, STEPS + 1)]
+    assert all(r["tokens_read"] == r["tokens_trained"] for r in steps)
+    assert [(r["step"], r["tokens_trained"]) for r in evaluations] == [(s, s * BATCH) for s in (0, 2, 4, STEPS)]
+    assert evaluations[0]["val_loss"] == pytest.approx(10.8258, abs=1e-4)  # ln 50304: the head is zero
+    assert evaluations[-1]["val_loss"] < 10.0
+
+
+def test_the_log_is_in_pytorch_s_format_and_the_comparison_tool_reads_the_folder(run_dir):
+    log = (run_dir / "log.txt").read_text()
+    pattern = rf"^step:4/{STEPS} val_loss:\d+\.\d{{4}} train_time:\d+ms step_avg:\d+\.\d{{2}}ms tokens:0\.00M$"
+    assert re.search(pattern, log, re.MULTILINE)
+    parsed = read_log(str(run_dir))
+    assert parsed.complete and parsed.tokens_trained == STEPS * BATCH
+    assert parsed.parameters == json.loads((run_dir / "config.json").read_text())["parameters"]
+
+
+def test_the_folder_says_what_was_run_and_where(run_dir):
+    config, preset = read_config(run_dir / "config.json")
+    assert preset == "demo"
+    assert (config.steps, config.model.dim, config.devices) == (STEPS, 16, 2)
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert environment["packages"]["jax"] == jax.__version__
+    assert environment["devices"][0]["platform"] == "cpu"
+
+
+def test_evaluate_gives_the_final_validation_loss_again(run_dir, capsys):
+    final = records(run_dir)[1][-1]["val_loss"]
+    loss = evaluate.main([str(run_dir)])
+    assert loss == pytest.approx(final, rel=1e-6)
+    assert capsys.readouterr().out.strip() == f"val_loss:{loss:.6f} tokens:1024"
+
+
+def test_a_smaller_window_changes_the_evaluation(run_dir):
+    assert evaluate.main([str(run_dir), "--window-blocks=1"]) != evaluate.main([str(run_dir), "--window-blocks=2"])
+
+
+def test_a_run_can_start_from_another_run_s_weights(run_dir, tmp_path):
+    again = train.main(
+        [
+            "demo",
+            *SMALL,
+            "--steps=1",
+            f"--init-from={run_dir}",
+            "--final-window-tokens=128",
+            f"--run-dir={tmp_path / 'b'}",
+        ]
+    )
+    first_loss = records(again)[1][0]["val_loss"]
+    assert first_loss == pytest.approx(evaluate.main([str(run_dir), "--window-blocks=1"]), rel=1e-6)
+
+
+def test_checkpoints_are_kept_by_step(run_dir):
+    with Checkpoints(run_dir / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == STEPS
+    assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {"3", str(STEPS)}
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_last_checkpoint(tmp_path):
+    arguments = ["demo", *SMALL, "--checkpoint-every=1", "--optimizer.embed-lr=1e38", f"--run-dir={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match=r"step \d+ has loss .*nan.*; the newest checkpoint is that of step \d+;"):
+        train.main(arguments)
+    steps, _ = records(tmp_path / "run")
+    assert steps, "the finite steps before it are recorded"
+
+
+def test_a_folder_with_a_run_in_it_is_refused(run_dir):
+    with pytest.raises(UserError, match="holds a run already"):
+        train.main(["demo", *SMALL, f"--run-dir={run_dir}"])
+
+
+def test_more_tokens_than_the_shards_hold_are_refused_before_training(tmp_path):
+    with pytest.raises(UserError, match="samples are never repeated"):
+        train.main(["demo", *SMALL, "--steps=100000", f"--run-dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_replaying_the_pytorch_loader_skips_tokens_and_says_so(tmp_path):
+    path = train.main(
+        [
+            "demo",
+            *SMALL,
+            "--steps=2",
+            "--data.discard-micro-batch=512",
+            "--val-every=0",
+            f"--run-dir={tmp_path / 'run'}",
+        ]
+    )
+    steps, _ = records(path)
+    assert [r["tokens_read"] for r in steps] == [BATCH + 512, 2 * (BATCH + 512)]
+    assert [r["tokens_trained"] for r in steps] == [BATCH, 2 * BATCH]
+
+
+def test_a_pytorch_checkpoint_evaluates_to_the_loss_it_was_exported_with(run_dir, tmp_path):
+    torch = pytest.importorskip("torch")
+    from senano_jax.interop.torch_checkpoint import torch_names
+    from senano_jax.training.checkpoint import load_latest_params
+    from senano_jax.training.mesh import make_mesh
+    from senano_jax.training.state import abstract_params, make_model
+
+    config, _ = read_config(run_dir / "config.json")
+    abstract = abstract_params(make_model(config))
+    params, _ = load_latest_params(run_dir, abstract, make_mesh(1))
+    state = {}
+    for name, path in torch_names(config.model).items():
+        node = params
+        for key in path:
+            node = node[key]
+        tensor = torch.tensor(jax.device_get(node).astype("float32"))
+        state[name] = tensor.mT.contiguous() if path[-1] in ("head", "qkv", "out", "up", "down") else tensor
+    torch.save({"step": STEPS, "model": {f"_orig_mod.{k}": v for k, v in state.items()}}, tmp_path / "state.pt")
+    # The architecture comes from the preset, so a checkpoint of another width is refused by tensor and shape.
+    with pytest.raises(UserError, match=r"embed\.weight has shape \(50257, 16\), this model needs \(50257, 64\)"):
+        evaluate.main([str(tmp_path / "state.pt"), "--preset=demo"])
+    started = train.main(
+        ["demo", *SMALL, "--steps=1", "--val-every=1", "--final-window-tokens=128",
+         f"--init-from={tmp_path / 'state.pt'}", f"--run-dir={tmp_path / 'run'}"]
+    )  # fmt: skip
+    expected = evaluate.main([str(run_dir), "--window-blocks=1"])
+    assert records(started)[1][0]["val_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "unknown preset 'nonsense'; choose one of"),
+        (["demo", "--batch-tokens=5000"], "--batch-tokens 5000 is not a multiple of --seq-len 1024"),
+        (["demo", "--data.train-files=/nowhere/*.bin"], "no shard matches '/nowhere/*.bin'"),
+        (["demo", "--init-from=/nowhere"], "/nowhere is neither a PyTorch checkpoint"),
+    ],
+)
+def test_bad_input_ends_in_one_line_without_a_traceback(arguments, message, tmp_path):
+    command = [sys.executable, "-m", "senano_jax.train", *arguments, "--compilation-cache=None"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ") and message in result.stderr
+
+
+def test_a_bad_token_in_the_middle_of_training_is_named(tmp_path):
+    tokens = open_shard(sample.TRAIN)[: STEPS * BATCH + 1].copy()
+    write_shard(tmp_path / "train.bin", tokens)
+    with (tmp_path / "train.bin").open("r+b") as file:
+        file.seek(1024 + 2 * 4000)
+        file.write((60000).to_bytes(2, "little"))
+    with pytest.raises(UserError, match=r"train\.bin holds 60000 at token 4000"):
+        train.main(["demo", *SMALL, f"--data.train-files={tmp_path}/*.bin", f"--run-dir={tmp_path / 'run'}"])
