@@ -5,9 +5,9 @@ FlashAttention-2 (arXiv 2307.08691) with one change: query q sees the keys key_s
 without a visible pair are never visited, in either direction. The bounds are read from memory at run time: one
 compilation serves every window and every packing of documents.
 
-Every visited tile is masked. Loops of their own for the tiles inside the range, which need no mask, gained nothing (H200):
-a mask is one comparison, while three loops hold more registers than one and drain the pipeline of loads three times.
-Nor did running the longest tiles first: the sort cost what the shorter tail saved.
+Every visited tile is masked. A loop of their own for the tiles that need no mask gained nothing (H200): a mask is one
+comparison, while three loops hold more registers than one and drain the pipeline of loads three times. Nor did running
+the longest tiles first: the sort cost what the shorter tail saved.
 
 Names end in their dimensions: Q a tile of queries, K a tile of keys, D the width of a head. Scores are in units of
 log2, so that exp and log are the hardware's exp2 and log2: p = exp2(scale * log2(e) * q.k - lse).

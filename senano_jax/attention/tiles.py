@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from senano_jax.attention.intervals import BLOCK
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -13,6 +15,9 @@ class Tile:
     keys: int  # columns
     warps: int  # of 32 threads; 4 or 8, one or two warpgroups on Hopper
     stages: int  # depth of the software pipeline that loads the next tiles
+
+    def __post_init__(self):
+        assert BLOCK % self.queries == 0 and BLOCK % self.keys == 0, "tiles must divide every length we accept"
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,8 @@ class Tiles:
     dkv: Tile
 
 
-# Measured on an H200 with JAX 0.11.2 at windows of 1, 7 and 14 blocks over FineWeb's documents. Four warps and 64 rows let
-# two programs share a multiprocessor, so that one computes while the other waits; larger tiles read less but run alone.
+# Measured on an H200 with JAX 0.11.2 at windows of 1, 7 and 14 blocks over FineWeb's documents. Four warps and 64 rows
+# let two programs share a multiprocessor, one computing while the other waits; larger tiles read less but run alone.
 BFLOAT16 = Tiles(
     forward=Tile(queries=64, keys=64, warps=4, stages=3),
     dq=Tile(queries=64, keys=64, warps=4, stages=2),
