@@ -44,7 +44,7 @@ def recurrent() -> Config:
     """The record, 668.47M tokens: the six middle layers are applied four times over the same weights."""
     base = no_value_embeddings()
     layers = LayerSchedule(prelude=3, loop=6, visits=4, coda=3)
-    return dataclasses.replace(base, model=dataclasses.replace(base.model, layers=layers), steps=1700)
+    return dataclasses.replace(base, model=dataclasses.replace(base.model, layers=layers, unroll=True), steps=1700)
 
 
 def demo() -> Config:
@@ -53,7 +53,11 @@ def demo() -> Config:
     return dataclasses.replace(
         base,
         model=dataclasses.replace(
-            base.model, dim=64, num_heads=2, layers=LayerSchedule(prelude=1, loop=2, visits=2, coda=1)
+            base.model,
+            dim=64,
+            num_heads=2,
+            layers=LayerSchedule(prelude=1, loop=2, visits=2, coda=1),
+            unroll=False,
         ),
         data=DataConfig(
             train_files=sample.TRAIN,

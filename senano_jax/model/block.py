@@ -45,8 +45,10 @@ class Attention(nn.Module):
         out_DD = self.param("out", nn.initializers.zeros, (D, D))
         value_residual = self.param("value_residual", nn.initializers.constant(0.5), ())
 
-        qkv = jnp.einsum("btd,cde->btce", x_BTD, qkv_3DD.astype(x_BTD.dtype))
-        q, k, raw_v = (qkv[:, :, i].reshape(B, T, c.num_heads, c.head_dim) for i in range(3))
+        # One product, then a split: its gradient is one concatenation, where that of slices would be three padded sums.
+        qkv_DE = jnp.swapaxes(qkv_3DD.astype(x_BTD.dtype), 0, 1).reshape(D, 3 * D)
+        heads = (B, T, c.num_heads, c.head_dim)
+        q, k, raw_v = (part.reshape(heads) for part in jnp.split(x_BTD @ qkv_DE, 3, axis=-1))
         q, k = rotate(norm(q), rotary), rotate(norm(k), rotary)
         v = raw_v
         if first_v_BTHK is not None:
