@@ -45,7 +45,7 @@ def norm(x) -> np.ndarray:
 
 
 def rotary(x) -> np.ndarray:
-    """[T, H, D]: pair (j, D/2 + j) turns by position x 1024^(-j / (D/4 - 1)) for j < D/4, the other pairs not at all."""
+    """[T, H, D]: pair (j, D/2 + j) turns by position x 1024^(-j / (D/4 - 1)) for j < D/4, the others rest."""
     length, _, width = x.shape
     half, turning = width // 2, width // 4
     y = np.array(x, np.float64)

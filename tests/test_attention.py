@@ -1,6 +1,7 @@
 """Attention: the dense one against a loop over queries, the banded one against the dense one, isolation, memory."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def test_one_compilation_serves_every_window():
     tokens = jnp.zeros((1, LENGTH), jnp.int32)
     results = [attention(*inputs(3, batch=1), tokens, window) for window in (1, 2, 3, 4)]
     assert attention._cache_size() == 1
-    for narrow, wide in zip(results, results[1:]):
+    for narrow, wide in itertools.pairwise(results):
         assert relative_error(narrow, wide) > 1e-3  # and it matters
 
 

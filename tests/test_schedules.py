@@ -1,0 +1,90 @@
+"""Schedules over a run, against the PyTorch program's formulas and at their ends."""
+
+import dataclasses
+from fractions import Fraction
+from math import ceil
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from senano_jax.optim.schedules import learning_rate_factor, muon_momentum, window_blocks
+from senano_jax.presets import preset
+
+OPTIMIZER = preset("recurrent").optimizer
+
+
+def published_factor(step, steps):
+    x = step / steps
+    if x < 1 - 0.4:
+        return 1.0
+    w = (1 - x) / 0.4
+    return w * 1.0 + (1 - w) * 0.1
+
+
+def published_momentum(step):
+    fraction = min(step / 300, 1)
+    return (1 - fraction) * 0.85 + fraction * 0.95
+
+
+def published_window(step, steps):
+    """The next multiple of 128 at or above 1728 x progress, in blocks; the model's own floor of one block."""
+    tokens = 1728 * (step / steps)
+    multiple = next(m for m in range(128, int(tokens) + 1 + 128, 128) if m >= tokens)
+    return multiple // 128
+
+
+@pytest.mark.parametrize("steps", [6, 200, 1700])
+def test_learning_rates_are_constant_then_fall_linearly(steps):
+    """Traced like in the step: one compilation for all of them, float32."""
+    factor = jax.jit(lambda step: learning_rate_factor(step, steps, OPTIMIZER))
+    for step in range(0, steps + 1, max(1, steps // 50)):
+        assert float(factor(step)) == pytest.approx(published_factor(step, steps), abs=1e-6)
+    assert factor(0).dtype == jnp.float32
+    assert factor(0) == 1.0
+    assert float(factor(steps)) == pytest.approx(0.1, abs=1e-6)
+
+
+def test_the_cooldown_begins_at_60_percent():
+    """Exactly 1 up to step 1020 of 1700, less from the next one on."""
+    assert [float(learning_rate_factor(step, 1700, OPTIMIZER)) for step in (1019, 1020)] == [1.0, 1.0]
+    assert float(learning_rate_factor(1021, 1700, OPTIMIZER)) < 1
+
+
+def test_without_cooldown_the_rate_stays():
+    """A fraction of 0 divides nothing by zero: 1 at every step that is taken."""
+    constant = dataclasses.replace(OPTIMIZER, cooldown_fraction=0.0)
+    assert {float(learning_rate_factor(step, 10, constant)) for step in range(10)} == {1.0}
+
+
+@pytest.mark.parametrize("step", [0, 1, 150, 299, 300, 301, 1699])
+def test_momentum_warms_up_over_300_steps(step):
+    """0.85 at step 0, 0.95 from step 300 on."""
+    assert float(jax.jit(lambda s: muon_momentum(s, OPTIMIZER))(step)) == pytest.approx(
+        published_momentum(step), abs=1e-7
+    )
+
+
+def test_without_warm_up_the_momentum_is_the_final_one_after_the_first_step():
+    """Zero steps of warm-up divide nothing by zero."""
+    at_once = dataclasses.replace(OPTIMIZER, momentum_warmup_steps=0)
+    assert float(muon_momentum(1, at_once)) == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize("steps", [1700, 1900])
+def test_the_window_grows_at_the_very_steps_of_the_pytorch_program(steps):
+    """All steps of the two published runs, against its formula and against exact rational arithmetic."""
+    windows = [window_blocks(step, steps, 1728) for step in range(steps + 1)]
+    assert windows == [published_window(step, steps) for step in range(steps + 1)]
+    assert windows == [max(1, ceil(Fraction(1728 * step, 128 * steps))) for step in range(steps + 1)]
+    assert (windows[0], windows[1], windows[-1]) == (1, 1, 14)
+    assert set(windows) == set(range(1, 15))
+
+
+@pytest.mark.parametrize("steps", [1, 6, 95, 200])
+def test_the_window_of_other_runs(steps):
+    """Short runs reach the same window, in larger strides; also where progress meets a block exactly."""
+    for final in (128, 512, 1728):
+        for step in range(steps + 1):
+            tokens = final * (step / steps)
+            assert window_blocks(step, steps, final) == max(1, ceil(tokens / 128))

@@ -1,0 +1,44 @@
+"""Models small enough to compile in seconds, with random weights in every tensor."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from senano_jax.config import LayerSchedule, ModelConfig
+from senano_jax.model.gpt import Gpt
+from senano_jax.training.state import abstract_params
+
+TINY = ModelConfig(
+    dim=32, num_heads=2, layers=LayerSchedule(1, 2, 2, 1), vocab_size=512, padded_vocab_size=640, attention="banded"
+)
+
+
+def tiny_model(dtype=jnp.float32, **changes) -> Gpt:
+    return Gpt(dataclasses.replace(TINY, **changes), jnp.dtype(dtype))
+
+
+@functools.cache
+def random_params(model: Gpt, seed: int = 0):
+    """Weights none of which is zero or trivial: a fresh model would hide what its zero matrices multiply.
+
+    Made once for each model and seed, so never donate them.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        x = rng.standard_normal(leaf.shape).astype(np.float32)
+        if leaf.ndim < 2:
+            x = 0.5 + 0.2 * x
+        elif path[-1].key not in ("embedding", "head"):
+            x = x / np.sqrt(leaf.shape[-2])
+        return jnp.asarray(x, leaf.dtype)
+
+    return jax.tree.map_with_path(draw, abstract_params(model))
+
+
+def random_sequences(count: int, length: int, seed: int = 0, vocabulary: int = TINY.vocab_size) -> np.ndarray:
+    """int32 [count, length + 1]."""
+    return np.random.default_rng(seed).integers(0, vocabulary, (count, length + 1)).astype(np.int32)
