@@ -101,8 +101,7 @@ def loss_and_gradients(**changes):
 def test_how_it_is_computed_does_not_change_the_result(change):
     """Scanned or unrolled, kept or recomputed: the float32 loss and the initial weights of a seed are the same bits.
 
-    Gradients agree to rounding: the two scans add the visits' shares of a weight in another order than the unrolled
-    loop, and the compiler fuses a recomputation with other neighbours than the first computation.
+    Gradients agree to rounding: the compiler fuses an unrolled visit, and a recomputation, with other neighbours.
     """
     expected_loss, expected = loss_and_gradients()
     loss, gradients = loss_and_gradients(**change)

@@ -1,0 +1,151 @@
+"""What a configuration may be: the presets as they are, and one line on everything that cannot work."""
+
+import dataclasses
+import re
+
+import pytest
+
+from senano_jax.config import Config, LayerSchedule, check_config, check_split
+from senano_jax.errors import UserError
+from senano_jax.presets import PRESETS, preset
+
+
+def changed(config: Config, field: str, value) -> Config:
+    """`field` may name one of the model's, the data's or the optimiser's, as the flags do: "data.val_tokens"."""
+    outer, _, inner = field.partition(".")
+    if inner:
+        value = changed(getattr(config, outer), inner, value)
+    return dataclasses.replace(config, **{outer: value})
+
+
+def refusal(function, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_can_work(name):
+    """As they are, on one device and on several."""
+    config = preset(name)
+    check_config(config)
+    for devices in (1, 2, 4):
+        check_split(config, devices, 1)
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones():
+    """The name given and every name there is."""
+    message = refusal(preset, "recurent")
+    assert "'recurent'" in message
+    assert all(name in message for name in PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("name", "trained_tokens", "positions"),
+    [("recurrent", 668_467_200, 30), ("no-value-embeddings", 747_110_400, 12)],
+)
+def test_record_presets_are_the_published_runs(name, trained_tokens, positions):
+    """Tokens trained on in all, sequences a step, validation, and the depth of the schedule with its mirrored skips."""
+    config = preset(name)
+    assert config.steps * config.batch_tokens == trained_tokens
+    assert (config.batch_sequences, config.seq_len, config.dtype) == (16, 24_576, "bfloat16")
+    assert (config.data.val_tokens, config.data.val_seq_len, config.val_every) == (10_485_760, 131_072, 125)
+    layers = config.model.layers
+    assert (layers.layers, layers.positions, layers.skips) == (12, positions, positions // 2)
+    assert (config.model.dim, config.model.head_dim) == (768, 128)
+    assert (config.model.vocab_size, config.model.padded_vocab_size) == (50_257, 50_304)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("steps", "batch_tokens", "seq_len", "final_window_tokens", "devices", "micro_batches"),
+        *("data.val_tokens", "data.val_seq_len", "model.dim", "model.num_heads", "model.mlp_expansion"),
+        *("model.vocab_size", "model.layers.prelude"),
+    ],
+)
+@pytest.mark.parametrize("value", [0, -3])
+def test_counts_must_be_positive(field, value):
+    """Flag, value, and the least that is allowed; never a division by zero."""
+    message = refusal(check_config, changed(preset("recurrent"), field, value))
+    assert f"--{field.replace('_', '-')} is {value}; it must be at least 1" in message
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("val_every", "checkpoint_every", "data.discard_micro_batch", "optimizer.momentum_warmup_steps", "seed"),
+        *("model.layers.loop", "model.layers.visits"),
+    ],
+)
+def test_some_counts_may_be_zero_but_not_negative(field):
+    """Zero has a meaning for each of them."""
+    check_config(changed(preset("no-value-embeddings"), field, 0))
+    message = refusal(check_config, changed(preset("recurrent"), field, -1))
+    assert f"--{field.replace('_', '-')} is -1; it must not be negative" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"model.num_heads": 5}, ["--model.dim 768", "--model.num-heads 5", "multiple of the number of heads"]),
+        ({"model.dim": 12}, ["--model.dim 12", "--model.num-heads 6", "heads of 2", "multiple of 4"]),
+        (
+            {"model.padded_vocab_size": 50_256},
+            ["--model.padded-vocab-size 50256", "below --model.vocab-size 50257"],
+        ),
+        ({"model.layers": LayerSchedule(3, 6, 4, 2)}, ["prelude 3", "--model.layers.coda 2", "must be equal"]),
+        ({"model.layers": LayerSchedule(3, 5, 4, 3)}, ["--model.layers.loop 5", "visits 4", "must both be even"]),
+        ({"model.layers": LayerSchedule(3, 6, 3, 3)}, ["--model.layers.loop 6", "visits 3", "must both be even"]),
+        ({"model.layers": LayerSchedule(3, 6, 0, 3)}, ["--model.layers.loop 6", "visits 0"]),
+        ({"model.layers": LayerSchedule(0, 6, 4, 0)}, ["--model.layers.prelude is 0", "at least 1"]),
+        ({"seq_len": 24_500}, ["--seq-len 24500", "multiple of 128"]),
+        ({"data.val_seq_len": 1000}, ["--data.val-seq-len 1000", "multiple of 128"]),
+        (
+            {"seq_len": 1024, "batch_tokens": 4096},
+            ["--final-window-tokens 1728", "--seq-len 1024", "shorten the window or lengthen the sequence"],
+        ),
+        ({"batch_tokens": 400_000}, ["--batch-tokens 400000", "--seq-len 24576", "the nearest is 393216"]),
+        ({"batch_tokens": 100}, ["--batch-tokens 100", "the nearest is 24576"]),
+        ({"data.val_tokens": 10_000_000}, ["--data.val-tokens 10000000", "131072", "the nearest is 9961472"]),
+        ({"optimizer.cooldown_fraction": 1.5}, ["--optimizer.cooldown-fraction is 1.5", "0 to 1"]),
+        ({"optimizer.cooldown_fraction": float("nan")}, ["--optimizer.cooldown-fraction is nan", "0 to 1"]),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_work_is_refused_in_one_line(changes, fragments):
+    """It names the flags and their values, and what to do."""
+    config = preset("recurrent")
+    for field, value in changes.items():
+        config = changed(config, field, value)
+    message = refusal(check_config, config)
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_the_nearest_value_that_is_proposed_is_accepted():
+    """Advice that is followed must work."""
+    for field, value in (("batch_tokens", 400_000), ("batch_tokens", 1), ("data.val_tokens", 10_000_000)):
+        message = refusal(check_config, changed(preset("recurrent"), field, value))
+        proposed = int(re.search(r"the nearest is (\d+)", message)[1])
+        check_config(changed(preset("recurrent"), field, proposed))
+
+
+@pytest.mark.parametrize(("devices", "micro_batches"), [(3, 1), (8, 4), (1, 5), (32, 1)])
+def test_a_step_that_cannot_be_dealt_out_is_refused(devices, micro_batches):
+    """The numbers and the three flags that can mend it."""
+    message = refusal(check_split, preset("recurrent"), devices, micro_batches)
+    assert "16 sequences" in message
+    assert f"{devices} devices x {micro_batches} micro-batches" in message
+    assert "change --devices, --micro-batches or --batch-tokens" in message
+
+
+def test_even_splits_are_accepted():
+    """All ways of dealing 16 sequences to powers of two."""
+    for devices in (1, 2, 4, 8, 16):
+        for micro_batches in (1, 2, 4, 8, 16):
+            if devices * micro_batches <= 16:
+                check_split(preset("recurrent"), devices, micro_batches)
