@@ -1,0 +1,143 @@
+"""python -m senano_jax.profile [PRESET] [flags of train]: where the time of a training step goes."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from senano_jax.config import Config, check_config
+from senano_jax.errors import UserError, one_line_errors
+from senano_jax.files import write_atomically
+from senano_jax.optim.schedules import window_blocks
+from senano_jax.presets import PRESETS, preset
+from senano_jax.profiling.measure import Plan, Report, measure, to_json
+from senano_jax.profiling.report import remarks, tables
+from senano_jax.runlog.tables import Table
+from senano_jax.runlog.writer import environment
+from senano_jax.train import configure_jax
+
+SWEEP_WINDOWS = (1, 2, 4, 7, 10, 14)
+_PIPE_WIDTH = 200  # columns when the output is no terminal: nothing is cut
+
+_DESCRIPTION = """Compiles the training step of a preset, or of a variation of it, runs it, and reports the phases of
+compilation, FLOPs, memory, step times, model FLOPs utilisation (MFU) and where the time goes on the device.
+
+Presets: {presets}. Without one: recurrent on a GPU, else demo.
+Tokens: the training shards if they are there, else the bundled sample, or synthetic documents if it is too short.
+The defaults below are those of {name}.
+"""
+
+
+@dataclass(frozen=True)
+class Arguments(Config):
+    window_blocks: int | None = None
+    """Long attention window in blocks of 128 tokens; that of the end of the run by default."""
+    sweep: bool = False
+    """Repeat the timing for windows of 1, 2, 4, 7, 10 and 14 blocks, as far as the run's last window."""
+    evaluation: bool = False
+    """Time an evaluation too: one sequence of --data.val-seq-len tokens on each device."""
+    profile_steps: int = 20
+    """Timed steps."""
+    warmup: int = 3
+    """Steps before the timed ones."""
+    trace_dir: Path | None = None
+    """Keep the profiler's traces in this folder, for a viewer such as xprof or Perfetto."""
+    json: Path | None = None
+    """File for all figures."""
+
+
+def main(arguments: Sequence[str]) -> Report:
+    """Parses, measures, prints and writes. Raises UserError for anything the user can mend."""
+    name, flags = _choose_preset(list(arguments))
+    base = preset(name)
+    args = tyro.cli(
+        Arguments,
+        default=Arguments(**_config_fields(base)),
+        args=flags,
+        prog="python -m senano_jax.profile [PRESET]",
+        description=_DESCRIPTION.format(presets=", ".join(PRESETS), name=name),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    config = Config(**_config_fields(args))
+    check_config(config)
+    _check(args)
+    configure_jax(config.dtype, config.compilation_cache)
+
+    final = window_blocks(config.steps, config.steps, config.final_window_tokens)
+    window = args.window_blocks or final
+    swept = [w for w in SWEEP_WINDOWS if w <= final and w != window] if args.sweep else []
+    plan = Plan(
+        windows=(window, *swept),
+        steps=args.profile_steps,
+        warmup=args.warmup,
+        evaluation=args.evaluation,
+        trace_dir=args.trace_dir,
+        shards_required=config.data.train_files != base.data.train_files,
+    )
+    console = Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH)
+    report = measure(config, plan, lambda line: console.print(Text(f"{line} ...")))
+    console.print(
+        Text(
+            f"{name}: {report.parameters:,} parameters, {config.dtype}, steps of {config.batch_tokens:,} tokens on "
+            f"{report.devices} x {report.device_kind} (micro-batches: {report.micro_batches}; tokens of a sequence: "
+            f"{config.seq_len:,}), read from {report.token_source}"
+        )
+    )
+    for table in tables(report):
+        _print(console, table)
+    for remark in remarks(report):
+        console.print(Text(remark))
+    if args.json:
+        document = json.dumps(to_json(report, config, name, environment()), indent=1, allow_nan=False)
+        write_atomically(args.json, (document + "\n").encode())
+    return report
+
+
+def _choose_preset(arguments: list[str]) -> tuple[str, list[str]]:
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], arguments[1:]
+    return "recurrent" if jax.default_backend() == "gpu" else "demo", arguments
+
+
+def _config_fields(config: Config) -> dict:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(Config)}
+
+
+def _check(args: Arguments) -> None:
+    for flag, value in {"--window-blocks": args.window_blocks, "--profile-steps": args.profile_steps}.items():
+        if value is not None and value < 1:
+            raise UserError(f"{flag} is {value}; it must be at least 1")
+    if args.warmup < 0:
+        raise UserError(f"--warmup is {args.warmup}; it must not be negative")
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
+    if args.json and args.json.is_dir():
+        raise UserError(f"--json {args.json}: is a folder; give a file in it")
+    if args.trace_dir and args.trace_dir.exists() and not args.trace_dir.is_dir():
+        raise UserError(f"--trace-dir {args.trace_dir}: is a file; give a folder")
+
+
+def _print(console: Console, table: Table) -> None:
+    console.print(Text(f"\n{table.title}", style="bold"))
+    view = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(table.headers), show_edge=False)
+    words = {"kind", "module", "pass", "kernel"}
+    for index, header in enumerate(table.headers):
+        is_text = index == 0 or header in words
+        view.add_column(Text(header), justify="left" if is_text else "right", overflow="fold")
+    for row in table.rows:
+        view.add_row(*(Text(cell) for cell in row))
+    console.print(view)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

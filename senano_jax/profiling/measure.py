@@ -1,0 +1,237 @@
+"""One profile from configuration to figures, read from top to bottom."""
+
+import contextlib
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from senano_jax.config import Config
+from senano_jax.data.shards import find_shards
+from senano_jax.data.stream import validation_sequences
+from senano_jax.errors import UserError
+from senano_jax.model.gpt import Gpt
+from senano_jax.optim.groups import make_optimizer
+from senano_jax.profiling.compilation import (
+    Compilation,
+    ExecutedWork,
+    Memory,
+    Program,
+    compile_for_tracing,
+    compile_program,
+    executed_work,
+    planned_memory,
+)
+from senano_jax.profiling.flops import ModelFlops, peak_flops, step_flops
+from senano_jax.profiling.hlo import read_instructions
+from senano_jax.profiling.kernels import KernelTimes, busy_fraction, kernel_times, read_events
+from senano_jax.profiling.timing import Spread, StepRunner
+from senano_jax.profiling.tokens import open_feed, synthetic_sequences
+from senano_jax.training.evaluation import Evaluator
+from senano_jax.training.mesh import DATA_AXIS, choose_micro_batches, make_mesh, place_batch
+from senano_jax.training.state import Params, abstract_params, count_parameters, init_state, make_model
+from senano_jax.training.step import make_train_step
+
+TRACED_STEPS = 2
+EVALUATIONS = 3  # timed, after one that compiles
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure besides compilation, arithmetic and memory."""
+
+    windows: tuple[int, ...]  # long windows in blocks; the first one gets the whole report
+    steps: int  # timed steps
+    warmup: int  # steps before them
+    evaluation: bool
+    trace_dir: Path | None  # keep the profiler's traces here
+    shards_required: bool  # never make up tokens
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Speed of a window of attention over all devices."""
+
+    window_blocks: int
+    flops: ModelFlops  # of one step
+    step_ms: Spread  # from one finished step to the next, the next one always queued
+    tokens_per_s: float
+    mfu: float | None  # model FLOP/s over the devices' peak; None if that is unknown
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    tokens: int
+    seq_len: int
+    source: str
+    milliseconds: Spread
+    tokens_per_s: float
+    model_flops: int
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Of the first device, over a few traced steps."""
+
+    busy: float  # part of the traced time in which it worked, with the program that training runs
+    one_kernel_an_operation: bool  # traced without command buffers, so that every kernel has a name in the model
+    times: KernelTimes
+
+
+@dataclass(frozen=True)
+class Report:
+    parameters: int
+    device_kind: str
+    devices: int
+    micro_batches: int
+    tokens_per_step: int
+    token_source: str
+    compilation: Compilation
+    executed: ExecutedWork
+    memory: Memory | None
+    peak_memory: int | None  # bytes allocated at most on the first device, and what it has
+    memory_limit: int | None
+    peak_flops: float | None  # of one device
+    speed: Speed
+    synchronised_ms: Spread
+    host_ms: Spread
+    sweep: tuple[Speed, ...]
+    evaluation: Evaluation | None
+    kernels: Kernels | None
+    kernels_missing: str  # why there are none
+
+
+def measure(config: Config, plan: Plan, say: Callable[[str], None]) -> Report:
+    """Compiles the training step of `config` and runs it; `say` gets a line before each long part."""
+    mesh = make_mesh(config.devices)
+    device = mesh.devices.flat[0]
+    micro_batches = choose_micro_batches(config, mesh.size)
+    feed = open_feed(config, shards_required=plan.shards_required)
+    with contextlib.closing(feed.batches):
+        first_batch = next(feed.batches)
+        model = make_model(config)
+        optimizer = make_optimizer(config.optimizer, config.steps, DATA_AXIS)
+        state = init_state(model, optimizer, config.seed, mesh)
+
+        say("compiling")
+        tokens = place_batch(mesh, first_batch, micro_batches)
+        program = compile_program(make_train_step(model, optimizer, mesh), state, tokens, np.int32(plan.windows[0]))
+        runner = StepRunner(program.run, state, mesh, micro_batches, feed)
+        del state, tokens  # the runner donates the state; nothing may hold on to it
+
+        peak = peak_flops(device.device_kind, config.dtype)
+
+        def speed(window: int, step_ms: Spread) -> Speed:
+            flops = step_flops(config.model, first_batch[:, :-1], window)
+            flops_per_s = flops.total / step_ms.median * 1000
+            mfu = flops_per_s / (peak * mesh.size) if peak else None
+            return Speed(window, flops, step_ms, config.batch_tokens / step_ms.median * 1000, mfu)
+
+        window = plan.windows[0]
+        say(f"timing {plan.steps} steps twice at a window of {window} blocks")
+        runner.steps(plan.warmup, window)
+        synchronised = runner.synchronised(plan.steps, window)
+        pipelined, host = runner.pipelined(plan.steps, window)
+        sweep = []
+        for swept in plan.windows[1:]:
+            say(f"timing {plan.steps} steps at a window of {swept} blocks")
+            runner.steps(plan.warmup, swept)
+            sweep.append(speed(swept, runner.pipelined(plan.steps, swept)[0]))
+        stats = device.memory_stats() or {}
+
+        evaluation = None
+        if plan.evaluation:
+            say("timing the evaluation")
+            evaluation = _time_evaluation(config, model, mesh, runner.params, window)
+
+        say("tracing")
+        kernels, kernels_missing = _trace(runner, program, window, plan.trace_dir)
+    return Report(
+        parameters=count_parameters(abstract_params(model)),
+        device_kind=device.device_kind,
+        devices=mesh.size,
+        micro_batches=micro_batches,
+        tokens_per_step=config.batch_tokens,
+        token_source=feed.description,
+        compilation=program.compilation,
+        executed=executed_work(program.run),
+        memory=planned_memory(program.run),
+        peak_memory=stats.get("peak_bytes_in_use"),
+        memory_limit=stats.get("bytes_limit"),
+        peak_flops=peak,
+        speed=speed(window, pipelined),
+        synchronised_ms=synchronised,
+        host_ms=host,
+        sweep=tuple(sweep),
+        evaluation=evaluation,
+        kernels=kernels,
+        kernels_missing=kernels_missing,
+    )
+
+
+def _time_evaluation(config: Config, model: Gpt, mesh: Mesh, params: Params, window: int) -> Evaluation:
+    """One round: a validation sequence on each device."""
+    length = config.data.val_seq_len
+    try:
+        source = config.data.val_files
+        rows = validation_sequences(source, find_shards(source), mesh.size * length, length)
+    except UserError:  # no shards, or too short ones: the time does not depend on the words
+        source = "synthetic documents"
+        rows = synthetic_sequences(mesh.size, length + 1, config.model.vocab_size)
+    evaluate = Evaluator(model, mesh, rows)
+    evaluate(params, window)
+    times = []
+    for _ in range(EVALUATIONS):
+        start = time.perf_counter()
+        evaluate(params, window)
+        times.append(1000 * (time.perf_counter() - start))
+    spread = Spread.of(times)
+    flops = step_flops(config.model, rows[:, :-1], window, training=False).total
+    return Evaluation(evaluate.tokens, length, source, spread, evaluate.tokens / spread.median * 1000, flops)
+
+
+def _trace(runner: StepRunner, program: Program, window: int, folder: Path | None) -> tuple[Kernels | None, str]:
+    """Kernels, or None and why not. The program that training runs tells how busy the device is; where its kernels
+    hide in command buffers, the same program without them tells which operation takes how long."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="senano-trace-")))
+
+        def events_of(name: str, compiled: jax.stages.Compiled):
+            runner.steps(1, window, compiled)
+            with jax.profiler.trace(str(folder / name), profiler_options=options):
+                runner.steps(TRACED_STEPS, window, compiled)
+            return read_events(folder / name)
+
+        try:
+            compiled, events = program.run, events_of("as_trained", program.run)
+        except jax.errors.JaxRuntimeError as error:
+            return None, f"the profiler failed: {str(error).splitlines()[0]}"
+        busy = busy_fraction(events)
+        if busy is None:
+            return None, "the profiler recorded no device events"
+        ungrouped = compile_for_tracing(program)
+        if ungrouped is not None:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # kernels by their own names are better than none
+                if found := events_of("by_operation", ungrouped):
+                    compiled, events = ungrouped, found
+    times = kernel_times(events, read_instructions(compiled.as_text()), TRACED_STEPS)
+    return Kernels(busy, compiled is not program.run, times), ""
+
+
+def to_json(report: Report, config: Config, preset: str, environment: dict) -> dict:
+    """Every figure of the report with its unit in the name, and what it was measured on."""
+    return {
+        "preset": preset,
+        "config": dataclasses.asdict(config),
+        "environment": environment,
+        "report": dataclasses.asdict(report),
+    }
