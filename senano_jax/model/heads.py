@@ -1,0 +1,261 @@
+"""From the product of all projections to the queries, keys and values that attention takes.
+
+All of it is elementwise or a mean over one head, so its cost is memory traffic. XLA makes a kernel of each reduction
+and of each output; here forward and backward are one kernel each, which read and write every tensor once.
+
+Names end in their dimensions: R the tokens of a program, E the halves of a head between which rotary pairs lie.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from senano_jax.attention import pallas_triton
+from senano_jax.model.rotary import rotate
+
+# PyTorch's rms_norm takes the float32 epsilon for bfloat16 inputs too.
+NORM_EPSILON = 1.1920929e-7
+
+Implementation = Literal["auto", "fused", "plain"]
+RotaryTables = tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel's share of the work and how Triton compiles it."""
+
+    tokens: int  # of a program
+    heads: int  # of a program, for all of which it reads the tables once; fewer if this does not divide the model's
+    warps: int  # of 32 threads
+    stages: int = 1  # nothing to pipeline: other programs on the multiprocessor hide the loads
+
+
+@dataclass(frozen=True)
+class Launches:
+    forward: Launch
+    backward: Launch
+
+
+# 16 tokens x 64 pairs = one 16-byte load of bfloat16 for each of 128 threads.
+DEFAULT_LAUNCHES = Launches(forward=Launch(tokens=16, heads=6, warps=4), backward=Launch(tokens=16, heads=6, warps=4))
+
+
+def norm(x: Float[Array, "*S D"]) -> Float[Array, "*S D"]:
+    """x / sqrt(mean(x^2) + eps) over the last axis, without a gain; computed in float32, returned in x's type."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + NORM_EPSILON)).astype(x.dtype)
+
+
+def scaled(weight: Float[Array, ""], x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """A float32 scalar times x, rounded to x's type: what PyTorch makes of a zero-dimensional weight."""
+    return (weight * x.astype(jnp.float32)).astype(x.dtype)
+
+
+def prepare_heads(
+    qkv: Float[Array, "B T 3*H*K"],
+    first_v: Float[Array, "B T H K"] | None,
+    value_residual: Float[Array, ""],
+    rotary: RotaryTables,
+    num_heads: int,
+    implementation: Implementation = "auto",
+    *,
+    launches: Launches = DEFAULT_LAUNCHES,
+    interpret: bool | None = None,
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"], Float[Array, "B T H K"]]:
+    """Queries and keys, normalised and turned by their positions, and values mixed with those of the first layer.
+
+    With value_residual w, values are (1 - w) v + w first_v. Without `first_v` they are v itself: the first layer finds
+    here what later layers take as `first_v`.
+
+    `fused` runs two Pallas kernels for NVIDIA GPUs, which round once where `plain` rounds after each step, and which
+    give the rotary tables no gradient. It takes lengths that are multiples of its tokens per program and heads whose
+    width is a power of two from 16 up. `auto` takes it on a GPU wherever it can. `interpret` runs the kernels in plain
+    XLA, the default where there is no GPU.
+    """
+    length, width = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
+    fits = width >= 16 and width & (width - 1) == 0
+    fits = fits and length % launches.forward.tokens == 0 and length % launches.backward.tokens == 0
+    on_gpu = jax.default_backend() == "gpu"
+    if implementation == "auto":
+        implementation = "fused" if on_gpu and fits else "plain"
+    if implementation == "plain":
+        return _plain(qkv, first_v, value_residual, rotary, num_heads)
+    if not fits:
+        raise ValueError(f"no fused kernel for a length of {length} and heads of {width}")
+    interpret = not on_gpu if interpret is None else interpret
+    return _fused(qkv, first_v, value_residual, rotary, num_heads, launches, interpret)
+
+
+def _plain(qkv, first_v, value_residual, rotary, num_heads):
+    # A split's gradient is one concatenation, where that of slices would be three padded sums.
+    heads = (*qkv.shape[:2], num_heads, -1)
+    q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
+    if first_v is not None:
+        v = scaled(1 - value_residual, v) + scaled(value_residual, first_v)
+    return rotate(norm(q), rotary), rotate(norm(k), rotary), v
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _fused(qkv, first_v, value_residual, rotary, num_heads, launches, interpret):
+    return forward(qkv, first_v, value_residual, rotary, num_heads, launches.forward, interpret)
+
+
+def _fused_fwd(qkv, first_v, value_residual, rotary, num_heads, launches, interpret):
+    out = forward(qkv, first_v, value_residual, rotary, num_heads, launches.forward, interpret)
+    return out, (qkv, first_v, value_residual, rotary)
+
+
+def _fused_bwd(num_heads, launches, interpret, residuals, gradients):
+    gradients = backward(*residuals, *gradients, num_heads, launches.backward, interpret)
+    return *gradients, None  # the tables are constants
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)
+
+
+# --- launches: one program a group of heads, block of tokens and sequence ---
+
+
+def forward(qkv, first_v, value_residual, rotary, num_heads: int, launch: Launch, interpret: bool):
+    """q, k and v, each [B, T, H, K]."""
+    qkv = _apart(qkv, num_heads)
+    grid, scalar, table, part, all_parts, _ = _blocks(qkv.shape, launch)
+    mixed = first_v is not None
+    heads = jax.ShapeDtypeStruct((*qkv.shape[:2], *qkv.shape[3:]), qkv.dtype)
+    return pallas_triton.call(
+        functools.partial(_forward_kernel, mixed=mixed),
+        name="heads_forward",
+        grid=grid,
+        in_specs=[table, table, all_parts] + [part, scalar] * mixed,
+        out_specs=[part, part, part],
+        out_shape=[heads, heads, heads],
+        tile=launch,
+        interpret=interpret,
+    )(*rotary, qkv, *([first_v, value_residual.reshape(1)] if mixed else []))
+
+
+def backward(qkv, first_v, value_residual, rotary, dq, dk, dv, num_heads: int, launch: Launch, interpret: bool):
+    """Gradients of qkv, first_v and value_residual; the last two are None without first_v."""
+    shape, qkv = qkv.shape, _apart(qkv, num_heads)
+    grid, scalar, table, part, all_parts, partial_sum = _blocks(qkv.shape, launch)
+    mixed = first_v is not None
+    partial_sums = jax.ShapeDtypeStruct(grid, jnp.float32)
+    dqkv, *rest = pallas_triton.call(
+        functools.partial(_backward_kernel, mixed=mixed),
+        name="heads_backward",
+        grid=grid,
+        in_specs=[table, table, all_parts, part, part, part] + [part, scalar] * mixed,
+        out_specs=[all_parts] + [part, partial_sum] * mixed,
+        out_shape=[_like(qkv)] + ([_like(first_v), partial_sums] if mixed else []),
+        tile=launch,
+        interpret=interpret,
+    )(*rotary, qkv, dq, dk, dv, *([first_v, value_residual.reshape(1)] if mixed else []))
+    d_first_v, d_value_residual = (rest[0], jnp.sum(rest[1])) if mixed else (None, None)
+    return dqkv.reshape(shape), d_first_v, d_value_residual
+
+
+def _apart(qkv, num_heads: int):
+    return qkv.reshape(*qkv.shape[:2], 3, num_heads, -1)
+
+
+def _blocks(shape, launch: Launch):
+    """The grid, and what program (heads, tokens, sequence) sees of a scalar, a table, one of q, k and v, all three,
+    and an array of one number a program."""
+    batch, length, _, num_heads, width = shape
+    tokens, heads = launch.tokens, math.gcd(launch.heads, num_heads)
+    return (
+        (num_heads // heads, length // tokens, batch),  # the first index varies fastest
+        pl.BlockSpec((1,), lambda h, t, b: (0,)),
+        pl.BlockSpec((tokens, None, width // 2), lambda h, t, b: (t, 0, 0)),
+        pl.BlockSpec((None, tokens, heads, width), lambda h, t, b: (b, t, h, 0)),
+        pl.BlockSpec((None, tokens, 3, heads, width), lambda h, t, b: (b, t, 0, h, 0)),
+        pl.BlockSpec((1, None, None), lambda h, t, b: (h, t, b)),
+    )
+
+
+def _like(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+# --- kernels ---
+
+
+def _forward_kernel(cos_ref, sin_ref, qkv_ref, *refs, mixed: bool):
+    first_v_ref, weight_ref, q_ref, k_ref, v_ref = refs if mixed else (None, None, *refs)
+    cos_RE, sin_RE = cos_ref[...], sin_ref[...]
+    w = weight_ref[0] if mixed else None
+
+    def prepare(h, carry):
+        # All loads come before the stores, which the compiler may not move them across.
+        q, k, v = (_halves(qkv_ref, part, h) for part in range(3))
+        if mixed:
+            v = [(1 - w) * own_RE + w * first_RE for own_RE, first_RE in zip(v, _halves(first_v_ref, h))]
+        _store(q_ref, _turned(*_normalised(*q), cos_RE, sin_RE), h)
+        _store(k_ref, _turned(*_normalised(*k), cos_RE, sin_RE), h)
+        _store(v_ref, v, h)
+        return carry
+
+    lax.fori_loop(0, q_ref.shape[1], prepare, None)
+
+
+def _backward_kernel(cos_ref, sin_ref, qkv_ref, dq_ref, dk_ref, dv_ref, *refs, mixed: bool):
+    first_v_ref, weight_ref, dqkv_ref, d_first_v_ref, dw_ref = refs if mixed else (None, None, *refs, None, None)
+    cos_RE, sin_RE = cos_ref[...], sin_ref[...]
+    w = weight_ref[0] if mixed else None
+
+    def pull_back(h, dw_RE):
+        q, k = (_halves(qkv_ref, part, h) for part in range(2))
+        dq, dk, dv = (_halves(ref, h) for ref in (dq_ref, dk_ref, dv_ref))
+        if mixed:
+            for dv_RE, own_RE, first_RE in zip(dv, _halves(qkv_ref, 2, h), _halves(first_v_ref, h)):
+                dw_RE += dv_RE * (first_RE - own_RE)
+            _store(d_first_v_ref, [w * dv_RE for dv_RE in dv], h)
+            dv = [(1 - w) * dv_RE for dv_RE in dv]
+        # A rotation's transpose turns the other way.
+        _store(dqkv_ref, _normalised_gradient(*q, *_turned(*dq, cos_RE, -sin_RE)), 0, h)
+        _store(dqkv_ref, _normalised_gradient(*k, *_turned(*dk, cos_RE, -sin_RE)), 1, h)
+        _store(dqkv_ref, dv, 2, h)
+        return dw_RE
+
+    dw_RE = lax.fori_loop(0, dq_ref.shape[1], pull_back, jnp.zeros(cos_RE.shape, jnp.float32))
+    if mixed:
+        dw_ref[0] = jnp.sum(dw_RE)
+
+
+def _halves(ref, *head):
+    """The float32 [R, E] halves of one head: a pair (j, K/2 + j) lies at one place, so in one thread."""
+    half = ref.shape[-1] // 2
+    return ref[:, *head, :half].astype(jnp.float32), ref[:, *head, half:].astype(jnp.float32)
+
+
+def _store(ref, halves, *head):
+    half = ref.shape[-1] // 2
+    ref[:, *head, :half], ref[:, *head, half:] = (x_RE.astype(ref.dtype) for x_RE in halves)
+
+
+def _turned(x1_RE, x2_RE, cos_RE, sin_RE):
+    return x1_RE * cos_RE + x2_RE * sin_RE, x2_RE * cos_RE - x1_RE * sin_RE
+
+
+def _mean(x1_RE, x2_RE):
+    """[R, 1]: the mean over both halves."""
+    return (jnp.sum(x1_RE + x2_RE, axis=1) * (0.5 / x1_RE.shape[1]))[:, None]
+
+
+def _normalised(x1_RE, x2_RE):
+    scale_R1 = lax.rsqrt(_mean(x1_RE * x1_RE, x2_RE * x2_RE) + NORM_EPSILON)
+    return x1_RE * scale_R1, x2_RE * scale_R1
+
+
+def _normalised_gradient(x1_RE, x2_RE, dy1_RE, dy2_RE):
+    """y = s x with s = (mean(x^2) + eps)^(-1/2), so dx = s dy - s^3 mean(x dy) x."""
+    scale_R1 = lax.rsqrt(_mean(x1_RE * x1_RE, x2_RE * x2_RE) + NORM_EPSILON)
+    along_R1 = scale_R1 * scale_R1 * _mean(x1_RE * dy1_RE, x2_RE * dy2_RE)
+    return scale_R1 * (dy1_RE - along_R1 * x1_RE), scale_R1 * (dy2_RE - along_R1 * x2_RE)
