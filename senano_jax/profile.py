@@ -128,7 +128,9 @@ def _check(args: Arguments) -> None:
 
 def _print(console: Console, table: Table) -> None:
     console.print(Text(f"\n{table.title}", style="bold"))
-    view = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(table.headers), show_edge=False)
+    view = RichTable(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_header=any(table.headers), show_edge=False
+    )
     words = {"kind", "module", "pass", "kernel"}
     for index, header in enumerate(table.headers):
         is_text = index == 0 or header in words

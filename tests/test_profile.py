@@ -30,7 +30,7 @@ from senano_jax.profiling.flops import (
     visible_pairs,
 )
 from senano_jax.profiling.hlo import Instruction, module_of, pass_of, read_instructions
-from senano_jax.profiling.kernels import Event, busy_fraction, group_of, kernel_times, time_by
+from senano_jax.profiling.kernels import Event, busy_fraction, group_of, kernel_times, read_events, time_by
 from senano_jax.profiling.timing import Spread
 from senano_jax.profiling.tokens import MEAN_DOCUMENT, open_feed, synthetic_sequences
 from senano_jax.training.state import abstract_params
@@ -357,6 +357,33 @@ def test_times_are_summed_by_kernel_and_traced_back_by_either_name():
         (kernels.ELEMENTWISE,): 1,
         (kernels.OTHER,): 1,
     }
+
+
+GPU_TRACE = """
+planes { name: "/host:CPU" lines { name: "python" events { metadata_id: 1 duration_ps: 9000 } }
+         event_metadata { key: 1 value { id: 1 name: "host work" } } }
+planes { name: "/device:GPU:1" lines { name: "Stream #7" events { metadata_id: 1 duration_ps: 9000 } }
+         event_metadata { key: 1 value { id: 1 name: "of another device" } } }
+planes { name: "/device:GPU:0"
+  lines { id: 1 name: "XLA Ops" events { metadata_id: 1 duration_ps: 7000 } }
+  lines { id: 2 name: "Stream #13(Compute)"
+    events { metadata_id: 1 offset_ps: 3000 duration_ps: 2000 stats { metadata_id: 1 str_value: "command_buffer_94" } }
+    events { metadata_id: 2 offset_ps: 1000 duration_ps: 1000 stats { metadata_id: 1 ref_value: 2 } } }
+  event_metadata { key: 1 value { id: 1 name: "loop_add_fusion_3" } }
+  event_metadata { key: 2 value { id: 2 name: "nvjet_sm90" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }
+  stat_metadata { key: 2 value { id: 2 name: "cublas-gemm.5" } } }
+"""
+
+
+def test_a_gpu_trace_is_read_from_the_streams_of_its_first_device(tmp_path):
+    trace = jax.profiler.ProfileData.text_proto_to_serialized_xspace(GPU_TRACE)
+    (tmp_path / "host.xplane.pb").write_bytes(trace)
+    assert read_events(tmp_path) == [
+        Event("nvjet_sm90", "cublas-gemm.5", 1, 1),
+        Event("loop_add_fusion_3", "command_buffer_94", 3, 2),
+    ]
+    assert read_events(tmp_path / "nowhere") == []
 
 
 def test_overlapping_kernels_keep_the_device_busy_once():

@@ -29,6 +29,7 @@ def remarks(report: Report) -> list[str]:
     lines = [
         "Model FLOPs: matrix products of every layer application and the head, and attention over the visible pairs of "
         "one batch, forward and twice that backward; neither recomputation nor the optimiser.",
+        "Back to back: from one finished step to the next, the next one always queued, as in training.",
         "XLA's count is for one device; custom calls such as Pallas attention are left out, and a loop may count once.",
     ]
     if report.peak_flops is None:
@@ -93,11 +94,11 @@ def _steps(report: Report) -> Table:
     speed = report.speed
     title = f"{speed.step_ms.n} steps of {report.tokens_per_step:,} tokens, window of {speed.window_blocks} blocks"
     rows = (
-        ("back to back, as in training", *_spread(speed.step_ms), *_rates(speed)),
+        ("back to back", *_spread(speed.step_ms), *_rates(speed)),
         ("one at a time", *_spread(report.synchronised_ms), "", ""),
-        ("the host's part", *_spread(report.host_ms), "", ""),
+        ("host's part", *_spread(report.host_ms), "", ""),
     )
-    return Table(title, ("", "median ms", "min", "p10", "p90", "max", "tokens/s", "MFU"), rows)
+    return Table(title, ("ms", "median", "min", "p10", "p90", "max", "tokens/s", "MFU"), rows)
 
 
 def _sweep(report: Report) -> Table:
@@ -105,15 +106,14 @@ def _sweep(report: Report) -> Table:
     rows = tuple(
         (
             str(speed.window_blocks),
-            str(128 * speed.window_blocks),
-            _giga(speed.flops.total / report.tokens_per_step),
+            f"{speed.flops.total / report.tokens_per_step / 1e9:.4f}",
             *_spread(speed.step_ms),
             *_rates(speed),
         )
         for speed in speeds
     )
-    headers = ("window", "tokens", "a token", "median ms", "min", "p10", "p90", "max", "tokens/s", "MFU")
-    return Table("By window, one compilation", headers, rows)
+    headers = ("window", "GFLOP", "median", "min", "p10", "p90", "max", "tokens/s", "MFU")
+    return Table("By window in blocks, one compilation: model FLOPs a token, ms a step", headers, rows)
 
 
 def _evaluation(evaluation: Evaluation) -> Table:
@@ -149,8 +149,8 @@ def _kernels(kernels: Kernels) -> Table:
         )
         for kernel in listed
     )
-    title = f"The {len(listed)} longest of {len(kernels.times.kernels)} kernels"
-    return Table(title, ("kernel", "kind", "module", "calls a step", "ms a step", "share"), rows)
+    title = f"The {len(listed)} longest of {len(kernels.times.kernels)} kernels, a step"
+    return Table(title, ("kernel", "kind", "module", "calls", "ms", "share"), rows)
 
 
 def _shares(title: str, headers: Sequence[str], totals: dict[tuple[str, ...], float]) -> Table:
@@ -165,11 +165,12 @@ def _pairs(title: str, *rows: tuple[str, str]) -> Table:
 
 
 def _spread(spread: Spread) -> Iterable[str]:
-    return (f"{ms:,.2f}" for ms in (spread.median, spread.min, spread.p10, spread.p90, spread.max))
+    times = (spread.median, spread.min, spread.p10, spread.p90, spread.max)
+    return (f"{ms:,.1f}" if ms >= 100 else f"{ms:.2f}" for ms in times)
 
 
 def _rates(speed: Speed) -> tuple[str, str]:
-    return f"{speed.tokens_per_s:,.0f}", "unknown" if speed.mfu is None else f"{speed.mfu:.1%}"
+    return f"{speed.tokens_per_s:,.0f}", "-" if speed.mfu is None else f"{speed.mfu:.1%}"
 
 
 def _tera(flops: float) -> str:
