@@ -3,10 +3,13 @@
 The field docstrings are the texts of `--help`. No default here is a hyperparameter of a system: presets.py names those.
 """
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from senano_jax.attention.intervals import BLOCK
+from senano_jax.data.shards import VOCAB_SIZE
 from senano_jax.errors import UserError
 
 
@@ -137,8 +140,14 @@ class Config:
     """Micro-batches a step is split into on each device; by default the fewest that fit in memory."""
     run_dir: str | None = None
     """Folder of the run; logs/<run-id> by default."""
+    resume: int | Literal["latest"] | None = None
+    """Go on with the run in --run-dir, from its newest checkpoint (no value) or from that of a step."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0 saves only the end of the run."""
+    """Steps between checkpoints; 0 saves only the end of the run, and where a signal stops it."""
+    checkpoint_keep: int = 2
+    """Newest checkpoints that are kept, beside the one with the best validation loss."""
+    checkpoint_keep_every: int = 0
+    """Checkpoints of every so many steps are kept too; 0 keeps none of them."""
     init_from: str | None = None
     """Start from these weights: a PyTorch checkpoint (.pt) or a run folder."""
     compilation_cache: str | None = "~/.cache/senano_jax/xla"
@@ -158,6 +167,7 @@ def check_config(config: Config) -> None:
     for flag, value in {
         "--val-every": config.val_every,
         "--checkpoint-every": config.checkpoint_every,
+        "--checkpoint-keep-every": config.checkpoint_keep_every,
         "--data.discard-micro-batch": data.discard_micro_batch,
         "--optimizer.momentum-warmup-steps": config.optimizer.momentum_warmup_steps,
         "--seed": config.seed,
@@ -167,6 +177,8 @@ def check_config(config: Config) -> None:
         if value < 0:
             raise UserError(f"{flag} is {value}; it must not be negative")
 
+    if config.resume is not None and config.run_dir is None:
+        raise UserError("--resume needs --run-dir, the folder of the run to go on with")
     if model.dim % model.num_heads:
         raise UserError(
             f"--model.dim {model.dim} is not divisible by --model.num-heads {model.num_heads}; "
@@ -177,9 +189,10 @@ def check_config(config: Config) -> None:
             f"--model.dim {model.dim} with --model.num-heads {model.num_heads} gives heads of {model.head_dim}; "
             "the rotary embedding needs a multiple of 4"
         )
-    if model.padded_vocab_size < model.vocab_size:
+    if not VOCAB_SIZE <= model.vocab_size <= model.padded_vocab_size:
         raise UserError(
-            f"--model.padded-vocab-size {model.padded_vocab_size} is below --model.vocab-size {model.vocab_size}"
+            f"--model.padded-vocab-size {model.padded_vocab_size} is below --model.vocab-size {model.vocab_size}, or "
+            f"both are below {VOCAB_SIZE}, the tokens of GPT-2 that shards hold; use at least that"
         )
     if layers.prelude != layers.coda:
         raise UserError(
@@ -209,8 +222,13 @@ def check_config(config: Config) -> None:
             f"--data.val-tokens {data.val_tokens} is not a multiple of --data.val-seq-len {data.val_seq_len}; "
             f"the nearest is {max(1, round(data.val_tokens / data.val_seq_len)) * data.val_seq_len}"
         )
-    if not 0 <= config.optimizer.cooldown_fraction <= 1:
-        raise UserError(f"--optimizer.cooldown-fraction is {config.optimizer.cooldown_fraction}; use 0 to 1")
+    for field in dataclasses.fields(config.optimizer):
+        value, flag = getattr(config.optimizer, field.name), f"--optimizer.{field.name.replace('_', '-')}"
+        bounded = field.name.startswith(("momentum_start", "momentum_end", "cooldown", "final", "adam_b"))
+        if not (math.isfinite(value) and value >= 0 and (value <= 1 or not bounded)):
+            raise UserError(
+                f"{flag} is {value}; use a number from 0 to 1" if bounded else f"{flag} is {value}; use 0 or more"
+            )
 
 
 def check_split(config: Config, devices: int, micro_batches: int) -> None:
@@ -231,6 +249,7 @@ def _positive_integers(config: Config) -> dict[str, int]:
         "--final-window-tokens": config.final_window_tokens,
         "--devices": 1 if config.devices is None else config.devices,
         "--micro-batches": 1 if config.micro_batches is None else config.micro_batches,
+        "--checkpoint-keep": config.checkpoint_keep,
         "--data.val-tokens": data.val_tokens,
         "--data.val-seq-len": data.val_seq_len,
         "--model.dim": model.dim,

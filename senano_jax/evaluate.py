@@ -14,7 +14,7 @@ from senano_jax.config_file import read_config
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.optim.schedules import window_blocks
 from senano_jax.presets import preset
-from senano_jax.train import configure_jax
+from senano_jax.train import configure_jax, value_of
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import make_mesh
 from senano_jax.training.state import abstract_params, make_model
@@ -73,13 +73,7 @@ def _base_config(arguments: Sequence[str]) -> Config:
     folders = [a for a in arguments if not a.startswith("-") and (Path(a) / "config.json").is_file()]
     if folders:
         return read_config(Path(folders[0]) / "config.json")[0]
-    name = "recurrent"
-    for i, argument in enumerate(arguments):
-        if argument == "--preset" and i + 1 < len(arguments):
-            name = arguments[i + 1]
-        elif argument.startswith("--preset="):
-            name = argument.removeprefix("--preset=")
-    return preset(name)
+    return preset(value_of("--preset", list(arguments)) or "recurrent")
 
 
 if __name__ == "__main__":

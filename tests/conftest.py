@@ -4,10 +4,7 @@ import jax
 import pytest
 
 if jax.config.jax_platforms in (None, "", "cpu"):
-    try:
-        jax.config.update("jax_num_cpu_devices", 8)
-    except RuntimeError:  # a backend was made before us (an interactive session): keep its devices
-        pass
+    jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from senano_jax.attention import Intervals, document_start, window_intervals
 from senano_jax.config import ModelConfig
-from senano_jax.model.block import Block, norm
+from senano_jax.model.block import Block
+from senano_jax.model.elementwise import norm
 from senano_jax.model.loss import soft_cap, soft_capped_cross_entropy
 from senano_jax.model.rotary import rotary_tables
 
@@ -28,7 +29,7 @@ class Surroundings(NamedTuple):
 
 
 def apply_layer(block: Block, position: int, x: Float[Array, "B T D"], skip, around: Surroundings):
-    """Runs `block` at a position whose parity picks the window; returns the residual stream and the raw values."""
+    """Runs `block` at a position whose parity picks the window; returns the residual stream and the values."""
     return block(x, skip, around.x0, around.first_v, around.rotary, around.windows[position % 2])
 
 
@@ -118,9 +119,9 @@ class Gpt(nn.Module):
 
         x, outputs = x0, []
         for layer in range(layers.prelude):
-            x, raw_v = apply_layer(getattr(self, f"layer_{layer}"), layer, x, None, around)
+            x, v = apply_layer(getattr(self, f"layer_{layer}"), layer, x, None, around)
             if layer == 0:
-                around = around._replace(first_v=raw_v)
+                around = around._replace(first_v=v)
             outputs.append(x)
 
         loop_skips = layers.loop * layers.visits // 2

@@ -18,10 +18,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from senano_jax.attention import pallas_triton
+from senano_jax.model.elementwise import NORM_EPSILON, norm, scaled
 from senano_jax.model.rotary import rotate
-
-# PyTorch's rms_norm takes the float32 epsilon for bfloat16 inputs too.
-NORM_EPSILON = 1.1920929e-7
 
 Implementation = Literal["auto", "fused", "plain"]
 RotaryTables = tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]
@@ -45,17 +43,6 @@ class Launches:
 
 # 16 tokens x 64 pairs = one 16-byte load of bfloat16 for each of 128 threads.
 DEFAULT_LAUNCHES = Launches(forward=Launch(tokens=16, heads=6, warps=4), backward=Launch(tokens=16, heads=6, warps=4))
-
-
-def norm(x: Float[Array, "*S D"]) -> Float[Array, "*S D"]:
-    """x / sqrt(mean(x^2) + eps) over the last axis, without a gain; computed in float32, returned in x's type."""
-    x32 = x.astype(jnp.float32)
-    return (x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + NORM_EPSILON)).astype(x.dtype)
-
-
-def scaled(weight: Float[Array, ""], x: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """A float32 scalar times x, rounded to x's type: what PyTorch makes of a zero-dimensional weight."""
-    return (weight * x.astype(jnp.float32)).astype(x.dtype)
 
 
 def prepare_heads(
