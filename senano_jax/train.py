@@ -9,6 +9,7 @@ import jax
 import tyro
 
 from senano_jax.config import Config
+from senano_jax.config_file import read_config
 from senano_jax.errors import one_line_errors
 from senano_jax.presets import PRESETS, preset
 from senano_jax.training.loop import train
@@ -22,10 +23,11 @@ The defaults below are those of {name}.
 
 def main(arguments: Sequence[str]) -> Path:
     """Parses `arguments`, runs, and returns the run folder."""
-    name, flags = _choose_preset(list(arguments))
+    arguments = _bare_resume(list(arguments))
+    name, default, flags = _choose_defaults(arguments)
     config = tyro.cli(
         Config,
-        default=preset(name),
+        default=default,
         args=flags,
         prog="python -m senano_jax.train [PRESET]",
         description=_DESCRIPTION.format(presets=", ".join(PRESETS), name=name),
@@ -43,18 +45,41 @@ def configure_jax(dtype: str, compilation_cache: str | None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(compilation_cache).expanduser()))
 
 
-def _choose_preset(arguments: list[str]) -> tuple[str, list[str]]:
+def _choose_defaults(arguments: list[str]) -> tuple[str, Config, list[str]]:
+    """Name of the preset, the configuration that the flags change, and the flags."""
     if arguments and not arguments[0].startswith("-"):
-        return arguments[0], arguments[1:]
+        return arguments[0], preset(arguments[0]), arguments[1:]
+    run_dir = value_of("--run-dir", arguments)
+    if run_dir is not None and any(a.split("=")[0] == "--resume" for a in arguments):
+        config, name = read_config(Path(run_dir) / "config.json")
+        return name, config, arguments
     files = preset("recurrent").data.train_files
     asks_for_help = "-h" in arguments or "--help" in arguments
-    if asks_for_help or any(a.startswith("--data.train-files") for a in arguments) or glob.glob(files):
-        return "recurrent", arguments
+    if asks_for_help or value_of("--data.train-files", arguments) or glob.glob(files):
+        return "recurrent", preset("recurrent"), arguments
     print(
         f"No training shards at {files}; fetch them with: python scripts/download_fineweb.py\n"
         "Running the demo on the bundled sample instead."
     )
-    return "demo", arguments
+    return "demo", preset("demo"), arguments
+
+
+def _bare_resume(arguments: list[str]) -> list[str]:
+    """`--resume` without a value means the newest checkpoint."""
+    result = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"]):
+        result.append("--resume=latest" if argument == "--resume" and following.startswith("-") else argument)
+    return result
+
+
+def value_of(flag: str, arguments: list[str]) -> str | None:
+    """The value of `--flag value` or `--flag=value`, read before the flags are parsed."""
+    for argument, following in zip(arguments, [*arguments[1:], None]):
+        if argument == flag:
+            return following
+        if argument.startswith(flag + "="):
+            return argument.removeprefix(flag + "=")
+    return None
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The run folder: what a run was told, where it ran, and what it measured, line by line."""
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -8,7 +10,9 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import jax
 
@@ -26,44 +30,93 @@ def new_run_dir(preset: str) -> Path:
 
 
 class RunFolder:
-    """config.json and environment.json, written once; metrics.jsonl and log.txt, appended line by line and closed
-    when the context is left.
+    """config.json and environment.json, written once; metrics.jsonl and log.txt, appended line by line.
 
-    In a job of several processes only process 0 writes. Raises UserError if the folder holds a run already or
-    cannot be written.
+    A context manager that holds the folder's lock: a second run cannot use it, and a dead one does not keep it.
+    Call `start` or `go_on` before writing. In a job of several processes only process 0 writes.
+    Raises UserError if the folder is in use or cannot be written.
     """
 
-    def __init__(self, path: Path, config: Config, preset: str, parameters: int):
+    def __init__(self, path: Path):
         self.path = path
         self._writes = jax.process_index() == 0
-        if not self._writes:
-            return
-        if (path / "metrics.jsonl").exists():
-            raise UserError(f"--run-dir {path} holds a run already; choose another folder")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            write_config(path / "config.json", config, preset, parameters)
-            write_atomically(path / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
-            self._metrics = (path / "metrics.jsonl").open("a", buffering=1)
-            self._log = (path / "log.txt").open("a", buffering=1)
-        except OSError as error:
-            raise UserError(f"--run-dir {path} cannot be written ({error.strerror or error})") from None
-
-    def metric(self, **record: float) -> None:
-        if self._writes:
-            self._metrics.write(json.dumps(record) + "\n")
-
-    def log(self, line: str) -> None:
-        if self._writes:
-            self._log.write(line + "\n")
+        self._files: dict[str, TextIO] = {}
 
     def __enter__(self) -> "RunFolder":
+        if self._writes:
+            with self._one_line_errors():
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = (self.path / ".lock").open("w")
+                try:
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(f"--run-dir {self.path} is in use by another process; choose another") from None
         return self
 
     def __exit__(self, *_) -> None:
         if self._writes:
-            self._metrics.close()
-            self._log.close()
+            with self._one_line_errors(), contextlib.ExitStack() as stack:
+                for file in (self._lock, *self._files.values()):
+                    stack.callback(file.close)
+
+    def start(self, config: Config, preset: str, parameters: int) -> None:
+        """Begins a new run. Raises UserError if the folder holds one already."""
+        if not self._writes:
+            return
+        if (self.path / "config.json").exists():
+            raise UserError(f"--run-dir {self.path} holds a run already; choose another folder, or add --resume")
+        with self._one_line_errors():
+            write_config(self.path / "config.json", config, preset, parameters)
+            self._write_environment([])
+            self._open(metrics=0, log=0)
+
+    def go_on(self, position: dict[str, int]) -> None:
+        """Continues a run at `position`, as `position()` gave it: what was written later is cut off."""
+        if not self._writes:
+            return
+        with self._one_line_errors():
+            try:
+                earlier = json.loads((self.path / "environment.json").read_text())
+            except (OSError, ValueError):
+                earlier = {}
+            self._write_environment([*earlier.pop("earlier", []), earlier])
+            self._open(**position)
+
+    def position(self) -> dict[str, int]:
+        """How far metrics.jsonl and log.txt are written, in bytes."""
+        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+
+    def metric(self, **record: float) -> None:
+        self._write("metrics", json.dumps(record))
+
+    def log(self, line: str) -> None:
+        self._write("log", line)
+
+    def _open(self, metrics: int, log: int) -> None:
+        for name, filename, size in (("metrics", "metrics.jsonl", metrics), ("log", "log.txt", log)):
+            file = (self.path / filename).open("a", buffering=1)
+            self._files[name] = file
+            if os.fstat(file.fileno()).st_size < size:
+                raise UserError(f"{self.path / filename} is shorter than when the checkpoint was saved; restore it")
+            file.truncate(size)
+
+    def _write(self, name: str, line: str) -> None:
+        if self._writes:
+            with self._one_line_errors():
+                self._files[name].write(line + "\n")
+
+    def _write_environment(self, earlier: list[dict]) -> None:
+        document = environment() | ({"earlier": earlier} if earlier else {})
+        write_atomically(self.path / "environment.json", (json.dumps(document, indent=2) + "\n").encode())
+
+    @contextlib.contextmanager
+    def _one_line_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"--run-dir {self.path} cannot be written ({error.strerror or error}); make room or choose another"
+            ) from None
 
 
 def environment() -> dict:

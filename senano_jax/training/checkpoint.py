@@ -1,60 +1,119 @@
-"""Checkpoints of a run: written in the background with orbax, complete or absent."""
+"""Checkpoints of a run: written in the background with orbax, each whole or absent, and checked when read."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
-from orbax.checkpoint.checkpoint_managers import preservation_policy
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from senano_jax.errors import UserError
 from senano_jax.training.mesh import replicated
 from senano_jax.training.state import Params, TrainState
 
-KEEP = 2  # newest checkpoints kept
-
 
 class Checkpoints:
-    """The checkpoints in `folder`, one a step. A context manager: on leaving it everything is on disk."""
+    """The checkpoints in `folder`, one a step: the newest `keep_latest`, the best by validation loss, and every
+    `keep_every` steps (0: none). A context manager: on leaving it everything is on disk.
+    """
 
-    def __init__(self, folder: Path):
-        logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every file it touches
-        options = ocp.CheckpointManagerOptions(preservation_policy=preservation_policy.LatestN(KEEP))
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    def __init__(self, folder: Path, keep_latest: int = 2, keep_every: int = 0):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it touches
+        policies = [
+            preservation.LatestN(n=keep_latest),
+            # Policies keep the end of the sorted list: the smallest loss, sorted downwards.
+            preservation.BestN(
+                get_metric_fn=lambda m: m["val_loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False
+            ),
+        ]
+        if keep_every:
+            policies.append(preservation.EveryNSteps(interval_steps=keep_every))
         self._folder = folder
+        try:
+            self._manager = ocp.CheckpointManager(
+                folder.absolute(),
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=preservation.AnyPreservationPolicy(policies),
+                    cleanup_tmp_directories=True,
+                    best_fn=lambda metrics: metrics["val_loss"],
+                    best_mode="min",
+                ),
+            )
+        except OSError as error:
+            raise UserError(f"{folder} cannot be used for checkpoints ({error.strerror or error})") from None
 
-    def latest_step(self) -> int | None:
-        """The newest step that is completely on disk; waits for a save under way."""
-        self._manager.wait_until_finished()
-        return self._manager.latest_step()
+    def save(self, step: int, state: TrainState, record: dict[str, Any], val_loss: float | None = None) -> None:
+        """Starts to save, and returns once the arrays are copied; an earlier save is waited for first.
 
-    def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
-        """Starts to save; `position` is the JSON state of the data stream. Returns once the arrays are copied."""
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-            position=ocp.args.JsonSave(position),
+        `record` is JSON: what else the run needs to go on. `val_loss` is the validation loss of these weights.
+        """
+        record = {**record, "checksums": [int(c) for c in jax.device_get(_checksums(state))]}
+        self._guarded(
+            lambda: self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+                    record=ocp.args.JsonSave(record),
+                ),
+                metrics=None if val_loss is None else {"val_loss": val_loss},
+                force=True,
+            )
         )
-        self._manager.save(step, args=items, force=True)
+
+    def steps(self) -> list[int]:
+        """Steps whose checkpoints are completely on disk, newest first; waits for a save under way."""
+        self._guarded(self._manager.wait_until_finished)
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def restore(self, step: int, abstract: TrainState, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
+        """The state, on all devices of the mesh, and the record saved with it.
+
+        `abstract` is the state's tree of shapes and dtypes. Raises UserError if anything is missing or damaged.
+        """
+        items = self._read(
+            step,
+            params=ocp.args.StandardRestore(_placed(abstract.params, mesh)),
+            optimizer=ocp.args.StandardRestore(_placed({"step": abstract.step, "opt_state": abstract.opt_state}, mesh)),
+            record=ocp.args.JsonRestore(),
+        )
+        optimizer, record = items["optimizer"], items["record"]
+        state = TrainState(optimizer["step"], items["params"], optimizer["opt_state"])
+        if not isinstance(record, dict) or record.get("checksums") != jax.device_get(_checksums(state)).tolist():
+            raise UserError(f"checkpoint {step} in {self._folder} is damaged: its checksums do not match")
+        return state, record
 
     def restore_params(self, step: int, abstract: Params, mesh: Mesh) -> Params:
-        """The weights of a step, on all devices of the mesh. Raises UserError if they cannot be read."""
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), abstract)
-        try:
-            items = self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(target)))
-        except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
-            reason = " ".join(str(error).split())[:150]
-            raise UserError(f"checkpoint {step} in {self._folder} cannot be read: {reason}") from None
-        return items["params"]
+        """The weights alone. Raises UserError if they cannot be read or do not fit."""
+        return self._read(step, params=ocp.args.StandardRestore(_placed(abstract, mesh)))["params"]
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        self._guarded(self._manager.close)
+
+    def _read(self, step: int, **items) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
+            raise UserError(f"checkpoint {step} in {self._folder} cannot be read: {_short(error)}") from None
+
+    def _guarded(self, action: Callable[[], Any]) -> None:
+        """Turns a failed save (a full disk, a folder taken away) into one line; a background save fails here too."""
+        try:
+            action()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"a checkpoint could not be saved in {self._folder}: {_short(error)}; "
+                "earlier checkpoints are whole: make room and resume"
+            ) from None
 
 
 def load_latest_params(run_dir: Path, abstract: Params, mesh: Mesh) -> tuple[Params, int]:
@@ -63,7 +122,27 @@ def load_latest_params(run_dir: Path, abstract: Params, mesh: Mesh) -> tuple[Par
     if not folder.is_dir():
         raise UserError(f"{run_dir} holds no checkpoints; give the folder of a run that saved one")
     with Checkpoints(folder) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
+        steps = checkpoints.steps()
+        if not steps:
             raise UserError(f"{folder} holds no finished checkpoint; give the folder of a run that saved one")
-        return checkpoints.restore_params(step, abstract, mesh), step
+        return checkpoints.restore_params(steps[0], abstract, mesh), steps[0]
+
+
+@jax.jit
+def _checksums(state: TrainState) -> jax.Array:
+    """A sum of each array's bits, uint32: orbax does not notice every damaged byte."""
+
+    def checksum(x):
+        if x.dtype == jnp.bfloat16:
+            return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32))
+        return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32))
+
+    return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(state)])
+
+
+def _placed(tree: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

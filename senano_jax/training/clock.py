@@ -4,8 +4,10 @@ import time
 
 
 class Clock:
-    def __init__(self):
-        self._elapsed = 0.0
+    """Stopped at first, at `milliseconds`: what a resumed run had used before."""
+
+    def __init__(self, milliseconds: float = 0.0):
+        self._elapsed = milliseconds / 1000
         self._started: float | None = None
 
     def start(self) -> None:

@@ -1,7 +1,7 @@
 """A training run from shards to final loss, read from top to bottom."""
 
 import contextlib
-import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -10,141 +10,134 @@ import numpy as np
 from senano_jax.config import Config, check_config
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import TokenStream, require_tokens
-from senano_jax.errors import UserError
 from senano_jax.optim.groups import make_optimizer
-from senano_jax.optim.schedules import learning_rate_factor, muon_momentum, window_blocks
+from senano_jax.optim.schedules import window_blocks
 from senano_jax.runlog.progress import Progress
 from senano_jax.runlog.writer import RunFolder, new_run_dir
 from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.clock import Clock
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import DATA_AXIS, choose_micro_batches, make_mesh, place_batch
-from senano_jax.training.state import abstract_params, count_parameters, init_state, make_model, with_params
-from senano_jax.training.step import StepMetrics, make_train_step
+from senano_jax.training.recorder import Recorder, RunningStep, wait_for_step
+from senano_jax.training.resume import check_same_run, restore
+from senano_jax.training.state import abstract_state, count_parameters, init_state, make_model, with_params
+from senano_jax.training.step import make_train_step
+from senano_jax.training.stop import StopRequest
 from senano_jax.training.weights import load_weights
 
 
 def train(config: Config, preset: str) -> Path:
-    """Runs `config` (derived from the preset of that name) and returns its run folder.
+    """Runs `config` (derived from the preset of that name), or goes on with it, and returns its run folder.
 
     Raises UserError, before anything is allocated, for values, files or devices that cannot work; and, during the
-    run, for a loss that is no longer finite.
+    run, for a loss that is no longer finite, bad tokens, or a folder that can no longer be written.
     """
     check_config(config)
+    if config.resume is not None:
+        check_same_run(config, Path(config.run_dir))
     shards = find_shards(config.data.train_files)
-    tokens_per_step = config.batch_tokens + config.data.discard_micro_batch
-    require_tokens(config.data.train_files, shards, config.steps * tokens_per_step - config.data.discard_micro_batch)
+    discard = config.data.discard_micro_batch
+    require_tokens(config.data.train_files, shards, config.steps * (config.batch_tokens + discard) - discard)
 
     mesh = make_mesh(config.devices)
     micro_batches = choose_micro_batches(config, mesh.size)
     model = make_model(config)
     evaluate = make_evaluator(config, model, mesh)
-    abstract = abstract_params(model)
-    parameters = count_parameters(abstract)
-
-    run = RunFolder(Path(config.run_dir or new_run_dir(preset)), config, preset, parameters)
     optimizer = make_optimizer(config.optimizer, config.steps, DATA_AXIS)
-    state = init_state(model, optimizer, config.seed, mesh)
-    if config.init_from is not None:
-        state = with_params(state, load_weights(config.init_from, config.model, abstract, mesh), mesh)
+    abstract = abstract_state(model, optimizer)
+    parameters = count_parameters(abstract.params)
     train_step = make_train_step(model, optimizer, mesh)
-    stream = TokenStream(
-        shards,
-        config.seq_len,
-        config.batch_sequences,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        discard_tokens=config.data.discard_micro_batch,
-    )
-    every_step = np.arange(config.steps)
-    lr_factors = np.asarray(learning_rate_factor(every_step, config.steps, config.optimizer))
-    momenta = np.asarray(muon_momentum(every_step, config.optimizer))
-    clock = Clock()
 
-    def record_step(step: int, metrics: StepMetrics, window: int, tokens_read: int, finished_before_ms: float) -> float:
-        """Waits for a step (counted from 1), records it, and returns when it had finished, in ms of training time."""
-        loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
-        finished_ms = clock.milliseconds
-        if not math.isfinite(loss + grad_norm):
-            saved = checkpoints.latest_step()
-            kept = "no checkpoint was saved" if saved is None else f"the newest checkpoint is that of step {saved}"
-            raise UserError(
-                f"step {step} has loss {loss} and gradient norm {grad_norm}; {kept}; "
-                "lower the learning rates, or look at the data"
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(RunFolder(Path(config.run_dir or new_run_dir(preset))))
+        if config.resume is None:
+            run.start(config, preset, parameters)
+        progress = Progress(config.steps, visible=jax.process_index() == 0)
+        checkpoints = stack.enter_context(
+            Checkpoints(run.path / "checkpoints", config.checkpoint_keep, config.checkpoint_keep_every)
+        )
+        restored = None
+        if config.resume is not None:
+            restored = restore(checkpoints, config.resume, abstract, mesh, progress.say)
+            run.go_on(restored[1]["run_folder"] if restored else {"metrics": 0, "log": 0})
+        if restored is None:
+            state = init_state(model, optimizer, config.seed, mesh)
+            if config.init_from is not None:
+                state = with_params(state, load_weights(config.init_from, config.model, abstract.params, mesh), mesh)
+            record = {"step": 0, "next_token": 0, "train_ms": 0.0, "evaluated": False}
+        else:
+            state, record = restored
+        first_step, evaluated = record["step"], record["evaluated"]
+        stream = stack.enter_context(
+            contextlib.closing(
+                TokenStream(
+                    shards,
+                    config.seq_len,
+                    config.batch_sequences,
+                    process_index=jax.process_index(),
+                    process_count=jax.process_count(),
+                    discard_tokens=discard,
+                    start_token=record["next_token"],
+                )
             )
-        step_ms = finished_ms - finished_before_ms
-        tokens_per_s = config.batch_tokens / step_ms * 1000
-        run.metric(
-            step=step,
-            tokens_trained=step * config.batch_tokens,
-            tokens_read=tokens_read,
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=float(lr_factors[step - 1]),
-            momentum=float(momenta[step - 1]),
-            window=window,
-            step_ms=round(step_ms, 3),
-            tokens_per_s=round(tokens_per_s, 1),
         )
-        line = f"step:{step}/{config.steps} {_times(finished_ms, step)} loss:{loss:.4f} tokens/s:{tokens_per_s:.0f}"
-        run.log(line)
-        progress.step(step, loss, tokens_per_s, line)
-        return finished_ms
+        clock = Clock(record["train_ms"])
+        recorder = Recorder(run, progress, clock, config, lambda: next(iter(checkpoints.steps()), None))
+        where = f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {micro_batches} micro-batches"
+        intro = f"{preset}: {parameters:,} parameters, {config.steps} steps of {config.batch_tokens:,} tokens"
+        progress.say(f"{intro} ({where}), run folder {run.path}" + (f", from step {first_step}" if restored else ""))
 
-    def record_evaluation(step: int, val_loss: float, window: int) -> None:
-        tokens, train_ms = step * config.batch_tokens, clock.milliseconds
-        run.metric(step=step, tokens_trained=tokens, val_loss=val_loss, window=window, train_time_ms=round(train_ms, 3))
-        say(f"step:{step}/{config.steps} val_loss:{val_loss:.4f} {_times(train_ms, step)} tokens:{tokens / 1e6:.2f}M")
-
-    def say(line: str) -> None:
-        run.log(line)
-        progress.say(line)
-
-    with (
-        run,
-        contextlib.closing(stream),
-        Checkpoints(run.path / "checkpoints") as checkpoints,
-        Progress(config.steps, visible=jax.process_index() == 0) as progress,
-    ):
-        say(
-            f"{preset}: {parameters:,} parameters, {config.steps} steps of {config.batch_tokens:,} tokens "
-            f"({mesh.size} x {mesh.devices.flat[0].device_kind}, {micro_batches} micro-batches), run folder {run.path}"
-        )
+        waiter = stack.enter_context(ThreadPoolExecutor(1))
+        stop = stack.enter_context(StopRequest())
+        stack.enter_context(progress)
         clock.start()
-        finished_ms = 0.0
         running = None  # the newest step; it is recorded once the next one is queued behind it, so no device waits
-        for step in range(config.steps + 1):
+        for step in range(first_step, config.steps + 1):
             window = window_blocks(step, config.steps, config.final_window_tokens)
-            last = step == config.steps
+            last, stopping = step == config.steps, stop.received is not None
             evaluation_due = last or (config.val_every and step % config.val_every == 0)
-            checkpoint_due = last or (config.checkpoint_every and step and step % config.checkpoint_every == 0)
-            if running is not None and (evaluation_due or checkpoint_due):
-                finished_ms, running = record_step(*running, finished_ms), None
-            if evaluation_due:
+            checkpoint_due = last or (config.checkpoint_every and step % config.checkpoint_every == 0)
+            if running is not None and (evaluation_due or checkpoint_due or stopping):
+                recorder.step(running)
+                running = None
+            val_loss = None
+            if evaluation_due and not evaluated and not stopping:
                 clock.stop()
-                record_evaluation(step, evaluate(state.params, window), window)
+                val_loss = evaluate(state.params, window)
+                recorder.evaluation(step, val_loss, window)
                 clock.start()
-            if checkpoint_due:
-                checkpoints.save(step, state, stream.get_state())
-            if last:
+            if (checkpoint_due or stopping) and step > first_step:
+                record = {
+                    "step": step,
+                    "next_token": stream.get_state()["next_token"],
+                    "train_ms": clock.milliseconds,
+                    "evaluated": val_loss is not None,
+                    "run_folder": run.position(),
+                }
+                checkpoints.save(step, state, record, val_loss)
+            if last or stopping:
                 break
+            evaluated = False
 
             batch = next(stream)
             tokens = place_batch(mesh, batch.tokens, micro_batches)
             state, metrics = train_step(state, tokens, np.int32(window))
             for value in metrics:  # starts the copy now: one asked for later would wait for the steps queued behind
                 value.copy_to_host_async()
+            finished = waiter.submit(wait_for_step, metrics, clock)
             if running is not None:
-                finished_ms = record_step(*running, finished_ms)
-            running = (step + 1, metrics, window, stream.get_state()["next_token"])
+                recorder.step(running)
+            running = RunningStep(step + 1, finished, window, stream.get_state()["next_token"])
 
-        if peak := _peak_memory_mib():
-            say(f"peak memory allocated: {peak} MiB")
+        checkpoints.steps()  # waits for the last save
+        if stopping:
+            progress.say(
+                f"{stop.received}: stopped after step {step}, saved; resume with: "
+                f"python -m senano_jax.train --run-dir {run.path} --resume"
+            )
+        elif peak := _peak_memory_mib():
+            recorder.say(f"peak memory allocated: {peak} MiB")
     return run.path
-
-
-def _times(train_ms: float, step: int) -> str:
-    return f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms"
 
 
 def _peak_memory_mib() -> int:

@@ -31,6 +31,12 @@ def abstract_params(model: Gpt) -> Params:
     return jax.eval_shape(model.init, jax.random.key(0), tokens, tokens, 1)["params"]
 
 
+def abstract_state(model: Gpt, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes and dtypes of a whole state; allocates nothing."""
+    params = abstract_params(model)
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
+
+
 def count_parameters(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 

@@ -1,0 +1,104 @@
+"""What a run measures, as it becomes known: into the run folder and onto the screen."""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import numpy as np
+
+from senano_jax.config import Config
+from senano_jax.errors import UserError
+from senano_jax.optim.schedules import learning_rate_factor, muon_momentum
+from senano_jax.runlog.progress import Progress
+from senano_jax.runlog.writer import RunFolder
+from senano_jax.training.clock import Clock
+from senano_jax.training.step import StepMetrics
+
+
+class FinishedStep(NamedTuple):
+    loss: float
+    grad_norm: float
+    train_ms: float  # training time when its metrics had arrived
+
+
+class RunningStep(NamedTuple):
+    """A step that the devices may still be working on."""
+
+    step: int  # counted from 1
+    finished: Future[FinishedStep]
+    window: int  # blocks of 128 tokens
+    tokens_read: int  # position of the stream after it
+
+
+def wait_for_step(metrics: StepMetrics, clock: Clock) -> FinishedStep:
+    """For a thread of its own: the main one is busy queuing the next step while this one ends."""
+    return FinishedStep(float(metrics.loss), float(metrics.grad_norm), clock.milliseconds)
+
+
+class Recorder:
+    """Writes a line for every step and evaluation; `newest_checkpoint` tells what a failed run can go back to."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        progress: Progress,
+        clock: Clock,
+        config: Config,
+        newest_checkpoint: Callable[[], int | None],
+    ):
+        self._run, self._progress, self._clock, self._config = run, progress, clock, config
+        self._newest_checkpoint = newest_checkpoint
+        self._finished_ms = clock.milliseconds
+        steps = np.arange(config.steps)  # all at once: a scalar from the device would wait for the step it is running
+        self._lr_factors = np.asarray(learning_rate_factor(steps, config.steps, config.optimizer))
+        self._momenta = np.asarray(muon_momentum(steps, config.optimizer))
+
+    def say(self, line: str) -> None:
+        self._run.log(line)
+        self._progress.say(line)
+
+    def step(self, running: RunningStep) -> None:
+        """Waits for a step and records it. Raises UserError if its loss or gradient is not finite."""
+        step, config = running.step, self._config
+        loss, grad_norm, train_ms = running.finished.result()
+        started_ms, self._finished_ms = self._finished_ms, train_ms
+        if not math.isfinite(loss + grad_norm):
+            saved = self._newest_checkpoint()
+            kept = "no checkpoint was saved" if saved is None else f"the newest checkpoint is that of step {saved}"
+            raise UserError(
+                f"step {step} has loss {loss} and gradient norm {grad_norm}; {kept}; "
+                "lower the learning rates, or look at the data"
+            )
+        step_ms = self._finished_ms - started_ms
+        tokens_per_s = config.batch_tokens / step_ms * 1000
+        self._run.metric(
+            step=step,
+            tokens_trained=step * config.batch_tokens,
+            tokens_read=running.tokens_read,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=float(self._lr_factors[step - 1]),
+            momentum=float(self._momenta[step - 1]),
+            window=running.window,
+            step_ms=round(step_ms, 3),
+            tokens_per_s=round(tokens_per_s, 1),
+        )
+        line = f"step:{step}/{config.steps} {self._times(self._finished_ms, step)} loss:{loss:.4f}"
+        self._run.log(line)
+        self._progress.step(step, loss, tokens_per_s, f"{line} tokens/s:{tokens_per_s:.0f}")
+
+    def evaluation(self, step: int, val_loss: float, window: int) -> None:
+        """Records an evaluation after `step` steps, with the clock stopped. Raises UserError if it is not finite."""
+        tokens, train_ms = step * self._config.batch_tokens, self._clock.milliseconds
+        if not math.isfinite(val_loss):
+            raise UserError(f"the validation loss after step {step} is {val_loss}; look at the weights and the data")
+        self._run.metric(
+            step=step, tokens_trained=tokens, val_loss=val_loss, window=window, train_time_ms=round(train_ms, 3)
+        )
+        times = self._times(train_ms, step)
+        self.say(f"step:{step}/{self._config.steps} val_loss:{val_loss:.4f} {times} tokens:{tokens / 1e6:.2f}M")
+
+    @staticmethod
+    def _times(train_ms: float, step: int) -> str:
+        return f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms"
