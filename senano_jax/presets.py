@@ -65,11 +65,11 @@ def demo() -> Config:
             val_tokens=32_768,
             val_seq_len=4096,
         ),
-        steps=40,
+        steps=32,
         batch_tokens=4096,
         seq_len=1024,
         final_window_tokens=512,
-        val_every=20,
+        val_every=16,
         dtype="float32",
     )
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 SOFT_CAP = 30.0
 # Tokens whose logits exist at a time: 0.8 GB of bfloat16 over 50,304 columns. A CPU has no use for more than its cache.
 CHUNK_TOKENS = 8192
-CHUNK_TOKENS_CPU = 256
+CHUNK_TOKENS_CPU = 128
 
 
 def soft_capped_cross_entropy(

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import secrets
+import shlex
 import subprocess
 import sys
 import time
@@ -122,7 +123,7 @@ class RunFolder:
 def environment() -> dict:
     """Packages, devices, commit and flags of this process."""
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(["python", "-m", f"senano_jax.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "git_commit": _git_commit(),
