@@ -13,6 +13,7 @@ from senano_jax.config_file import read_config
 from senano_jax.errors import one_line_errors
 from senano_jax.presets import PRESETS, preset
 from senano_jax.training.loop import train
+from senano_jax.training.processes import join_processes
 
 _DESCRIPTION = """Trains a preset, or a variation of it, on token shards and reports its validation loss.
 
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str]) -> Path:
         config=(tyro.conf.AvoidSubcommands,),
     )
     configure_jax(config.dtype, config.compilation_cache)
+    join_processes()
     return train(config, name)
 
 

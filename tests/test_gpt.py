@@ -99,13 +99,13 @@ def loss_and_gradients(**changes):
 
 @pytest.mark.parametrize("change", [{"unroll": True}, {"remat": "attention"}, {"remat": "full"}], ids=str)
 def test_how_it_is_computed_does_not_change_the_result(change):
-    """Scanned or unrolled, kept or recomputed: the float32 loss and the initial weights of a seed are the same bits.
+    """Scanned or unrolled, kept or recomputed: the same initial weights, and the same loss and gradients up to rounding.
 
-    Gradients agree to rounding: the compiler fuses an unrolled visit, and a recomputation, with other neighbours.
+    Not the same bits: the compiler fuses an unrolled visit, and a recomputation, with other neighbours.
     """
     expected_loss, expected = loss_and_gradients()
     loss, gradients = loss_and_gradients(**change)
-    assert loss == expected_loss
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
     for gradient, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(gradient, other, rtol=0, atol=5e-6 * np.linalg.norm(other))
     jax.tree.map(np.testing.assert_array_equal, init(tiny_model(**LOOPED, **change)), init(tiny_model(**LOOPED)))

@@ -10,6 +10,7 @@ import numpy as np
 from senano_jax.config import Config, check_config
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import TokenStream, require_tokens
+from senano_jax.errors import UserError
 from senano_jax.optim.groups import make_optimizer
 from senano_jax.optim.schedules import window_blocks
 from senano_jax.runlog.progress import Progress
@@ -18,6 +19,7 @@ from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.clock import Clock
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import DATA_AXIS, choose_micro_batches, make_mesh, place_batch
+from senano_jax.training.processes import StopVote
 from senano_jax.training.recorder import Recorder, RunningStep, wait_for_step
 from senano_jax.training.resume import check_same_run, restore
 from senano_jax.training.state import abstract_state, count_parameters, init_state, make_model, with_params
@@ -33,6 +35,8 @@ def train(config: Config, preset: str) -> Path:
     run, for a loss that is no longer finite, bad tokens, or a folder that can no longer be written.
     """
     check_config(config)
+    if jax.process_count() > 1 and config.run_dir is None:
+        raise UserError("a run of several processes needs --run-dir, the same folder for all of them")
     if config.resume is not None:
         check_same_run(config, Path(config.run_dir))
     shards = find_shards(config.data.train_files)
@@ -47,6 +51,7 @@ def train(config: Config, preset: str) -> Path:
     abstract = abstract_state(model, optimizer)
     parameters = count_parameters(abstract.params)
     train_step = make_train_step(model, optimizer, mesh)
+    vote = StopVote(mesh)
 
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(RunFolder(Path(config.run_dir or new_run_dir(preset))))
@@ -91,14 +96,15 @@ def train(config: Config, preset: str) -> Path:
         stop = stack.enter_context(StopRequest())
         stack.enter_context(progress)
         clock.start()
+        stopping = False
         running = None  # the newest step; it is recorded once the next one is queued behind it, so no device waits
         for step in range(first_step, config.steps + 1):
             window = window_blocks(step, config.steps, config.final_window_tokens)
-            last, stopping = step == config.steps, stop.received is not None
+            last = step == config.steps
             evaluation_due = last or (config.val_every and step % config.val_every == 0)
             checkpoint_due = last or (config.checkpoint_every and step % config.checkpoint_every == 0)
             if running is not None and (evaluation_due or checkpoint_due or stopping):
-                recorder.step(running)
+                stopping |= recorder.step(running)
                 running = None
             val_loss = None
             if evaluation_due and not evaluated and not stopping:
@@ -124,15 +130,15 @@ def train(config: Config, preset: str) -> Path:
             state, metrics = train_step(state, tokens, np.int32(window))
             for value in metrics:  # starts the copy now: one asked for later would wait for the steps queued behind
                 value.copy_to_host_async()
-            finished = waiter.submit(wait_for_step, metrics, clock)
+            finished = waiter.submit(wait_for_step, metrics, vote(stop.received is not None), clock)
             if running is not None:
-                recorder.step(running)
+                stopping = recorder.step(running)
             running = RunningStep(step + 1, finished, window, stream.get_state()["next_token"])
 
         checkpoints.steps()  # waits for the last save
         if stopping:
             progress.say(
-                f"{stop.received}: stopped after step {step}, saved; resume with: "
+                f"{stop.received or 'another process'}: stopped after step {step}, saved; resume with: "
                 f"python -m senano_jax.train --run-dir {run.path} --resume"
             )
         elif peak := _peak_memory_mib():

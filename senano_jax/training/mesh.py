@@ -21,6 +21,8 @@ def make_mesh(devices: int | None) -> Mesh:
     """A one-dimensional mesh over the first `devices` devices, or all; raises UserError if there are fewer."""
     available = jax.devices()
     count = len(available) if devices is None else devices
+    if count != len(available) and jax.process_count() > 1:
+        raise UserError(f"--devices {count}: a run of several processes uses all of their {len(available)} devices")
     if count > len(available):
         raise UserError(f"--devices {count}: this machine has {len(available)} {available[0].platform} devices")
     return Mesh(np.asarray(available[:count]), (DATA_AXIS,))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from senano_jax.config import Config
@@ -20,6 +21,7 @@ class FinishedStep(NamedTuple):
     loss: float
     grad_norm: float
     train_ms: float  # training time when its metrics had arrived
+    stop: bool  # a process had been told to stop before it began
 
 
 class RunningStep(NamedTuple):
@@ -31,9 +33,9 @@ class RunningStep(NamedTuple):
     tokens_read: int  # position of the stream after it
 
 
-def wait_for_step(metrics: StepMetrics, clock: Clock) -> FinishedStep:
+def wait_for_step(metrics: StepMetrics, stop: jax.Array | bool, clock: Clock) -> FinishedStep:
     """For a thread of its own: the main one is busy queuing the next step while this one ends."""
-    return FinishedStep(float(metrics.loss), float(metrics.grad_norm), clock.milliseconds)
+    return FinishedStep(float(metrics.loss), float(metrics.grad_norm), clock.milliseconds, bool(stop))
 
 
 class Recorder:
@@ -58,10 +60,11 @@ class Recorder:
         self._run.log(line)
         self._progress.say(line)
 
-    def step(self, running: RunningStep) -> None:
-        """Waits for a step and records it. Raises UserError if its loss or gradient is not finite."""
+    def step(self, running: RunningStep) -> bool:
+        """Waits for a step and records it; returns whether the run should stop. Raises UserError if its loss or
+        gradient is not finite."""
         step, config = running.step, self._config
-        loss, grad_norm, train_ms = running.finished.result()
+        loss, grad_norm, train_ms, stop = running.finished.result()
         started_ms, self._finished_ms = self._finished_ms, train_ms
         if not math.isfinite(loss + grad_norm):
             saved = self._newest_checkpoint()
@@ -87,6 +90,7 @@ class Recorder:
         line = f"step:{step}/{config.steps} {self._times(self._finished_ms, step)} loss:{loss:.4f}"
         self._run.log(line)
         self._progress.step(step, loss, tokens_per_s, f"{line} tokens/s:{tokens_per_s:.0f}")
+        return stop
 
     def evaluation(self, step: int, val_loss: float, window: int) -> None:
         """Records an evaluation after `step` steps, with the clock stopped. Raises UserError if it is not finite."""

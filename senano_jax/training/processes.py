@@ -1,0 +1,57 @@
+"""Runs of several processes: joining them, and agreeing on when to stop."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from senano_jax.errors import UserError
+from senano_jax.training.mesh import DATA_AXIS, place_sequences
+
+# Set by a launcher in each process it starts: srun, mpirun, or a person.
+_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+
+
+def join_processes() -> None:
+    """Connects this process with the others of its Slurm step or Open MPI job, or those that JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID describe. Does nothing for a process on its own.
+
+    To be called before JAX looks for devices. Raises UserError if the others cannot be found.
+    """
+    if all(int(os.environ.get(name) or 1) <= 1 for name in _COUNTS):
+        return
+    described = "JAX_NUM_PROCESSES" in os.environ
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
+    try:
+        if described:
+            jax.distributed.initialize(
+                os.environ["JAX_COORDINATOR_ADDRESS"],
+                int(os.environ["JAX_NUM_PROCESSES"]),
+                int(os.environ["JAX_PROCESS_ID"]),
+            )
+        else:
+            jax.distributed.initialize()
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot join the other processes ({' '.join(str(error).split())[:150]})") from None
+
+
+class StopVote:
+    """Lets all processes stop after the same step, although a signal reaches them at different moments or only one."""
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+        self._local_devices = len(mesh.local_devices)
+        count = jax.shard_map(
+            lambda x: jax.lax.psum(x.sum(), DATA_AXIS), mesh=mesh, in_specs=P(DATA_AXIS), out_specs=P()
+        )
+        self._count = jax.jit(count)
+
+    def __call__(self, stop: bool) -> jax.Array | bool:
+        """How many devices belong to processes that want to stop; an array on the devices, or `stop` itself in a run
+        of one process."""
+        if jax.process_count() == 1:
+            return stop
+        return self._count(place_sequences(self._mesh, np.full(self._local_devices, stop, jnp.int32)))
