@@ -99,7 +99,7 @@ def loss_and_gradients(**changes):
 
 @pytest.mark.parametrize("change", [{"unroll": True}, {"remat": "attention"}, {"remat": "full"}], ids=str)
 def test_how_it_is_computed_does_not_change_the_result(change):
-    """Scanned or unrolled, kept or recomputed: the same initial weights, and the same loss and gradients up to rounding.
+    """Scanned or unrolled, kept or recomputed: the same initial weights, the same loss and gradients up to rounding.
 
     Not the same bits: the compiler fuses an unrolled visit, and a recomputation, with other neighbours.
     """

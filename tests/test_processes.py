@@ -8,14 +8,19 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from senano_jax import train
+from senano_jax.errors import UserError
 
 PROCESSES, DEVICES, STEPS = 2, 4, 10
 FLAGS = [
     "demo", "--model.dim=16", "--model.num-heads=2", f"--steps={STEPS}", "--batch-tokens=2048", "--seq-len=256",
     "--final-window-tokens=256", "--data.val-tokens=1024", "--data.val-seq-len=512", "--val-every=0",
+    # The first gradients of the scalars are rounding noise, which Adam turns into whole steps: another order of sums
+    # would be another run.
+    "--optimizer.scalar-lr=0",
 ]  # fmt: skip
 PROGRAM = f"""
 import sys, jax
@@ -57,12 +62,8 @@ def losses(run_dir):
     return {record["step"]: record["loss"] for record in records if "loss" in record}
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return f"--compilation-cache={tmp_path_factory.mktemp('xla')}"
-
-
-def test_two_processes_train_like_one_stop_together_and_go_on_as_one(tmp_path, cache):
+def test_two_processes_train_like_one_stop_together_and_go_on_as_one(tmp_path):
+    cache = f"--compilation-cache={tmp_path / 'xla'}"
     alone, together = tmp_path / "alone", tmp_path / "together"
     train.main([*FLAGS, f"--devices={PROCESSES * DEVICES}", cache, f"--run-dir={alone}"])
 
@@ -83,8 +84,7 @@ def test_two_processes_train_like_one_stop_together_and_go_on_as_one(tmp_path, c
     assert losses(together) == pytest.approx(losses(alone), rel=1e-3)
 
 
-def test_processes_that_would_not_share_a_run_folder_are_refused(cache):
-    processes = launch_all([*FLAGS, cache])
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2]
-    assert all("error: a run of several processes needs --run-dir" in error for error in errors)
+def test_processes_that_would_not_share_a_run_folder_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: PROCESSES)
+    with pytest.raises(UserError, match="a run of several processes needs --run-dir"):
+        train.main(FLAGS)
