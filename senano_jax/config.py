@@ -1,6 +1,6 @@
 """Everything a run can be told, as frozen dataclasses, and the checks that refuse what cannot work.
 
-The field docstrings are the texts of `--help`. No default here is a hyperparameter of a system: presets.py names those.
+The field docstrings are the texts of `--help`. What distinguishes one system from another is in presets.py.
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from senano_jax.attention.intervals import BLOCK
+from senano_jax.attention import BLOCK, pallas_triton
 from senano_jax.data.shards import VOCAB_SIZE
 from senano_jax.errors import UserError
 
@@ -162,8 +162,8 @@ def check_config(config: Config) -> None:
     """Raises UserError at the first value that cannot work; needs no device and no file."""
     model, layers, data = config.model, config.model.layers, config.data
     for flag, value in _positive_integers(config).items():
-        if value < 1:
-            raise UserError(f"{flag} is {value}; it must be at least 1")
+        if not 1 <= value < 2**31:
+            raise UserError(f"{flag} is {value}; it must be at least 1 and fit into 31 bits")
     for flag, value in {
         "--val-every": config.val_every,
         "--checkpoint-every": config.checkpoint_every,
@@ -174,8 +174,8 @@ def check_config(config: Config) -> None:
         "--model.layers.loop": layers.loop,
         "--model.layers.visits": layers.visits,
     }.items():
-        if value < 0:
-            raise UserError(f"{flag} is {value}; it must not be negative")
+        if not 0 <= value < 2**31:
+            raise UserError(f"{flag} is {value}; it must not be negative and fit into 31 bits")
 
     if config.resume is not None and config.run_dir is None:
         raise UserError("--resume needs --run-dir, the folder of the run to go on with")
@@ -188,6 +188,11 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"--model.dim {model.dim} with --model.num-heads {model.num_heads} gives heads of {model.head_dim}; "
             "the rotary embedding needs a multiple of 4"
+        )
+    if model.attention == "flash" and not pallas_triton.fits(model.head_dim):
+        raise UserError(
+            f"--model.attention flash takes heads whose width is a power of two from 16 up, not {model.head_dim} "
+            "(--model.dim / --model.num-heads); change these, or use --model.attention banded"
         )
     if not VOCAB_SIZE <= model.vocab_size <= model.padded_vocab_size:
         raise UserError(

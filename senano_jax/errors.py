@@ -11,9 +11,13 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the program with status 2 and `error: ...` on standard error when a `UserError` reaches it."""
+    """Ends the program when a `UserError` reaches it, with `error: ...` on standard error and status 2, or when the
+    user interrupts it, with status 130."""
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -14,7 +14,7 @@ from senano_jax.config_file import read_config
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.optim.schedules import window_blocks
 from senano_jax.presets import preset
-from senano_jax.train import configure_jax, value_of
+from senano_jax.train import configure_jax, value_of, with_dashes
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import make_mesh
 from senano_jax.training.state import abstract_params, make_model
@@ -42,6 +42,7 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> float:
     """Parses, evaluates, prints, and returns the loss."""
+    arguments = with_dashes(arguments)
     base = _base_config(arguments)
     defaults = Arguments(
         source=tyro.MISSING, data=base.data, dtype=base.dtype, attention=base.model.attention, devices=base.devices

@@ -10,7 +10,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Writes `path` under a temporary name beside it, then renames. Raises UserError if it cannot."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The systems of the record table. Each function is one of them; nothing else in the package names a hyperparameter."""
+"""The systems of the record table, each as a difference from another."""
 
 import dataclasses
 from collections.abc import Callable

@@ -13,7 +13,7 @@ from senano_jax.config_file import read_config
 from senano_jax.errors import one_line_errors
 from senano_jax.presets import PRESETS, preset
 from senano_jax.training.loop import train
-from senano_jax.training.processes import join_processes
+from senano_jax.training.processes import join_processes, leave_at_once_on_failure
 
 _DESCRIPTION = """Trains a preset, or a variation of it, on token shards and reports its validation loss.
 
@@ -24,7 +24,7 @@ The defaults below are those of {name}.
 
 def main(arguments: Sequence[str]) -> Path:
     """Parses `arguments`, runs, and returns the run folder."""
-    arguments = _bare_resume(list(arguments))
+    arguments = _bare_resume(with_dashes(arguments))
     name, default, flags = _choose_defaults(arguments)
     config = tyro.cli(
         Config,
@@ -74,6 +74,15 @@ def _bare_resume(arguments: list[str]) -> list[str]:
     return result
 
 
+def with_dashes(arguments: Sequence[str]) -> list[str]:
+    """The flags' names with dashes for underscores: both spellings are accepted."""
+    spelt = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        spelt.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
+    return spelt
+
+
 def value_of(flag: str, arguments: list[str]) -> str | None:
     """The value of `--flag value` or `--flag=value`, read before the flags are parsed."""
     for argument, following in zip(arguments, [*arguments[1:], None]):
@@ -85,5 +94,5 @@ def value_of(flag: str, arguments: list[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with leave_at_once_on_failure(), one_line_errors():
         main(sys.argv[1:])

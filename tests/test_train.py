@@ -76,6 +76,12 @@ def test_evaluate_gives_the_final_validation_loss_again(run_dir, capsys):
     assert capsys.readouterr().out.strip() == f"val_loss:{loss:.6f} tokens:1024"
 
 
+def test_weights_can_be_evaluated_in_another_type_than_they_were_trained_in(run_dir):
+    exact, rounded = evaluate.main([str(run_dir)]), evaluate.main([str(run_dir), "--dtype=bfloat16"])
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=1e-2)
+
+
 def test_a_smaller_window_changes_the_evaluation(run_dir):
     assert evaluate.main([str(run_dir), "--window-blocks=1"]) != evaluate.main([str(run_dir), "--window-blocks=2"])
 
@@ -106,6 +112,20 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_last_checkpoint(tm
         train.main(arguments)
     steps, _ = records(tmp_path / "run")
     assert steps, "the finite steps before it are recorded"
+
+
+def test_a_run_that_could_not_begin_leaves_its_folder_free(run_dir, tmp_path):
+    arguments = ["demo", *SMALL, "--steps=1", "--val-every=0", f"--run-dir={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match="/nowhere is neither a PyTorch checkpoint"):
+        train.main([*arguments, "--init-from=/nowhere"])
+    assert len(records(train.main(arguments))[0]) == 1
+
+
+def test_a_complete_run_is_left_as_it_is(run_dir, capsys):
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
+    assert train.main(["--run_dir", str(run_dir), "--resume"]) == run_dir  # underscores are dashes
+    assert f"is complete: {STEPS} steps" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()} == before
 
 
 def test_a_folder_with_a_run_in_it_is_refused(run_dir):
@@ -170,7 +190,7 @@ def test_a_pytorch_checkpoint_evaluates_to_the_loss_it_was_exported_with(run_dir
         (["nonsense"], "unknown preset 'nonsense'; choose one of"),
         (["demo", "--batch-tokens=5000"], "--batch-tokens 5000 is not a multiple of --seq-len 1024"),
         (["demo", "--data.train-files=/nowhere/*.bin"], "no shard matches '/nowhere/*.bin'"),
-        (["demo", "--init-from=/nowhere"], "/nowhere is neither a PyTorch checkpoint"),
+        (["demo", "--model.attention=flash", "--model.dim=24"], "heads whose width is a power of two from 16 up"),
     ],
 )
 def test_bad_input_ends_in_one_line_without_a_traceback(arguments, message, tmp_path):

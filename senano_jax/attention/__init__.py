@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 from jaxtyping import Array, Float
 
+from senano_jax.attention import pallas_triton
 from senano_jax.attention.banded import banded_attention
 from senano_jax.attention.dense import dense_attention
 from senano_jax.attention.flash import flash_attention
@@ -29,6 +30,7 @@ def attend(
     128. `dense` needs O(T^2) memory and is the reference for the others; `auto` takes the fastest one that runs.
     """
     if implementation == "auto":
-        implementation = "flash" if jax.default_backend() == "gpu" else "banded"
+        on_gpu = jax.default_backend() == "gpu" and pallas_triton.fits(q.shape[-1])
+        implementation = "flash" if on_gpu else "banded"
     attention = {"flash": flash_attention, "banded": banded_attention, "dense": dense_attention}[implementation]
     return attention(q, k, v, intervals, scale)

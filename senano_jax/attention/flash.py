@@ -53,7 +53,7 @@ def flash_attention(
     length, width = q.shape[1], q.shape[3]
     if length % BLOCK:
         raise ValueError(f"flash_attention needs a length that is a multiple of {BLOCK}, got {length}")
-    if width < 16 or width & (width - 1):
+    if not pallas_triton.fits(width):
         raise ValueError(f"flash_attention needs heads whose width is a power of two from 16 up, got {width}")
     if not scale > 0:
         raise ValueError(f"flash_attention needs a positive scale, got {scale}")

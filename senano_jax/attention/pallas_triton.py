@@ -17,6 +17,11 @@ from senano_jax.attention.tiles import Tile
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
 
+def fits(width: int) -> bool:
+    """Whether Triton can hold a row of `width` numbers: its blocks are powers of two, and its products begin at 16."""
+    return width >= 16 and width & (width - 1) == 0
+
+
 def call(kernel, *, name, grid, in_specs, out_specs, out_shape, tile: Tile, interpret: bool):
     return pl.pallas_call(
         kernel,

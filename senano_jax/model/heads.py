@@ -67,8 +67,9 @@ def prepare_heads(
     XLA, the default where there is no GPU.
     """
     length, width = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
-    fits = width >= 16 and width & (width - 1) == 0
-    fits = fits and length % launches.forward.tokens == 0 and length % launches.backward.tokens == 0
+    fits = (
+        pallas_triton.fits(width) and length % launches.forward.tokens == 0 and length % launches.backward.tokens == 0
+    )
     on_gpu = jax.default_backend() == "gpu"
     if implementation == "auto":
         implementation = "fused" if on_gpu and fits else "plain"

@@ -7,7 +7,7 @@ import rich.progress
 class Progress:
     """A context manager; `total_steps` is the length of the run. Prints nothing if `visible` is False."""
 
-    def __init__(self, total_steps: int, first_step: int = 0, visible: bool = True):
+    def __init__(self, total_steps: int, visible: bool = True):
         self._console = rich.console.Console(highlight=False, quiet=not visible, soft_wrap=True)
         self._bar = None
         if self._console.is_terminal:
@@ -21,7 +21,13 @@ class Progress:
                 transient=True,
                 speed_estimate_period=120,
             )
-            self._task = self._bar.add_task("train", total=total_steps, completed=first_step, figures="compiling")
+            self._task = self._bar.add_task("train", total=total_steps, figures="compiling")
+
+    def starting_at(self, step: int) -> "Progress":
+        """Itself, for a run that goes on after `step` steps."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+        return self
 
     def __enter__(self) -> "Progress":
         if self._bar is not None:

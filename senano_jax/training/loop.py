@@ -56,7 +56,7 @@ def train(config: Config, preset: str) -> Path:
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(RunFolder(Path(config.run_dir or new_run_dir(preset))))
         if config.resume is None:
-            run.start(config, preset, parameters)
+            run.refuse_if_started()
         progress = Progress(config.steps, visible=jax.process_index() == 0)
         checkpoints = stack.enter_context(
             Checkpoints(run.path / "checkpoints", config.checkpoint_keep, config.checkpoint_keep_every)
@@ -64,15 +64,22 @@ def train(config: Config, preset: str) -> Path:
         restored = None
         if config.resume is not None:
             restored = restore(checkpoints, config.resume, abstract, mesh, progress.say)
+            if restored and restored[1]["step"] == config.steps and restored[1]["evaluated"]:
+                progress.say(f"the run in {run.path} is complete: {config.steps} steps")
+                return run.path
             run.go_on(restored[1]["run_folder"] if restored else {"metrics": 0, "log": 0})
+            # Only now that nothing can refuse the run any more: it does their steps again, and saves them again.
+            checkpoints.delete_after(restored[1]["step"] if restored else 0)
         if restored is None:
             state = init_state(model, optimizer, config.seed, mesh)
             if config.init_from is not None:
                 state = with_params(state, load_weights(config.init_from, config.model, abstract.params, mesh), mesh)
-            record = {"step": 0, "next_token": 0, "train_ms": 0.0, "evaluated": False}
+            saved = {"step": 0, "next_token": 0, "train_ms": 0.0, "evaluated": False}
         else:
-            state, record = restored
-        first_step, evaluated = record["step"], record["evaluated"]
+            state, saved = restored
+        if config.resume is None:  # only now: a run that could not begin leaves no folder that looks like one
+            run.start(config, preset, parameters)
+        first_step, evaluated = saved["step"], saved["evaluated"]
         stream = stack.enter_context(
             contextlib.closing(
                 TokenStream(
@@ -82,11 +89,11 @@ def train(config: Config, preset: str) -> Path:
                     process_index=jax.process_index(),
                     process_count=jax.process_count(),
                     discard_tokens=discard,
-                    start_token=record["next_token"],
+                    start_token=saved["next_token"],
                 )
             )
         )
-        clock = Clock(record["train_ms"])
+        clock = Clock(saved["train_ms"])
         recorder = Recorder(run, progress, clock, config, lambda: next(iter(checkpoints.steps()), None))
         where = f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {micro_batches} micro-batches"
         intro = f"{preset}: {parameters:,} parameters, {config.steps} steps of {config.batch_tokens:,} tokens"
@@ -94,7 +101,7 @@ def train(config: Config, preset: str) -> Path:
 
         waiter = stack.enter_context(ThreadPoolExecutor(1))
         stop = stack.enter_context(StopRequest())
-        stack.enter_context(progress)
+        stack.enter_context(progress.starting_at(first_step))
         clock.start()
         stopping = False
         running = None  # the newest step; it is recorded once the next one is queued behind it, so no device waits
@@ -107,7 +114,7 @@ def train(config: Config, preset: str) -> Path:
                 stopping |= recorder.step(running)
                 running = None
             val_loss = None
-            if evaluation_due and not evaluated and not stopping:
+            if evaluation_due and not evaluated and (last or not stopping):
                 clock.stop()
                 val_loss = evaluate(state.params, window)
                 recorder.evaluation(step, val_loss, window)
@@ -136,7 +143,7 @@ def train(config: Config, preset: str) -> Path:
             running = RunningStep(step + 1, finished, window, stream.get_state()["next_token"])
 
         checkpoints.steps()  # waits for the last save
-        if stopping:
+        if stopping and not last:
             progress.say(
                 f"{stop.received or 'another process'}: stopped after step {step}, saved; resume with: "
                 f"python -m senano_jax.train --run-dir {run.path} --resume"

@@ -4,6 +4,7 @@ import os
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -12,9 +13,9 @@ from senano_jax.errors import UserError
 
 DATA_AXIS = "data"
 
-# Bytes of activations a token needs for each position, unit of width and byte of the activations' type; measured as
-# XLA's temporaries of the full-width step on an H200 (docs/performance.md).
-ACTIVATION_FACTOR = {"none": 32, "attention": 7, "full": 5}
+# Bytes of activations a token needs for each position, unit of width and byte of the activations' type: XLA's
+# temporaries of the full-width step on an H200 (docs/performance.md), rounded up.
+ACTIVATION_FACTOR = {"none": 24, "attention": 8, "full": 7}
 
 
 def make_mesh(devices: int | None) -> Mesh:
@@ -47,18 +48,29 @@ def place_sequences(mesh: Mesh, rows: np.ndarray) -> jax.Array:
 
 
 def choose_micro_batches(config: Config, devices: int) -> int:
-    """`config.micro_batches`, or the fewest equal micro-batches whose activations fit in a device's free memory."""
+    """`config.micro_batches`, or the fewest equal micro-batches whose activations fit in a device's free memory.
+
+    Raises UserError if the sequences cannot be dealt out evenly, or if not even one seems to fit.
+    """
     if config.micro_batches is not None:
         check_split(config, devices, config.micro_batches)
         return config.micro_batches
     check_split(config, devices, 1)
     sequences = config.batch_sequences // devices
     budget = memory_budget(config, devices)
+    if jax.process_count() > 1:  # all must compile the same program
+        budget = int(multihost_utils.process_allgather(np.float32(budget)).min())
     bytes_per_sequence = activation_bytes(config, config.seq_len)
     fitting = [
         n for n in range(1, sequences + 1) if sequences % n == 0 and sequences // n * bytes_per_sequence <= budget
     ]
-    return fitting[0] if fitting else sequences
+    if not fitting:
+        raise UserError(
+            f"one sequence of --seq-len {config.seq_len} takes about {bytes_per_sequence / 2**30:.1f} GiB beside the "
+            f"weights, a device has {max(budget, 0) / 2**30:.1f} GiB; use --model.remat full, or --micro-batches "
+            f"{sequences} to try it nevertheless"
+        )
+    return fitting[0]
 
 
 def activation_bytes(config: Config, tokens: int) -> int:
@@ -69,7 +81,10 @@ def activation_bytes(config: Config, tokens: int) -> int:
 
 
 def memory_budget(config: Config, devices: int) -> int:
-    """Bytes of one device's memory that activations may take: 80% of it, less parameters, gradients and optimiser."""
+    """Bytes of a device's memory that activations may take: 90% of what JAX may use, less what the weights need.
+
+    A CPU's memory is shared by its devices.
+    """
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     host_share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // devices
@@ -77,4 +92,4 @@ def memory_budget(config: Config, devices: int) -> int:
     model = config.model
     matrices = model.layers.layers * (4 + 2 * model.mlp_expansion) * model.dim**2
     parameters = matrices + (model.vocab_size + model.padded_vocab_size) * model.dim
-    return int(0.8 * total) - 20 * parameters  # float32: weights, two gradients, two moments
+    return int(0.9 * total) - 20 * parameters  # float32: weights, two gradients, two moments

@@ -1,6 +1,10 @@
 """Runs of several processes: joining them, and agreeing on when to stop."""
 
+import contextlib
 import os
+import sys
+import traceback
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +25,11 @@ def join_processes() -> None:
 
     To be called before JAX looks for devices. Raises UserError if the others cannot be found.
     """
-    if all(int(os.environ.get(name) or 1) <= 1 for name in _COUNTS):
-        return
-    described = "JAX_NUM_PROCESSES" in os.environ
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
     try:
-        if described:
+        if all(int(os.environ.get(name) or 1) <= 1 for name in _COUNTS):
+            return
+        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
+        if "JAX_NUM_PROCESSES" in os.environ:
             jax.distributed.initialize(
                 os.environ["JAX_COORDINATOR_ADDRESS"],
                 int(os.environ["JAX_NUM_PROCESSES"]),
@@ -36,6 +39,22 @@ def join_processes() -> None:
             jax.distributed.initialize()
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot join the other processes ({' '.join(str(error).split())[:150]})") from None
+
+
+@contextlib.contextmanager
+def leave_at_once_on_failure() -> Iterator[None]:
+    """Ends a process of several without waiting for the others, if it fails: they would wait for it too."""
+    try:
+        yield
+    except BaseException as failure:
+        status = failure.code if isinstance(failure, SystemExit) else 1
+        if status and jax.distributed.is_initialized():
+            if not isinstance(failure, SystemExit):
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status if isinstance(status, int) else 1)
+        raise
 
 
 class StopVote:
