@@ -60,12 +60,15 @@ class RunFolder:
                 for file in (self._lock, *self._files.values()):
                     stack.callback(file.close)
 
+    def refuse_if_started(self) -> None:
+        """Raises UserError if the folder holds a run already."""
+        if self._writes and (self.path / "config.json").exists():
+            raise UserError(f"--run-dir {self.path} holds a run already; choose another folder, or add --resume")
+
     def start(self, config: Config, preset: str, parameters: int) -> None:
-        """Begins a new run. Raises UserError if the folder holds one already."""
+        """Begins a new run."""
         if not self._writes:
             return
-        if (self.path / "config.json").exists():
-            raise UserError(f"--run-dir {self.path} holds a run already; choose another folder, or add --resume")
         with self._one_line_errors():
             write_config(self.path / "config.json", config, preset, parameters)
             self._write_environment([])
@@ -76,16 +79,15 @@ class RunFolder:
         if not self._writes:
             return
         with self._one_line_errors():
-            try:
-                earlier = json.loads((self.path / "environment.json").read_text())
-            except (OSError, ValueError):
-                earlier = {}
-            self._write_environment([*earlier.pop("earlier", []), earlier])
+            self._write_environment(self._environments())
             self._open(**position)
 
     def position(self) -> dict[str, int]:
-        """How far metrics.jsonl and log.txt are written, in bytes."""
-        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+        """How far metrics.jsonl and log.txt are written, in bytes, all of them on disk."""
+        with self._one_line_errors():
+            for file in self._files.values():
+                os.fsync(file.fileno())  # a checkpoint must not outlive the lines it counts on
+            return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
 
     def metric(self, **record: float) -> None:
         self._write("metrics", json.dumps(record))
@@ -105,6 +107,14 @@ class RunFolder:
         if self._writes:
             with self._one_line_errors():
                 self._files[name].write(line + "\n")
+
+    def _environments(self) -> list[dict]:
+        """Those of the parts of this run so far, oldest first; none if they cannot be read."""
+        try:
+            last = json.loads((self.path / "environment.json").read_bytes())
+            return [*last.pop("earlier", []), last]
+        except (OSError, ValueError, RecursionError, AttributeError, TypeError):
+            return []
 
     def _write_environment(self, earlier: list[dict]) -> None:
         document = environment() | ({"earlier": earlier} if earlier else {})

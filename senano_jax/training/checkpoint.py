@@ -1,6 +1,10 @@
 """Checkpoints of a run: written in the background with orbax, each whole or absent, and checked when read."""
 
+import json
 import logging
+import math
+import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
+from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
 from senano_jax.training.mesh import replicated
 from senano_jax.training.state import Params, TrainState
@@ -18,10 +23,13 @@ from senano_jax.training.state import Params, TrainState
 
 class Checkpoints:
     """The checkpoints in `folder`, one a step: the newest `keep_latest`, the best by validation loss, and every
-    `keep_every` steps (0: none). A context manager: on leaving it everything is on disk.
+    `keep_every` steps (0: none). A context manager: on leaving it everything is on disk. With `read_only` nothing in
+    the folder is touched, so that a run may go on saving there.
+
+    Raises UserError if the folder cannot be used.
     """
 
-    def __init__(self, folder: Path, keep_latest: int = 2, keep_every: int = 0):
+    def __init__(self, folder: Path, keep_latest: int = 2, keep_every: int = 0, *, read_only: bool = False):
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it touches
         policies = [
             preservation.LatestN(n=keep_latest),
@@ -33,25 +41,31 @@ class Checkpoints:
         if keep_every:
             policies.append(preservation.EveryNSteps(interval_steps=keep_every))
         self._folder = folder
-        try:
-            self._manager = ocp.CheckpointManager(
-                folder.absolute(),
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=preservation.AnyPreservationPolicy(policies),
-                    cleanup_tmp_directories=True,
-                    best_fn=lambda metrics: metrics["val_loss"],
-                    best_mode="min",
-                ),
+        if read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=preservation.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+                best_fn=lambda metrics: metrics["val_loss"],
+                best_mode="min",
             )
+        try:
+            if not read_only:
+                _drop_damaged_losses(folder)
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         except OSError as error:
             raise UserError(f"{folder} cannot be used for checkpoints ({error.strerror or error})") from None
+        except Exception as error:  # of whatever lies there
+            raise UserError(f"{folder} cannot be used for checkpoints ({_short(error)})") from None
 
     def save(self, step: int, state: TrainState, record: dict[str, Any], val_loss: float | None = None) -> None:
         """Starts to save, and returns once the arrays are copied; an earlier save is waited for first.
 
         `record` is JSON: what else the run needs to go on. `val_loss` is the validation loss of these weights.
         """
-        record = {**record, "checksums": [int(c) for c in jax.device_get(_checksums(state))]}
+        record = {**record, "checksums": jax.device_get(_checksums(state)).tolist()}
+        record["crc32"] = _crc32(record)
         self._guarded(
             lambda: self._manager.save(
                 step,
@@ -81,15 +95,24 @@ class Checkpoints:
             optimizer=ocp.args.StandardRestore(_placed({"step": abstract.step, "opt_state": abstract.opt_state}, mesh)),
             record=ocp.args.JsonRestore(),
         )
-        optimizer, record = items["optimizer"], items["record"]
+        optimizer = items["optimizer"]
         state = TrainState(optimizer["step"], items["params"], optimizer["opt_state"])
-        if not isinstance(record, dict) or record.get("checksums") != jax.device_get(_checksums(state)).tolist():
-            raise UserError(f"checkpoint {step} in {self._folder} is damaged: its checksums do not match")
-        return state, record
+        return state, self._checked(step, items["record"], state, slice(None))
 
     def restore_params(self, step: int, abstract: Params, mesh: Mesh) -> Params:
-        """The weights alone. Raises UserError if they cannot be read or do not fit."""
-        return self._read(step, params=ocp.args.StandardRestore(_placed(abstract, mesh)))["params"]
+        """The weights alone. Raises UserError if they cannot be read, do not fit or are damaged."""
+        items = self._read(
+            step, params=ocp.args.StandardRestore(_placed(abstract, mesh)), record=ocp.args.JsonRestore()
+        )
+        params = items["params"]
+        self._checked(step, items["record"], params, slice(1, 1 + len(jax.tree.leaves(params))))  # after the step
+        return params
+
+    def delete_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps: they do not belong to a run that goes on from `step`."""
+        for later in self.steps():
+            if later > step:
+                self._guarded(lambda later=later: self._manager.delete(later))
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -102,6 +125,19 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
             raise UserError(f"checkpoint {step} in {self._folder} cannot be read: {_short(error)}") from None
+
+    def _checked(self, step: int, record: Any, tree: Any, part: slice) -> dict[str, Any]:
+        """The record, if `part` of its checksums are those of `tree`. Raises UserError if either is damaged."""
+        fault = None
+        if not isinstance(record, dict) or not isinstance(record.get("checksums"), list):
+            fault = "it has no checksums"
+        elif record["checksums"][part] != jax.device_get(_checksums(tree)).tolist():
+            fault = "its checksums do not match"
+        elif record.get("crc32", _crc32(record)) != _crc32(record):
+            fault = "the checksum of its record does not match"
+        if fault:
+            raise UserError(f"checkpoint {step} in {self._folder} is damaged: {fault}")
+        return record
 
     def _guarded(self, action: Callable[[], Any]) -> None:
         """Turns a failed save (a full disk, a folder taken away) into one line; a background save fails here too."""
@@ -117,19 +153,26 @@ class Checkpoints:
 
 
 def load_latest_params(run_dir: Path, abstract: Params, mesh: Mesh) -> tuple[Params, int]:
-    """Weights and step of a run's newest checkpoint. Raises UserError if there is none or it does not fit."""
+    """Weights, in the types of `abstract`, and step of a run's newest checkpoint.
+
+    Raises UserError if there is none or it does not fit.
+    """
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{run_dir} holds no checkpoints; give the folder of a run that saved one")
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, read_only=True) as checkpoints:
         steps = checkpoints.steps()
         if not steps:
             raise UserError(f"{folder} holds no finished checkpoint; give the folder of a run that saved one")
-        return checkpoints.restore_params(steps[0], abstract, mesh), steps[0]
+        # Read in the types they were saved in: the checksums are of those bits.
+        saved_dtype = jnp.dtype(read_config(run_dir / "config.json")[0].dtype)
+        embedding = jax.ShapeDtypeStruct(abstract["embedding"].shape, saved_dtype)
+        params = checkpoints.restore_params(steps[0], abstract | {"embedding": embedding}, mesh)
+        return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), params, abstract), steps[0]
 
 
 @jax.jit
-def _checksums(state: TrainState) -> jax.Array:
+def _checksums(tree: Any) -> jax.Array:
     """A sum of each array's bits, uint32: orbax does not notice every damaged byte."""
 
     def checksum(x):
@@ -137,7 +180,23 @@ def _checksums(state: TrainState) -> jax.Array:
             return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32))
         return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32))
 
-    return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(state)])
+    return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def _crc32(record: dict[str, Any]) -> int:
+    rest = {name: value for name, value in record.items() if name != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def _drop_damaged_losses(folder: Path) -> None:
+    """Removes validation losses that cannot be read: their checkpoints count as not evaluated."""
+    for path in folder.glob("*/metrics/metrics"):
+        try:
+            sound = math.isfinite(json.loads(path.read_bytes())["val_loss"])
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+            sound = False
+        if not sound:
+            shutil.rmtree(path.parent)
 
 
 def _placed(tree: Any, mesh: Mesh) -> Any:
