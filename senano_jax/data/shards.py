@@ -10,8 +10,10 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+from jaxtyping import UInt16
 
 from senano_jax.errors import UserError
 
@@ -32,7 +34,10 @@ def find_shards(pattern: str) -> list[Path]:
 
     Raises UserError where nothing matches.
     """
-    paths = sorted(glob.glob(pattern, recursive=True))
+    try:
+        paths = sorted(glob.glob(pattern, recursive=True))
+    except ValueError:  # a zero byte
+        paths = []
     if not paths:
         raise UserError(
             f"no shard matches {pattern!r}: fetch FineWeb with `python scripts/download_fineweb.py`, "
@@ -47,17 +52,57 @@ def open_shard(path: str | os.PathLike) -> np.memmap:
     The tokens themselves are not looked at: `check_tokens` does that for what is read.
     Raises UserError naming the file for whatever keeps it from being a whole shard.
     """
+    file, count = _open(path)
+    with file:
+        return np.memmap(file, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+
+
+class Shard:
+    """The tokens of a shard, read when they are asked for; safe to use from several threads.
+
+    For long runs: should the file be cut short after it was opened, a memory map would kill the process.
+    Raises UserError like `open_shard`.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._path = path
+        self._file, self._count = _open(path)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, first: int, end: int) -> UInt16[np.ndarray, "end-first"]:
+        """Tokens `first` to `end`, without `end`. Raises UserError if they can no longer be read."""
+        tokens = np.empty(end - first, "<u2")
+        unread, at = memoryview(tokens.view(np.uint8)), HEADER_BYTES + TOKEN_BYTES * first
+        try:
+            while unread and (count := os.preadv(self._file.fileno(), [unread], at)):
+                unread, at = unread[count:], at + count
+        except OSError as error:
+            raise UserError(
+                f"cannot read the shard {self._path} any more ({error.strerror or error}): check the disk and resume"
+            ) from error
+        if unread:
+            raise UserError(
+                f"{self._path} was cut short while it was in use: it ends before token {end} of {self._count}; "
+                f"{_FETCH_AGAIN}, and resume"
+            )
+        return tokens
+
+
+def _open(path: str | os.PathLike) -> tuple[BinaryIO, int]:
+    """The file of a shard and its number of tokens."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # before open, which would wait for ever on a pipe
             raise UserError(f"{path} is not a regular file: give shards, or a glob such as '{path}/*.bin'")
-        with open(path, "rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
-            count = _token_count(path, file.read(HEADER_BYTES), file_bytes)
-            return np.memmap(file, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
-    except OSError as error:
-        raise UserError(
-            f"cannot read the shard {path} ({error.strerror or error}): check that it exists and may be read"
-        ) from error
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(open(path, "rb"))
+            count = _token_count(path, file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size)
+            stack.pop_all()
+            return file, count
+    except (OSError, ValueError) as error:  # ValueError: no name of a file, such as one with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the shard {path} ({reason}): check that it exists and may be read") from error
 
 
 def _token_count(path: str | os.PathLike, header: bytes, file_bytes: int) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int32
 
-from senano_jax.data.shards import check_tokens, open_shard
+from senano_jax.data.shards import Shard, check_tokens, open_shard
 from senano_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class SequenceSource:
         discard_tokens: int = 0,
     ):
         self._paths = list(shards)
-        self._shards = [open_shard(path) for path in self._paths]
+        self._shards = [Shard(path) for path in self._paths]
         for path, shard in zip(self._paths, self._shards):
             if len(shard) <= seq_len:
                 raise UserError(
@@ -82,7 +82,7 @@ class SequenceSource:
         while first < end:
             shard_start = int(self._ends[shard]) - len(self._shards[shard])
             piece_end = min(end, int(self._ends[shard]))
-            piece = self._shards[shard][first - shard_start : piece_end - shard_start]
+            piece = self._shards[shard].read(first - shard_start, piece_end - shard_start)
             check_tokens(self._paths[shard], piece, first - shard_start)
             pieces.append(piece)
             first, shard = piece_end, shard + 1
