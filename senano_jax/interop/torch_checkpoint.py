@@ -4,6 +4,7 @@ A PyTorch matrix is (out, in) and ours is (in, out); nothing else differs but th
 """
 
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -85,9 +86,15 @@ def read_torch_checkpoint(path: str) -> dict[str, np.ndarray]:
         import torch
     except ImportError:
         raise UserError(f"reading {path} needs PyTorch; run: pip install 'senano-jax[torch]'") from None
-    if not Path(path).is_file():
-        raise UserError(f"{path} is not a file; give a PyTorch checkpoint (.pt)")
     try:
+        if not Path(path).is_file():
+            raise UserError(f"{path} is not a file; give a PyTorch checkpoint (.pt)")
+    except (OSError, ValueError) as error:  # a name that is too long, or is none
+        raise UserError(f"{path[:200]!r} is not a file ({error}); give a PyTorch checkpoint (.pt)") from None
+    file_bytes = Path(path).stat().st_size
+    try:
+        if _unpacked_bytes(path) > file_bytes:
+            raise ValueError("its members are compressed, which torch.save does not do")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged or unsafe file
         reason = re.sub(r"\s+", " ", str(error)).split(". ")[0][:150]
@@ -96,10 +103,27 @@ def read_torch_checkpoint(path: str) -> dict[str, np.ndarray]:
         content = content["model"]
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} holds no state dict (a dictionary of tensors, or one under the key 'model')")
+    arrays, expected_bytes = {}, 0
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise UserError(f"{path}: entry {name!r} is not a tensor of floating-point weights")
-    return {name: tensor.float().numpy() for name, tensor in content.items()}
+            raise UserError(f"{path}: entry {_quoted(name)} is not a tensor of floating-point weights")
+        expected_bytes += tensor.numel() * tensor.element_size()
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or expected_bytes > 4 * file_bytes:
+            raise UserError(f"{path}: entry {_quoted(name)} is not a tensor that the file holds the elements of")
+        arrays[name] = tensor.detach().float().numpy()
+    return arrays
+
+
+def _unpacked_bytes(path: str) -> int:
+    """What the members of a zip file say they unpack to; 0 for a file of the older format."""
+    if not zipfile.is_zipfile(path):
+        return 0
+    with zipfile.ZipFile(path) as file:
+        return sum(member.file_size for member in file.infolist())
+
+
+def _quoted(name: object) -> str:
+    return repr(name)[:100] if isinstance(name, str | int) else f"under a {type(name).__name__}"
 
 
 def _get(tree, path):
