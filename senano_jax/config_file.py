@@ -12,6 +12,7 @@ from senano_jax.errors import UserError
 from senano_jax.files import write_atomically
 
 MAX_BYTES = 1 << 20
+_LARGEST_INT = 2**63  # a float holds it; JSON knows integers of thousands of digits
 
 
 def write_config(path: Path, config: Config, preset: str, parameters: int) -> None:
@@ -54,7 +55,7 @@ def _parse(kind: Any, value: Any, path: Path, field: str) -> Any:
         return kind(**{name: _parse(types[name], item, path, _join(field, name)) for name, item in value.items()})
     if _fits(kind, value):
         return float(value) if kind is float else value
-    raise UserError(f"{path}: {field} is {str(value)[:60]!r}; restore the file that the run wrote")
+    raise UserError(f"{path}: {field} is {_text(value)[:60]!r}; restore the file that the run wrote")
 
 
 def _fits(kind: Any, value: Any) -> bool:
@@ -64,8 +65,16 @@ def _fits(kind: Any, value: Any) -> bool:
     if origin in (UnionType, typing.Union):
         return any(_fits(option, value) for option in typing.get_args(kind))
     if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number and not (isinstance(value, int) and abs(value) > _LARGEST_INT)
     return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+def _text(value: Any) -> str:
+    try:
+        return str(value)
+    except (ValueError, RecursionError):  # too many digits, or too deep
+        return type(value).__name__
 
 
 def _join(field: str, name: str) -> str:
