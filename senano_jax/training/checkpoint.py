@@ -41,6 +41,8 @@ class Checkpoints:
         if keep_every:
             policies.append(preservation.EveryNSteps(interval_steps=keep_every))
         self._folder = folder
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} cannot be used for checkpoints (it is not a folder); move it away")
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True)
         else:
