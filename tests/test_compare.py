@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from senano_jax import compare as command
-from senano_jax.compare import Arguments, main, write_atomically
+from senano_jax.compare import Arguments, main
 from senano_jax.errors import UserError
+from senano_jax.files import write_atomically
 from senano_jax.runlog.comparison import compare, notes, read_groups
 from senano_jax.runlog.tables import comparison_tables, format_time, format_tokens, to_markdown
 
