@@ -28,6 +28,10 @@ class LayerSchedule:
     """Times the loop is applied; even, because position i feeds position N-1-i through a skip."""
     coda: int
     """Layers applied once after the loop; as many as in the prelude."""
+    long_windows: tuple[int, ...] | None = None
+    """Layers that attend over the long window, the others over half of it; by default those of even number."""
+    no_attention: tuple[int, ...] = ()
+    """Layers that are an MLP alone."""
 
     @property
     def layers(self) -> int:
@@ -44,6 +48,15 @@ class LayerSchedule:
         """Skip connections: the second half of the positions each reads one of the first half."""
         return self.positions // 2
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The layer at each position."""
+        first, end = self.prelude, self.prelude + self.loop
+        return (*range(first), *(*range(first, end),) * self.visits, *range(end, self.layers))
+
+    def has_long_window(self, layer: int) -> bool:
+        return layer % 2 == 0 if self.long_windows is None else layer in self.long_windows
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -53,6 +66,9 @@ class ModelConfig:
     """Attention heads; the head width is dim / num_heads."""
     layers: LayerSchedule
     """Order of the layers."""
+    value_embeddings: int = 0
+    """Tables of values by token, mixed into the attention of as many layers at the start and again, in the same order,
+    at the end. 0: every layer mixes in the values of the first one instead."""
     mlp_expansion: int = 4
     """Hidden width of the MLP, in units of dim."""
     vocab_size: int = 50257
@@ -69,6 +85,25 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+    def value_table(self, layer: int) -> int | None:
+        """The value embedding that a layer mixes in, if any."""
+        from_end = layer - (self.layers.layers - self.value_embeddings)
+        return next((table for table in (layer, from_end) if 0 <= table < self.value_embeddings), None)
+
+    @property
+    def attention_windows(self) -> tuple[bool, ...]:
+        """For each attention of one forward pass: does it see the long window?"""
+        layers = self.layers
+        return tuple(layers.has_long_window(n) for n in layers.order if n not in layers.no_attention)
+
+    @property
+    def matrix_entries(self) -> int:
+        """Entries of all matrices and tables: the parameters but for a few scalars."""
+        layers, c = self.layers.layers, self
+        attentions = layers - len(set(c.layers.no_attention))
+        rows = (1 + c.value_embeddings) * c.vocab_size + c.padded_vocab_size
+        return (4 * attentions + 2 * c.mlp_expansion * layers) * c.dim**2 + rows * c.dim
 
 
 @dataclass(frozen=True)
@@ -173,6 +208,7 @@ def check_config(config: Config) -> None:
         "--seed": config.seed,
         "--model.layers.loop": layers.loop,
         "--model.layers.visits": layers.visits,
+        "--model.value-embeddings": model.value_embeddings,
     }.items():
         if not 0 <= value < 2**31:
             raise UserError(f"{flag} is {value}; it must not be negative and fit into 31 bits")
@@ -208,6 +244,22 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"--model.layers.loop {layers.loop} and --model.layers.visits {layers.visits} must both be even: "
             "windows alternate by position and skips pair the two halves of the visits"
+        )
+    for flag, named in {
+        "--model.layers.long-windows": layers.long_windows or (),
+        "--model.layers.no-attention": layers.no_attention,
+    }.items():
+        if unknown := [n for n in named if not 0 <= n < layers.layers]:
+            raise UserError(f"{flag} names layer {unknown[0]}; there are layers 0 to {layers.layers - 1}")
+    if model.value_embeddings > layers.prelude:
+        raise UserError(
+            f"--model.value-embeddings {model.value_embeddings} is more than --model.layers.prelude {layers.prelude}; "
+            "use at most one table for each layer before the loop"
+        )
+    if not model.value_embeddings and 0 in layers.no_attention:
+        raise UserError(
+            "--model.layers.no-attention names layer 0, whose values all layers mix in; leave it out, or use "
+            "--model.value-embeddings"
         )
     for flag, length in {"--seq-len": config.seq_len, "--data.val-seq-len": data.val_seq_len}.items():
         if length % BLOCK:

@@ -42,7 +42,7 @@ def read_config(path: Path) -> tuple[Config, str]:
 
 
 def _parse(kind: Any, value: Any, path: Path, field: str) -> Any:
-    """`value` as an instance of `kind`: a dataclass, a plain type, a Literal or a union of those."""
+    """`value` as an instance of `kind`: a dataclass, tuple of integers, plain type, Literal or a union of those."""
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise UserError(f"{path}: {field or 'the document'} is not an object; restore the file that the run wrote")
@@ -54,6 +54,8 @@ def _parse(kind: Any, value: Any, path: Path, field: str) -> Any:
             raise UserError(f"{path}: field {_join(field, missing[0])} is missing; was it written by another version?")
         return kind(**{name: _parse(types[name], item, path, _join(field, name)) for name, item in value.items()})
     if _fits(kind, value):
+        if isinstance(value, list):
+            return tuple(value)
         return float(value) if kind is float else value
     raise UserError(f"{path}: {field} is {_text(value)[:60]!r}; restore the file that the run wrote")
 
@@ -64,6 +66,8 @@ def _fits(kind: Any, value: Any) -> bool:
         return isinstance(value, str) and value in typing.get_args(kind)
     if origin in (UnionType, typing.Union):
         return any(_fits(option, value) for option in typing.get_args(kind))
+    if origin is tuple:
+        return isinstance(value, list) and all(_fits(int, item) for item in value)
     if kind is float:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return is_number and not (isinstance(value, int) and abs(value) > _LARGEST_INT)

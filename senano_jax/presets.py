@@ -8,15 +8,20 @@ from senano_jax.data import sample
 from senano_jax.errors import UserError
 
 
-def no_value_embeddings() -> Config:
-    """12 layers once, 747.11M tokens: the baseline that the recurrent record improves on."""
+def value_embeddings() -> Config:
+    """modded-nanogpt of 2025-05-25, 695.99M tokens: 12 layers once, with values by token in six of them."""
     return Config(
-        model=ModelConfig(dim=768, num_heads=6, layers=LayerSchedule(prelude=6, loop=0, visits=0, coda=6)),
+        model=ModelConfig(
+            dim=768,
+            num_heads=6,
+            layers=LayerSchedule(prelude=6, loop=0, visits=0, coda=6, long_windows=(0, 4, 7, 11), no_attention=(7,)),
+            value_embeddings=3,
+        ),
         data=DataConfig(
             train_files="data/fineweb10B/fineweb_train_*.bin",
             val_files="data/fineweb10B/fineweb_val_*.bin",
             val_tokens=10_485_760,
-            val_seq_len=131_072,
+            val_seq_len=262_144,
         ),
         optimizer=OptimizerConfig(
             muon_lr=0.05,
@@ -32,11 +37,26 @@ def no_value_embeddings() -> Config:
             cooldown_fraction=0.4,
             final_lr_factor=0.1,
         ),
-        steps=1900,
-        batch_tokens=16 * 24_576,
-        seq_len=24_576,
+        steps=1770,
+        batch_tokens=8 * 49_152,
+        seq_len=49_152,
         final_window_tokens=1728,
         val_every=125,
+    )
+
+
+def no_value_embeddings() -> Config:
+    """747.11M tokens: without the tables, which the rules count as parameters, and with attention in every layer; all
+    mix in the first one's values instead, and long and short windows alternate."""
+    base = value_embeddings()
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(
+            base.model, layers=LayerSchedule(prelude=6, loop=0, visits=0, coda=6), value_embeddings=0
+        ),
+        data=dataclasses.replace(base.data, val_seq_len=131_072),
+        steps=1900,
+        seq_len=24_576,
     )
 
 
@@ -77,6 +97,7 @@ def demo() -> Config:
 PRESETS: dict[str, Callable[[], Config]] = {
     "recurrent": recurrent,
     "no-value-embeddings": no_value_embeddings,
+    "value-embeddings": value_embeddings,
     "demo": demo,
 }
 

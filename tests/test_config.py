@@ -44,15 +44,19 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
 
 
 @pytest.mark.parametrize(
-    ("name", "trained_tokens", "positions"),
-    [("recurrent", 668_467_200, 30), ("no-value-embeddings", 747_110_400, 12)],
+    ("name", "trained_tokens", "sequences", "val_seq_len", "positions"),
+    [
+        ("recurrent", 668_467_200, 16, 131_072, 30),
+        ("no-value-embeddings", 747_110_400, 16, 131_072, 12),
+        ("value-embeddings", 695_992_320, 8, 262_144, 12),
+    ],
 )
-def test_record_presets_are_the_published_runs(name, trained_tokens, positions):
+def test_record_presets_are_the_published_runs(name, trained_tokens, sequences, val_seq_len, positions):
     """Tokens trained on in all, sequences a step, validation, and the depth of the schedule with its mirrored skips."""
     config = preset(name)
     assert config.steps * config.batch_tokens == trained_tokens
-    assert (config.batch_sequences, config.seq_len, config.dtype) == (16, 24_576, "bfloat16")
-    assert (config.data.val_tokens, config.data.val_seq_len, config.val_every) == (10_485_760, 131_072, 125)
+    assert (config.batch_sequences, config.batch_tokens, config.dtype) == (sequences, 393_216, "bfloat16")
+    assert (config.data.val_tokens, config.data.val_seq_len, config.val_every) == (10_485_760, val_seq_len, 125)
     layers = config.model.layers
     assert (layers.layers, layers.positions, layers.skips) == (12, positions, positions // 2)
     assert (config.model.dim, config.model.head_dim) == (768, 128)
@@ -78,7 +82,7 @@ def test_counts_must_be_positive(field, value):
     "field",
     [
         *("val_every", "checkpoint_every", "data.discard_micro_batch", "optimizer.momentum_warmup_steps", "seed"),
-        *("model.layers.loop", "model.layers.visits"),
+        *("model.layers.loop", "model.layers.visits", "model.value_embeddings"),
     ],
 )
 def test_some_counts_may_be_zero_but_not_negative(field):
@@ -102,6 +106,15 @@ def test_some_counts_may_be_zero_but_not_negative(field):
         ({"model.layers": LayerSchedule(3, 6, 3, 3)}, ["--model.layers.loop 6", "visits 3", "must both be even"]),
         ({"model.layers": LayerSchedule(3, 6, 0, 3)}, ["--model.layers.loop 6", "visits 0"]),
         ({"model.layers": LayerSchedule(0, 6, 4, 0)}, ["--model.layers.prelude is 0", "at least 1"]),
+        ({"model.layers.long_windows": (0, 12)}, ["--model.layers.long-windows names layer 12", "layers 0 to 11"]),
+        (
+            {"model.layers.no_attention": (0,)},
+            ["--model.layers.no-attention names layer 0", "--model.value-embeddings"],
+        ),
+        (
+            {"model.value_embeddings": 4},
+            ["--model.value-embeddings 4", "--model.layers.prelude 3", "at most one table"],
+        ),
         ({"seq_len": 24_500}, ["--seq-len 24500", "multiple of 128"]),
         ({"data.val_seq_len": 1000}, ["--data.val-seq-len 1000", "multiple of 128"]),
         (

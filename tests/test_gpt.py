@@ -34,6 +34,25 @@ def test_parameter_count_and_types(name, skips, count):
     assert {leaf.dtype for leaf in jax.tree.leaves(float32)} == {jnp.dtype("float32")}
 
 
+def test_value_embeddings_count_as_parameters():
+    """275.6M: four tables of 50,257 rows, the head, 11 attentions and 12 MLPs, and 52 scalars: two a layer, two an
+    attention, six skips."""
+    config = preset("value-embeddings")
+    params = abstract_params(make_model(config))
+    tables, squares = 4 * 50_257 * 768, (11 * 4 + 12 * 8) * 768**2
+    assert count_parameters(params) == 275_598_388 == tables + 50_304 * 768 + squares + 12 * 2 + 11 * 2 + 6
+    tables = [leaf for name, leaf in params.items() if "embedding" in name]
+    assert [(leaf.shape, leaf.dtype) for leaf in tables] == [((50_257, 768), jnp.dtype("bfloat16"))] * 4
+
+
+@pytest.mark.parametrize("name", ["recurrent", "no-value-embeddings", "value-embeddings"])
+def test_matrices_are_counted_from_the_configuration(name):
+    """All parameters but those of fewer than two dimensions."""
+    model = preset(name).model
+    leaves = jax.tree.leaves(abstract_params(make_model(preset(name))))
+    assert model.matrix_entries == sum(leaf.size for leaf in leaves if leaf.ndim >= 2)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def init(model, seed=0):
     tokens = jnp.zeros((1, 128), jnp.int32)

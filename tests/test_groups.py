@@ -14,21 +14,26 @@ from senano_jax.training.state import abstract_params, make_model
 OPTIMIZER = preset("recurrent").optimizer
 
 
-@pytest.mark.parametrize("name", ["recurrent", "no-value-embeddings"])
-def test_every_parameter_has_its_rule(name):
+@pytest.mark.parametrize(
+    ("name", "muon", "embed", "scalar"),
+    [("recurrent", 48, 1, 25), ("no-value-embeddings", 48, 1, 25), ("value-embeddings", 46, 4, 24)],
+)
+def test_every_parameter_has_its_rule(name, muon, embed, scalar):
     """48 tensors of matrices for Muon (12 layers of qkv, out, up, down), one embedding, one head, 25 scalars' tensors:
-    lambdas and value residual of 12 layers, and the skip weights."""
+    lambdas and value residual of 12 layers, and the skip weights. With value embeddings there are three more tables,
+    and one layer has no attention."""
     groups = {}
     for path, leaf in jax.tree.leaves_with_path(abstract_params(make_model(preset(name)))):
         groups.setdefault(parameter_group(path, leaf), []).append((path[-1].key, leaf.ndim))
     assert {group: len(members) for group, members in groups.items()} == {
-        "muon": 48,
-        "embed": 1,
+        "muon": muon,
+        "embed": embed,
         "head": 1,
-        "scalar": 25,
+        "scalar": scalar,
     }
+    mixing = "value_lambdas" if name == "value-embeddings" else "value_residual"
     assert {key for key, _ in groups["muon"]} == {"qkv", "out", "up", "down"}
-    assert {key for key, _ in groups["scalar"]} == {"lambdas", "value_residual", "skip_weights"}
+    assert {key for key, _ in groups["scalar"]} == {"lambdas", mixing, "skip_weights"}
 
 
 def tree(fill):

@@ -21,7 +21,6 @@ _TOP_LEVEL = {
 _OF_BLOCK = {
     "attn.qkv_w": ("attention", "qkv"),
     "attn.c_proj.weight": ("attention", "out"),
-    "attn.lamb": ("attention", "value_residual"),
     "mlp.c_fc.weight": ("mlp", "up"),
     "mlp.c_proj.weight": ("mlp", "down"),
     "lambdas": ("lambdas",),
@@ -34,9 +33,16 @@ def torch_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     layers = config.layers
     in_loop = range(layers.prelude, layers.prelude + layers.loop)
     names = dict(_TOP_LEVEL)
+    names |= {f"value_embeds.{n}.weight": (f"value_embedding_{n}",) for n in range(config.value_embeddings)}
+    if config.value_embeddings:
+        of_block = _OF_BLOCK | {"attn.lambdas": ("attention", "value_lambdas")}
+    else:
+        of_block = _OF_BLOCK | {"attn.lamb": ("attention", "value_residual")}
     for n in range(layers.layers):
         layer = ("loop", f"layer_{n}") if n in in_loop else (f"layer_{n}",)
-        names |= {f"blocks.{n}.{name}": layer + path for name, path in _OF_BLOCK.items()}
+        for name, path in of_block.items():
+            if path[0] != "attention" or n not in layers.no_attention:
+                names[f"blocks.{n}.{name}"] = layer + path
     return names
 
 

@@ -19,25 +19,34 @@ def uniform_fan_in(key, shape, dtype=jnp.float32):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with normalised queries and keys and a learned share of the first layer's values."""
+    """Multi-head attention with normalised queries and keys and a learned share of values from elsewhere."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, first_v_BTHK, rotary, intervals: Intervals):
+    def __call__(self, x_BTD, other_v_BTHK, rotary, intervals: Intervals):
         """Returns the output and the values it weighs.
 
-        `first_v_BTHK` is None in position 0, which mixes nothing: what it returns is later positions' `first_v_BTHK`.
+        `other_v_BTHK` is those of position 0 or the tokens' value embeddings. None mixes nothing: what position 0
+        returns is later positions' `other_v_BTHK`.
         """
         c = self.config
         B, T, D = x_BTD.shape
         qkv_3DD = self.param("qkv", uniform_fan_in, (3, D, D))
         out_DD = self.param("out", nn.initializers.zeros, (D, D))
-        value_residual = self.param("value_residual", nn.initializers.constant(0.5), ())
 
         # One product, so that its gradient is one too.
         qkv_DE = jnp.swapaxes(qkv_3DD.astype(x_BTD.dtype), 0, 1).reshape(D, 3 * D)
-        q, k, v = prepare_heads(x_BTD @ qkv_DE, first_v_BTHK, value_residual, rotary, c.num_heads)
+        qkv_BTE = x_BTD @ qkv_DE
+        if c.value_embeddings:
+            lambdas = self.param("value_lambdas", nn.initializers.constant(0.5), (2,))
+            q, k, v = prepare_heads(qkv_BTE, None, jnp.float32(0), rotary, c.num_heads)
+            v = scaled(lambdas[0], v)
+            if other_v_BTHK is not None:
+                v = v + scaled(lambdas[1], other_v_BTHK)
+        else:
+            value_residual = self.param("value_residual", nn.initializers.constant(0.5), ())
+            q, k, v = prepare_heads(qkv_BTE, other_v_BTHK, value_residual, rotary, c.num_heads)
         y_BTHK = attend(q, k, v, intervals, ATTENTION_SCALE, c.attention)
         return y_BTHK.reshape(B, T, D) @ out_DD.astype(x_BTD.dtype), v
 
@@ -58,19 +67,22 @@ class Mlp(nn.Module):
 
 class Block(nn.Module):
     config: ModelConfig
+    layer: int
 
     @nn.compact
-    def __call__(self, x_BTD, skip, x0_BTD, first_v_BTHK, rotary, intervals: Intervals):
+    def __call__(self, x_BTD, skip, x0_BTD, other_v_BTHK, rotary, intervals: Intervals):
         """Applies the layer; returns the new residual stream and the layer's values (raw ones in position 0).
 
         `skip` is None or (weight, output of an earlier position), added first. `x0_BTD` is the normalised embedding,
-        `first_v_BTHK` the raw values of position 0 (None in position 0).
+        `other_v_BTHK` the values that the layer's attention mixes in. A layer without attention returns no values.
         """
         lambdas = self.param("lambdas", lambda key: jnp.array([1.0, 0.0]))
         if skip is not None:
             x_BTD = x_BTD + scaled(*skip)
         x_BTD = scaled(lambdas[0], x_BTD) + scaled(lambdas[1], x0_BTD)
-        y_BTD, v_BTHK = Attention(self.config, name="attention")(norm(x_BTD), first_v_BTHK, rotary, intervals)
-        x_BTD = x_BTD + y_BTD
+        v_BTHK = None
+        if self.layer not in self.config.layers.no_attention:
+            y_BTD, v_BTHK = Attention(self.config, name="attention")(norm(x_BTD), other_v_BTHK, rotary, intervals)
+            x_BTD = x_BTD + y_BTD
         x_BTD = x_BTD + Mlp(self.config, name="mlp")(norm(x_BTD))
         return x_BTD, v_BTHK

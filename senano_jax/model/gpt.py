@@ -23,24 +23,28 @@ class Surroundings(NamedTuple):
     """What a layer sees beside the residual stream, the same for all positions after the first."""
 
     x0: Float[Array, "B T D"]  # normalised embedding
-    first_v: Float[Array, "B T H K"] | None  # raw values of position 0
+    first_v: Float[Array, "B T H K"] | None  # raw values of position 0; None there and with value embeddings
+    value_embeddings: tuple[Float[Array, "B T H K"], ...]  # of the tokens, one a table
     rotary: tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]
-    windows: tuple[Intervals, Intervals]  # of even positions (long) and of odd ones (short)
+    windows: dict[bool, Intervals]  # by whether the layer has a long one
 
 
-def apply_layer(block: Block, position: int, x: Float[Array, "B T D"], skip, around: Surroundings):
-    """Runs `block` at a position whose parity picks the window; returns the residual stream and the values."""
-    return block(x, skip, around.x0, around.first_v, around.rotary, around.windows[position % 2])
+def apply_layer(block: Block, x: Float[Array, "B T D"], skip, around: Surroundings):
+    """Gives `block` the window and the values that its layer takes; returns the residual stream and the values."""
+    c = block.config
+    table = c.value_table(block.layer)
+    other_v = around.first_v if table is None else around.value_embeddings[table]
+    return block(x, skip, around.x0, other_v, around.rotary, around.windows[c.layers.has_long_window(block.layer)])
 
 
-def make_block(config: ModelConfig, *, scanned: bool = False) -> Block:
+def make_block(config: ModelConfig, layer: int, *, scanned: bool = False) -> Block:
     """A block that recomputes in its backward pass what config.remat says."""
     if config.remat == "none":
-        return Block(config)
+        return Block(config, layer)
     keep = {"full": (), "attention": ("attention_out", "attention_lse")}[config.remat]
     policy = jax.checkpoint_policies.save_only_these_names(*keep)
     # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
-    return nn.remat(Block, policy=policy, prevent_cse=not scanned)(config)
+    return nn.remat(Block, policy=policy, prevent_cse=not scanned)(config, layer)
 
 
 class LoopVisit(nn.Module):
@@ -51,7 +55,7 @@ class LoopVisit(nn.Module):
     def setup(self):
         layers = self.config.layers
         for layer in range(layers.prelude, layers.prelude + layers.loop):
-            setattr(self, f"layer_{layer}", make_block(self.config, scanned=not self.config.unroll))
+            setattr(self, f"layer_{layer}", make_block(self.config, layer, scanned=not self.config.unroll))
 
     def __call__(self, x: Float[Array, "B T D"], skips, around: Surroundings):
         """`skips` is None in the first half of the visits, and the outputs of the layers are returned beside x.
@@ -62,30 +66,27 @@ class LoopVisit(nn.Module):
         outputs = []
         for j, layer in enumerate(range(layers.prelude, layers.prelude + layers.loop)):
             skip = None if skips is None else (skips[0][j], skips[1][j])
-            x, _ = apply_layer(getattr(self, f"layer_{layer}"), layer, x, skip, around)
+            x, _ = apply_layer(getattr(self, f"layer_{layer}"), x, skip, around)
             outputs.append(x)
         return x, tuple(outputs) if skips is None else None
 
 
 class Gpt(nn.Module):
-    """Parameters: embedding [vocab, dim] in `dtype`; head [dim, padded vocab], skip_weights [N/2] and the layers
-    layer_<n>, or loop.layer_<n>, in float32."""
+    """Parameters: embedding and value_embedding_<i> [vocab, dim] in `dtype`; head [dim, padded vocab], skip_weights
+    [N/2] and the layers layer_<n>, or loop.layer_<n>, in float32."""
 
     config: ModelConfig
     dtype: jnp.dtype  # of activations and embedding
 
     def setup(self):
         c, layers = self.config, self.config.layers
-        self.embedding = self.param(
-            "embedding",
-            lambda key, shape: jax.random.normal(key, shape).astype(self.dtype),
-            (c.vocab_size, c.dim),
-        )
+        self.embedding = self._table("embedding")
+        self.value_tables = [self._table(f"value_embedding_{n}") for n in range(c.value_embeddings)]
         self.head = self.param("head", nn.initializers.zeros, (c.dim, c.padded_vocab_size))
         self.skip_weights = self.param("skip_weights", nn.initializers.ones, (layers.skips,))
         outer = (*range(layers.prelude), *range(layers.prelude + layers.loop, layers.layers))
         for layer in outer:
-            setattr(self, f"layer_{layer}", make_block(c))
+            setattr(self, f"layer_{layer}", make_block(c, layer))
         if layers.loop:
             half = layers.visits // 2
             self.loop = nn.scan(
@@ -96,6 +97,12 @@ class Gpt(nn.Module):
                 length=half,
                 unroll=half if c.unroll else 1,
             )(c)
+
+    def _table(self, name: str) -> Float[Array, "vocab dim"]:
+        def init(key):
+            return jax.random.normal(key, (self.config.vocab_size, self.config.dim)).astype(self.dtype)
+
+        return self.param(name, init)
 
     def __call__(
         self, inputs: Int[Array, "B T"], targets: Int[Array, "B T"], window_blocks: Int[Array, ""] | int
@@ -110,17 +117,19 @@ class Gpt(nn.Module):
 
     def features(self, inputs: Int[Array, "B T"], window_blocks: Int[Array, ""] | int) -> Float[Array, "B T D"]:
         """Normalised residual stream that the head reads."""
-        layers = self.config.layers
+        c, layers = self.config, self.config.layers
         inputs = inputs.astype(jnp.int32)
         starts = document_start(inputs)
-        windows = (window_intervals(starts, window_blocks), window_intervals(starts, window_blocks // 2))
+        windows = {True: window_intervals(starts, window_blocks), False: window_intervals(starts, window_blocks // 2)}
         x0 = norm(self.embedding[inputs].astype(self.dtype))
-        around = Surroundings(x0, None, rotary_tables(inputs.shape[1], self.config.head_dim), windows)
+        heads = (*inputs.shape, c.num_heads, c.head_dim)
+        values = tuple(table[inputs].astype(self.dtype).reshape(heads) for table in self.value_tables)
+        around = Surroundings(x0, None, values, rotary_tables(inputs.shape[1], c.head_dim), windows)
 
         x, outputs = x0, []
         for layer in range(layers.prelude):
-            x, v = apply_layer(getattr(self, f"layer_{layer}"), layer, x, None, around)
-            if layer == 0:
+            x, v = apply_layer(getattr(self, f"layer_{layer}"), x, None, around)
+            if layer == 0 and not c.value_embeddings:
                 around = around._replace(first_v=v)
             outputs.append(x)
 
@@ -131,8 +140,7 @@ class Gpt(nn.Module):
             mirrored = tuple(outputs[::-1] for outputs in reversed(emitted))
             x, _ = self.loop(x, (loop_weights.reshape(-1, layers.loop), mirrored), around)
 
-        for c in range(layers.coda):
-            layer = layers.prelude + layers.loop + c
-            skip = (coda_weights[c], outputs.pop())
-            x, _ = apply_layer(getattr(self, f"layer_{layer}"), layer, x, skip, around)
+        for j, layer in enumerate(range(layers.prelude + layers.loop, layers.layers)):
+            skip = (coda_weights[j], outputs.pop())
+            x, _ = apply_layer(getattr(self, f"layer_{layer}"), x, skip, around)
         return norm(x)

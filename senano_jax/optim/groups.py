@@ -12,7 +12,7 @@ from senano_jax.optim.schedules import learning_rate_factor, muon_momentum
 def parameter_group(path: tuple, parameter) -> str:
     """ "embed", "head", "muon" (matrices of the layers) or "scalar" (everything of fewer than two dimensions)."""
     name = path[-1].key
-    if name == "embedding":
+    if "embedding" in name:
         return "embed"
     if name == "head":
         return "head"

@@ -39,8 +39,8 @@ class ModelFlops:
 
 def matrix_flops_per_token(model: ModelConfig) -> int:
     """Forward FLOPs of one token in the matrix products: qkv, output and MLP at every position, and the head."""
-    layer = 2 * (4 + 2 * model.mlp_expansion) * model.dim**2
-    return model.layers.positions * layer + 2 * model.dim * model.padded_vocab_size
+    squares = 4 * len(model.attention_windows) + 2 * model.mlp_expansion * model.layers.positions
+    return 2 * squares * model.dim**2 + 2 * model.dim * model.padded_vocab_size
 
 
 def attention_flops_per_pair(model: ModelConfig) -> int:
@@ -58,11 +58,10 @@ def visible_pairs(tokens_ST: Int[np.ndarray, "S T"], window_blocks: int) -> int:
 def step_flops(
     model: ModelConfig, tokens_ST: Int[np.ndarray, "S T"], window_blocks: int, *, training: bool = True
 ) -> ModelFlops:
-    """Model FLOPs of the inputs `tokens_ST`: even positions see the long window, odd ones half of it."""
+    """Model FLOPs of the inputs `tokens_ST`: some layers see the long window, the others half of it."""
     factor = TRAINING_FACTOR if training else 1
-    positions = model.layers.positions
     long, short = (visible_pairs(tokens_ST, window) for window in (window_blocks, window_blocks // 2))
-    pairs = (positions + 1) // 2 * long + positions // 2 * short
+    pairs = sum(long if is_long else short for is_long in model.attention_windows)
     return ModelFlops(
         factor * matrix_flops_per_token(model) * tokens_ST.size,
         factor * attention_flops_per_pair(model) * pairs,

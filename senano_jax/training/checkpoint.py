@@ -18,7 +18,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
 from senano_jax.training.mesh import replicated
-from senano_jax.training.state import Params, TrainState
+from senano_jax.training.state import Params, TrainState, abstract_params, make_model
 
 
 class Checkpoints:
@@ -167,9 +167,11 @@ def load_latest_params(run_dir: Path, abstract: Params, mesh: Mesh) -> tuple[Par
         if not steps:
             raise UserError(f"{folder} holds no finished checkpoint; give the folder of a run that saved one")
         # Read in the types they were saved in: the checksums are of those bits.
-        saved_dtype = jnp.dtype(read_config(run_dir / "config.json")[0].dtype)
-        embedding = jax.ShapeDtypeStruct(abstract["embedding"].shape, saved_dtype)
-        params = checkpoints.restore_params(steps[0], abstract | {"embedding": embedding}, mesh)
+        saved = abstract_params(make_model(read_config(run_dir / "config.json")[0]))
+        if jax.tree.structure(saved) != jax.tree.structure(abstract):
+            raise UserError(f"{run_dir} holds a run of another model; give that of the same preset and --model.layers")
+        as_saved = jax.tree.map(lambda wanted, s: jax.ShapeDtypeStruct(wanted.shape, s.dtype), abstract, saved)
+        params = checkpoints.restore_params(steps[0], as_saved, mesh)
         return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), params, abstract), steps[0]
 
 

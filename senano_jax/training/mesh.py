@@ -89,7 +89,4 @@ def memory_budget(config: Config, devices: int) -> int:
     stats = device.memory_stats() or {}
     host_share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // devices
     total = stats.get("bytes_limit", host_share)
-    model = config.model
-    matrices = model.layers.layers * (4 + 2 * model.mlp_expansion) * model.dim**2
-    parameters = matrices + (model.vocab_size + model.padded_vocab_size) * model.dim
-    return int(0.9 * total) - 20 * parameters  # float32: weights, two gradients, two moments
+    return int(0.9 * total) - 20 * config.model.matrix_entries  # float32: weights, two gradients, two moments
