@@ -43,6 +43,7 @@ def read_config(path: Path) -> tuple[Config, str]:
 
 def _parse(kind: Any, value: Any, path: Path, field: str) -> Any:
     """`value` as an instance of `kind`: a dataclass, tuple of integers, plain type, Literal or a union of those."""
+    kind = _member(kind, value)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise UserError(f"{path}: {field or 'the document'} is not an object; restore the file that the run wrote")
@@ -58,6 +59,14 @@ def _parse(kind: Any, value: Any, path: Path, field: str) -> Any:
             return tuple(value)
         return float(value) if kind is float else value
     raise UserError(f"{path}: {field} is {_text(value)[:60]!r}; restore the file that the run wrote")
+
+
+def _member(kind: Any, value: Any) -> Any:
+    """Of a union of dataclasses the one that most of an object's fields belong to; any other kind as it is."""
+    options = typing.get_args(kind)
+    if not (isinstance(value, dict) and options and all(map(dataclasses.is_dataclass, options))):
+        return kind
+    return max(options, key=lambda option: len(value.keys() & typing.get_type_hints(option).keys()))
 
 
 def _fits(kind: Any, value: Any) -> bool:

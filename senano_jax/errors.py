@@ -21,3 +21,11 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def check_counts(values: dict[str, int], least: int) -> None:
+    """Raises UserError for the first flag whose value is below `least`, 0 or 1, or needs more than 31 bits."""
+    for flag, value in values.items():
+        if not least <= value < 2**31:
+            bound = "be at least 1" if least else "not be negative"
+            raise UserError(f"{flag} is {value}; it must {bound} and fit into 31 bits")

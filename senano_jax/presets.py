@@ -3,27 +3,57 @@
 import dataclasses
 from collections.abc import Callable
 
-from senano_jax.config import Config, DataConfig, LayerSchedule, ModelConfig, OptimizerConfig
+from senano_jax.config import (
+    AdamWConfig,
+    Config,
+    DataConfig,
+    Gpt2Config,
+    LayerSchedule,
+    ModelConfig,
+    MuonAdamConfig,
+)
 from senano_jax.data import sample
 from senano_jax.errors import UserError
 
 
+def llmc() -> Config:
+    """GPT-2 of 124M parameters as llm.c trains it, 10,485.76M tokens: the baseline of the record's history.
+
+    It attends over all of its short sequence, whatever the documents in it.
+    """
+    return Config(
+        model=Gpt2Config(dim=768, num_heads=12, num_layers=12),
+        data=DataConfig(
+            train_files="data/fineweb10B/fineweb_train_*.bin",
+            val_files="data/fineweb10B/fineweb_val_*.bin",
+            val_tokens=10_485_760,
+            val_seq_len=1024,
+        ),
+        optimizer=AdamWConfig(
+            learning_rate=6e-4, warmup_steps=700, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0
+        ),
+        steps=20_000,
+        batch_tokens=512 * 1024,
+        seq_len=1024,
+        initial_window_tokens=1024,
+        final_window_tokens=1024,
+        val_every=250,
+    )
+
+
 def value_embeddings() -> Config:
     """modded-nanogpt of 2025-05-25, 695.99M tokens: 12 layers once, with values by token in six of them."""
-    return Config(
+    base = llmc()
+    return dataclasses.replace(
+        base,
         model=ModelConfig(
             dim=768,
             num_heads=6,
             layers=LayerSchedule(prelude=6, loop=0, visits=0, coda=6, long_windows=(0, 4, 7, 11), no_attention=(7,)),
             value_embeddings=3,
         ),
-        data=DataConfig(
-            train_files="data/fineweb10B/fineweb_train_*.bin",
-            val_files="data/fineweb10B/fineweb_val_*.bin",
-            val_tokens=10_485_760,
-            val_seq_len=262_144,
-        ),
-        optimizer=OptimizerConfig(
+        data=dataclasses.replace(base.data, val_seq_len=262_144),
+        optimizer=MuonAdamConfig(
             muon_lr=0.05,
             head_lr=0.22,
             embed_lr=0.6,
@@ -40,6 +70,7 @@ def value_embeddings() -> Config:
         steps=1770,
         batch_tokens=8 * 49_152,
         seq_len=49_152,
+        initial_window_tokens=0,
         final_window_tokens=1728,
         val_every=125,
     )
@@ -98,6 +129,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "recurrent": recurrent,
     "no-value-embeddings": no_value_embeddings,
     "value-embeddings": value_embeddings,
+    "llmc": llmc,
     "demo": demo,
 }
 

@@ -7,12 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from senano_jax.config import LayerSchedule, ModelConfig
+from senano_jax.config import Gpt2Config, LayerSchedule, ModelConfig
 from senano_jax.model.gpt import Gpt
-from senano_jax.training.state import abstract_params
+from senano_jax.model.gpt2 import Gpt2
+from senano_jax.training.state import Model, abstract_params
 
 TINY = ModelConfig(
     dim=32, num_heads=2, layers=LayerSchedule(1, 2, 2, 1), vocab_size=512, padded_vocab_size=640, attention="banded"
+)
+
+TINY_GPT2 = Gpt2Config(
+    dim=32, num_heads=2, num_layers=2, max_length=256, vocab_size=500, padded_vocab_size=512, attention="banded"
 )
 
 
@@ -20,8 +25,12 @@ def tiny_model(dtype=jnp.float32, **changes) -> Gpt:
     return Gpt(dataclasses.replace(TINY, **changes), jnp.dtype(dtype))
 
 
+def tiny_gpt2(dtype=jnp.float32, **changes) -> Gpt2:
+    return Gpt2(dataclasses.replace(TINY_GPT2, **changes), jnp.dtype(dtype))
+
+
 @functools.cache
-def random_params(model: Gpt, seed: int = 0):
+def random_params(model: Model, seed: int = 0):
     """Weights none of which is zero or trivial: a fresh model would hide what its zero matrices multiply.
 
     Made once for each model and seed, so never donate them.
@@ -32,7 +41,7 @@ def random_params(model: Gpt, seed: int = 0):
         x = rng.standard_normal(leaf.shape).astype(np.float32)
         if leaf.ndim < 2:
             x = 0.5 + 0.2 * x
-        elif path[-1].key not in ("embedding", "head"):
+        elif "embedding" not in path[-1].key and path[-1].key != "head":
             x = x / np.sqrt(leaf.shape[-2])
         return jnp.asarray(x, leaf.dtype)
 

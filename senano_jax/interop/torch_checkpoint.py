@@ -1,6 +1,7 @@
-"""Weights under the PyTorch project's names, and its checkpoint files.
+"""Weights under the names of PyTorch programs, and their checkpoint files.
 
-A PyTorch matrix is (out, in) and ours is (in, out); nothing else differs but the names.
+The record's systems have the names of their own programs, GPT-2 has those that its releases made usual. A matrix of
+PyTorch is (out, in) and ours is (in, out); nothing else differs but the names.
 """
 
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from senano_jax.config import ModelConfig
+from senano_jax.config import Gpt2Config, ModelConfig
 from senano_jax.errors import UserError
 
 _TOP_LEVEL = {
@@ -25,11 +26,34 @@ _OF_BLOCK = {
     "mlp.c_proj.weight": ("mlp", "down"),
     "lambdas": ("lambdas",),
 }
-_TRANSPOSED = ("head", "qkv", "out", "up", "down")
+_OF_GPT2_BLOCK = {
+    "ln_1": ("attention_norm",),
+    "attn.c_attn": ("attention", "qkv"),
+    "attn.c_proj": ("attention", "out"),
+    "ln_2": ("mlp_norm",),
+    "mlp.c_fc": ("mlp", "up"),
+    "mlp.c_proj": ("mlp", "down"),
+}
+TRANSPOSED = ("head", "qkv", "out", "up", "down", "kernel")  # ends of the paths of matrices
 
 
-def torch_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+def torch_names(config: ModelConfig | Gpt2Config) -> dict[str, tuple[str, ...]]:
     """PyTorch name -> path in our parameter tree, for every parameter of the model."""
+    return _gpt2_names(config) if isinstance(config, Gpt2Config) else _gpt_names(config)
+
+
+def _gpt2_names(config: Gpt2Config) -> dict[str, tuple[str, ...]]:
+    modules = {"ln_f": ("final_norm",)}
+    for n in range(config.num_layers):
+        modules |= {f"h.{n}.{name}": (f"layer_{n}", *path) for name, path in _OF_GPT2_BLOCK.items()}
+    names = {"wte.weight": ("embedding",), "wpe.weight": ("position_embedding",)}
+    for name, path in modules.items():
+        weight = "scale" if path[-1].endswith("norm") else "kernel"
+        names |= {f"{name}.weight": (*path, weight), f"{name}.bias": (*path, "bias")}
+    return names
+
+
+def _gpt_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     layers = config.layers
     in_loop = range(layers.prelude, layers.prelude + layers.loop)
     names = dict(_TOP_LEVEL)
@@ -46,11 +70,12 @@ def torch_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def from_torch(arrays: Mapping[str, np.ndarray], config: ModelConfig, abstract_params, source: str):
+def from_torch(arrays: Mapping[str, np.ndarray], config: ModelConfig | Gpt2Config, abstract_params, source: str):
     """Our parameter tree from PyTorch-named arrays.
 
     Args:
-      arrays: by PyTorch name, with or without the `_orig_mod.` prefix of a compiled module.
+      arrays: by PyTorch name, with or without the `_orig_mod.` prefix of a compiled module; those of GPT-2 also with
+        a prefix `transformer.`, and with its head, which must be its embedding.
       config: the model the arrays must fit.
       abstract_params: its parameter tree of shapes and dtypes, as `jax.eval_shape` gives it.
       source: where the arrays come from, for messages.
@@ -58,7 +83,10 @@ def from_torch(arrays: Mapping[str, np.ndarray], config: ModelConfig, abstract_p
     Returns: a tree like `abstract_params`, of NumPy arrays.
     Raises: UserError naming the tensors that are missing, left over or of another shape.
     """
-    arrays = {name.removeprefix("_orig_mod."): array for name, array in arrays.items()}
+    arrays = {name.removeprefix("_orig_mod.").removeprefix("transformer."): array for name, array in arrays.items()}
+    head = arrays.pop("lm_head.weight", None) if isinstance(config, Gpt2Config) else None
+    if head is not None and not np.array_equal(head, arrays.get("wte.weight")):
+        raise UserError(f"{source}: lm_head.weight differs from wte.weight; this model has one table for both")
     names = torch_names(config)
     if missing := sorted(names.keys() - arrays.keys()):
         raise UserError(f"{source} lacks {_some(missing)}; is it a checkpoint of another --preset or --model.layers?")
@@ -67,12 +95,12 @@ def from_torch(arrays: Mapping[str, np.ndarray], config: ModelConfig, abstract_p
     params: dict = {}
     for name, path in names.items():
         array = np.asarray(arrays[name])
-        if path[-1] in _TRANSPOSED and array.ndim >= 2:
+        if path[-1] in TRANSPOSED and array.ndim >= 2:
             array = np.swapaxes(array, -1, -2)
         expected = _get(abstract_params, path)
         if array.shape != expected.shape:
             wanted = expected.shape
-            if path[-1] in _TRANSPOSED:
+            if path[-1] in TRANSPOSED:
                 wanted = (*wanted[:-2], wanted[-1], wanted[-2])
             raise UserError(f"{source}: {name} has shape {np.shape(arrays[name])}, this model needs {tuple(wanted)}")
         node = params

@@ -16,6 +16,7 @@ from senano_jax.config import ModelConfig
 from senano_jax.model.block import Block
 from senano_jax.model.elementwise import norm
 from senano_jax.model.loss import soft_cap, soft_capped_cross_entropy
+from senano_jax.model.remat import rematerialised
 from senano_jax.model.rotary import rotary_tables
 
 
@@ -37,25 +38,16 @@ def apply_layer(block: Block, x: Float[Array, "B T D"], skip, around: Surroundin
     return block(x, skip, around.x0, other_v, around.rotary, around.windows[c.layers.has_long_window(block.layer)])
 
 
-def make_block(config: ModelConfig, layer: int, *, scanned: bool = False) -> Block:
-    """A block that recomputes in its backward pass what config.remat says."""
-    if config.remat == "none":
-        return Block(config, layer)
-    keep = {"full": (), "attention": ("attention_out", "attention_lse")}[config.remat]
-    policy = jax.checkpoint_policies.save_only_these_names(*keep)
-    # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
-    return nn.remat(Block, policy=policy, prevent_cse=not scanned)(config, layer)
-
-
 class LoopVisit(nn.Module):
     """One visit of all layers of the loop."""
 
     config: ModelConfig
 
     def setup(self):
-        layers = self.config.layers
+        c, layers = self.config, self.config.layers
+        block = rematerialised(Block, c.remat, scanned=not c.unroll)
         for layer in range(layers.prelude, layers.prelude + layers.loop):
-            setattr(self, f"layer_{layer}", make_block(self.config, layer, scanned=not self.config.unroll))
+            setattr(self, f"layer_{layer}", block(c, layer))
 
     def __call__(self, x: Float[Array, "B T D"], skips, around: Surroundings):
         """`skips` is None in the first half of the visits, and the outputs of the layers are returned beside x.
@@ -84,9 +76,10 @@ class Gpt(nn.Module):
         self.value_tables = [self._table(f"value_embedding_{n}") for n in range(c.value_embeddings)]
         self.head = self.param("head", nn.initializers.zeros, (c.dim, c.padded_vocab_size))
         self.skip_weights = self.param("skip_weights", nn.initializers.ones, (layers.skips,))
+        block = rematerialised(Block, c.remat)
         outer = (*range(layers.prelude), *range(layers.prelude + layers.loop, layers.layers))
         for layer in outer:
-            setattr(self, f"layer_{layer}", make_block(c, layer))
+            setattr(self, f"layer_{layer}", block(c, layer))
         if layers.loop:
             half = layers.visits // 2
             self.loop = nn.scan(

@@ -1,4 +1,4 @@
-"""Output head, soft-cap and cross-entropy in one function that never holds all logits.
+"""Output head, soft-cap if any, and cross-entropy in one function that never holds all logits.
 
 logits = 30 * sigmoid(z / (7.5 * sqrt(dim))) with z = x @ head (Gemma 2's soft-cap, arXiv 2408.00118, lowered to 15 and
 shifted by 15 as in modded-nanogpt: 15 * tanh(u) + 15 = 30 * sigmoid(2u)). The loss is a sum over tokens and its
@@ -31,16 +31,29 @@ def soft_capped_cross_entropy(
     """
     if chunk_tokens is None:
         chunk_tokens = CHUNK_TOKENS_CPU if jax.default_backend() == "cpu" else CHUNK_TOKENS
-    return _chunked_loss(x, head, targets, chunk_tokens)
+    return _chunked_loss(x, head, targets, chunk_tokens, None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _chunked_loss(x, head, targets, chunk_tokens):
+def cross_entropy(
+    x: Float[Array, "B T dim"],
+    head: Float[Array, "dim V"],
+    targets: Int[Array, "B T"],
+    vocab_size: int,
+    chunk_tokens: int | None = None,
+) -> Float[Array, ""]:
+    """The same of the products themselves, of which the first `vocab_size` columns take part in the softmax."""
+    if chunk_tokens is None:
+        chunk_tokens = CHUNK_TOKENS_CPU if jax.default_backend() == "cpu" else CHUNK_TOKENS
+    return _chunked_loss(x, head, targets, chunk_tokens, vocab_size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _chunked_loss(x, head, targets, chunk_tokens, vocab_size):
     chunks_x, chunks_targets = _chunks(x, targets, chunk_tokens)
     weights = head.astype(x.dtype)
 
     def body(total, chunk):
-        loss, _, _ = _chunk_loss(*chunk, weights)
+        loss, _, _ = _chunk_loss(*chunk, weights, vocab_size)
         return total + loss, None
 
     return jax.lax.scan(body, jnp.float32(0), (chunks_x, chunks_targets))[0]
@@ -51,16 +64,21 @@ def soft_cap(z: Float[Array, "*S V"], dim: int) -> Float[Array, "*S V"]:
     return SOFT_CAP * jax.nn.sigmoid(z.astype(jnp.float32) / (7.5 * dim**0.5))
 
 
-def _chunk_loss(x_ND, targets_N, head_DV):
-    """Loss summed over a chunk, its logits and their log-sum-exp; float32."""
-    logits_NV = soft_cap(x_ND @ head_DV, x_ND.shape[1])
-    # Logits lie in (0, 30), so exp cannot overflow and the usual pass for the maximum is spared.
-    logsumexp_N = jnp.log(jnp.exp(logits_NV).sum(-1))
+def _chunk_loss(x_ND, targets_N, head_DV, vocab_size):
+    """Loss summed over a chunk, its logits and their log-sum-exp; float32. No `vocab_size` means a soft-cap."""
+    z_NV = x_ND @ head_DV
+    if vocab_size is None:
+        logits_NV = soft_cap(z_NV, x_ND.shape[1])
+        # Logits lie in (0, 30), so exp cannot overflow and the usual pass for the maximum is spared.
+        logsumexp_N = jnp.log(jnp.exp(logits_NV).sum(-1))
+    else:
+        logits_NV = jnp.where(jnp.arange(z_NV.shape[1]) < vocab_size, z_NV.astype(jnp.float32), -jnp.inf)
+        logsumexp_N = jax.nn.logsumexp(logits_NV, axis=-1)
     target_logit_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=1)[:, 0]
     return (logsumexp_N - target_logit_N).sum(), logits_NV, logsumexp_N
 
 
-def _forward(x, head, targets, chunk_tokens):
+def _forward(x, head, targets, chunk_tokens, vocab_size):
     chunks_x, chunks_targets = _chunks(x, targets, chunk_tokens)
     weights_DV = head.astype(x.dtype)
     dim = x.shape[-1]
@@ -68,11 +86,12 @@ def _forward(x, head, targets, chunk_tokens):
     def body(carry, chunk):
         total, d_head_DV = carry
         x_ND, targets_N = chunk
-        loss, logits_NV, logsumexp_N = _chunk_loss(x_ND, targets_N, weights_DV)
+        loss, logits_NV, logsumexp_N = _chunk_loss(x_ND, targets_N, weights_DV, vocab_size)
         hit_NV = targets_N[:, None] == jnp.arange(logits_NV.shape[1])
-        d_logits_NV = jnp.exp(logits_NV - logsumexp_N[:, None]) - hit_NV
-        slope_NV = logits_NV * (1 - logits_NV / SOFT_CAP) / (7.5 * dim**0.5)
-        dz_NV = (d_logits_NV * slope_NV).astype(x.dtype)
+        dz_NV = jnp.exp(logits_NV - logsumexp_N[:, None]) - hit_NV
+        if vocab_size is None:
+            dz_NV *= logits_NV * (1 - logits_NV / SOFT_CAP) / (7.5 * dim**0.5)
+        dz_NV = dz_NV.astype(x.dtype)
         d_head_DV += jnp.matmul(x_ND.T, dz_NV, preferred_element_type=jnp.float32)
         return (total + loss, d_head_DV), dz_NV @ weights_DV.T
 
@@ -81,7 +100,7 @@ def _forward(x, head, targets, chunk_tokens):
     return total, (d_x.reshape(x.shape), d_head.astype(head.dtype))
 
 
-def _backward(chunk_tokens, residuals, cotangent):
+def _backward(chunk_tokens, vocab_size, residuals, cotangent):
     d_x, d_head = residuals
     return (cotangent * d_x).astype(d_x.dtype), (cotangent * d_head).astype(d_head.dtype), None
 

@@ -3,8 +3,9 @@
 import jax
 import optax
 
-from senano_jax.config import OptimizerConfig
+from senano_jax.config import AdamWConfig, MuonAdamConfig
 from senano_jax.optim.adam import scale_by_float32_adam
+from senano_jax.optim.adamw import adamw
 from senano_jax.optim.muon import scale_by_muon
 from senano_jax.optim.schedules import learning_rate_factor, muon_momentum
 
@@ -19,12 +20,17 @@ def parameter_group(path: tuple, parameter) -> str:
     return "muon" if parameter.ndim >= 2 else "scalar"
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, axis_name: str | None = None) -> optax.GradientTransformation:
-    """Muon for the matrices of the layers, Adam at three rates for the rest; expects gradients of summed losses.
+def make_optimizer(
+    config: MuonAdamConfig | AdamWConfig, steps: int, axis_name: str | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW, or Muon for the matrices of the layers and Adam at three rates for the rest.
 
+    It expects gradients of summed losses, and in `update` the keyword argument `tokens`, how many they sum over.
     `steps` is the length of the run that the schedules are stretched over; `axis_name` a mapped axis of devices with
     equal gradients (see `scale_by_muon`).
     """
+    if isinstance(config, AdamWConfig):
+        return adamw(config, steps)
 
     def adam(learning_rate: float):
         return optax.chain(

@@ -4,28 +4,42 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from senano_jax.attention import BLOCK
-from senano_jax.config import OptimizerConfig
+from senano_jax.config import AdamWConfig, MuonAdamConfig
 
 Step = Int[Array, ""] | int
 
 
-def learning_rate_factor(step: Step, steps: int, config: OptimizerConfig) -> Float[Array, ""]:
+def learning_rate_factor(step: Step, steps: int, config: MuonAdamConfig | AdamWConfig) -> Float[Array, ""]:
+    """What all learning rates of the configuration are multiplied by; float32."""
+    if isinstance(config, AdamWConfig):
+        return warmup_and_cosine(step, steps, config)
+    return constant_and_cooldown(step, steps, config)
+
+
+def warmup_and_cosine(step: Step, steps: int, config: AdamWConfig) -> Float[Array, ""]:
+    """(step + 1) / warmup_steps, then half a cosine from 1 to 0 at the end of the run, as in llm.c; float32."""
+    rising = (step + 1) / max(config.warmup_steps, 1)
+    progress = jnp.clip((step - config.warmup_steps) / max(steps - config.warmup_steps, 1), 0, 1)
+    return jnp.where(step < config.warmup_steps, rising, 0.5 + 0.5 * jnp.cos(jnp.pi * progress))
+
+
+def constant_and_cooldown(step: Step, steps: int, config: MuonAdamConfig) -> Float[Array, ""]:
     """1 until the cooldown, then linearly down to `final_lr_factor` at the end of the run; float32."""
     left = (1 - step / steps) / max(config.cooldown_fraction, 1e-9)
     return jnp.minimum(1.0, left + (1 - left) * config.final_lr_factor)
 
 
-def muon_momentum(step: Step, config: OptimizerConfig) -> Float[Array, ""]:
+def muon_momentum(step: Step, config: MuonAdamConfig) -> Float[Array, ""]:
     """Linear warm-up from `momentum_start` to `momentum_end`; float32."""
     progress = jnp.minimum(step / max(config.momentum_warmup_steps, 1), 1.0)
     return config.momentum_start + progress * (config.momentum_end - config.momentum_start)
 
 
-def window_blocks(step: int, steps: int, final_window_tokens: int) -> int:
-    """Long attention window in blocks of 128 tokens: one at step 0, linearly up to `final_window_tokens`, rounded up.
+def window_blocks(step: int, steps: int, final_window_tokens: int, initial_window_tokens: int = 0) -> int:
+    """Long attention window in blocks of 128 tokens, one at least: linear in the step, rounded up.
 
     Evaluated on the host in float64, with the PyTorch program's order of operations: the step at which a block is
     added must not depend on rounding.
     """
-    tokens = final_window_tokens * (step / steps)
+    tokens = initial_window_tokens + (final_window_tokens - initial_window_tokens) * (step / steps)
     return max(1, -int(-tokens // BLOCK))

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from senano_jax.attention import document_start, window_intervals
-from senano_jax.config import ModelConfig
+from senano_jax.config import TransformerConfig
 
 # Dense bfloat16 products, FLOP/s, from the vendor's data sheets; the first name found in device_kind counts.
 PEAK_BFLOAT16 = {
@@ -37,30 +37,34 @@ class ModelFlops:
         return self.matrix_products + self.attention
 
 
-def matrix_flops_per_token(model: ModelConfig) -> int:
+def matrix_flops_per_token(model: TransformerConfig) -> int:
     """Forward FLOPs of one token in the matrix products: qkv, output and MLP at every position, and the head."""
-    squares = 4 * len(model.attention_windows) + 2 * model.mlp_expansion * model.layers.positions
+    squares = 4 * len(model.attention_windows) + 2 * model.mlp_expansion * model.positions
     return 2 * squares * model.dim**2 + 2 * model.dim * model.padded_vocab_size
 
 
-def attention_flops_per_pair(model: ModelConfig) -> int:
+def attention_flops_per_pair(model: TransformerConfig) -> int:
     """Forward FLOPs of one visible pair in one layer application: score and weighted value, over all heads."""
     return 4 * model.dim
 
 
-def visible_pairs(tokens_ST: Int[np.ndarray, "S T"], window_blocks: int) -> int:
+def visible_pairs(tokens_ST: Int[np.ndarray, "S T"], window_blocks: int, *, sees_documents: bool = True) -> int:
     """Pairs of query and key that see each other in all sequences, for one layer application with that window."""
     position = np.arange(tokens_ST.shape[1])
-    key_start = np.asarray(window_intervals(document_start(tokens_ST), window_blocks).key_start)
+    start = document_start(tokens_ST) if sees_documents else np.zeros_like(tokens_ST)
+    key_start = np.asarray(window_intervals(start, window_blocks).key_start)
     return int((position - key_start + 1).sum(dtype=np.int64))
 
 
 def step_flops(
-    model: ModelConfig, tokens_ST: Int[np.ndarray, "S T"], window_blocks: int, *, training: bool = True
+    model: TransformerConfig, tokens_ST: Int[np.ndarray, "S T"], window_blocks: int, *, training: bool = True
 ) -> ModelFlops:
     """Model FLOPs of the inputs `tokens_ST`: some layers see the long window, the others half of it."""
     factor = TRAINING_FACTOR if training else 1
-    long, short = (visible_pairs(tokens_ST, window) for window in (window_blocks, window_blocks // 2))
+    long, short = (
+        visible_pairs(tokens_ST, window, sees_documents=model.sees_documents)
+        for window in (window_blocks, window_blocks // 2)
+    )
     pairs = sum(long if is_long else short for is_long in model.attention_windows)
     return ModelFlops(
         factor * matrix_flops_per_token(model) * tokens_ST.size,

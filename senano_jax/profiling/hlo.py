@@ -10,6 +10,7 @@ _OPCODE = re.compile(r"(?:^|\s)(?P<opcode>[a-z][a-z0-9\-]*)\(")
 _OP_NAME = re.compile(r'op_name="(?P<path>(?:[^"\\]|\\.)*)"')
 _CALLS = re.compile(r"calls=%?(?P<computation>[\w.\-]+)")
 _LAYER = re.compile(r"layer_\d+")
+_FEATURES = re.compile(r"\bGpt2?\.features\b")
 
 UNATTRIBUTED = "unattributed"
 OPTIMIZER, REDUCE, HEAD, ACCUMULATION = "optimiser", "gradient reduction", "head + loss", "gradient accumulation"
@@ -70,7 +71,7 @@ def module_of(op_name: str) -> str:
     for scope, inner in zip(scopes, [*scopes[1:], ""]):
         if _LAYER.fullmatch(scope):
             return inner if inner in ("attention", "mlp") else RESIDUAL
-    if "Gpt.features" in scopes:
+    if _FEATURES.search(op_name):
         return EMBEDDING
     if any("Gpt" in scope for scope in scopes):
         return HEAD
@@ -83,4 +84,4 @@ def pass_of(op_name: str) -> str:
         return "recomputed"
     if "transpose(" in op_name:
         return "backward"
-    return "forward" if "Gpt.features" in op_name else ""
+    return "forward" if _FEATURES.search(op_name) else ""

@@ -16,7 +16,6 @@ from senano_jax.config import Config
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import validation_sequences
 from senano_jax.errors import UserError
-from senano_jax.model.gpt import Gpt
 from senano_jax.optim.groups import make_optimizer
 from senano_jax.profiling.compilation import (
     Compilation,
@@ -35,7 +34,7 @@ from senano_jax.profiling.timing import Spread, StepRunner
 from senano_jax.profiling.tokens import open_feed, synthetic_sequences
 from senano_jax.training.evaluation import Evaluator
 from senano_jax.training.mesh import DATA_AXIS, choose_micro_batches, make_mesh, place_batch
-from senano_jax.training.state import Params, abstract_params, count_parameters, init_state, make_model
+from senano_jax.training.state import Model, Params, abstract_params, count_parameters, init_state, make_model
 from senano_jax.training.step import make_train_step
 
 TRACED_STEPS = 2
@@ -175,7 +174,7 @@ def measure(config: Config, plan: Plan, say: Callable[[str], None]) -> Report:
     )
 
 
-def _time_evaluation(config: Config, model: Gpt, mesh: Mesh, params: Params, window: int) -> Evaluation:
+def _time_evaluation(config: Config, model: Model, mesh: Mesh, params: Params, window: int) -> Evaluation:
     """One round: a validation sequence on each device."""
     length = config.data.val_seq_len
     try:

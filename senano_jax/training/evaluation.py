@@ -8,28 +8,32 @@ from jaxtyping import Int32
 from senano_jax.config import Config
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import validation_sequences
-from senano_jax.model.gpt import Gpt
 from senano_jax.training.mesh import place_sequences
-from senano_jax.training.state import Params
+from senano_jax.training.state import Model, Params
 from senano_jax.training.step import make_eval_step
+
+TOKENS_AT_A_TIME = 65_536  # on a device, unless one sequence is longer: short ones by themselves leave a GPU waiting
 
 
 class Evaluator:
-    """Evaluates weights on a fixed set of sequences, one sequence on each device at a time."""
+    """Evaluates weights on a fixed set of sequences, a long one or a group of short ones on each device at a time."""
 
-    def __init__(self, model: Gpt, mesh: Mesh, sequences: Int32[np.ndarray, "N T+1"]):
+    def __init__(self, model: Model, mesh: Mesh, sequences: Int32[np.ndarray, "N T+1"]):
         self._step = make_eval_step(model, mesh)
         self._mesh = mesh
-        self._sequences = sequences
+        count, length = len(sequences), sequences.shape[1] - 1
+        sizes = [n for n in range(1, TOKENS_AT_A_TIME // length + 1) if count % n == 0 and count // n >= mesh.size]
+        self._groups = sequences.reshape(-1, max(sizes, default=1), length + 1)
 
     @property
     def tokens(self) -> int:
-        return self._sequences.shape[0] * (self._sequences.shape[1] - 1)
+        groups, size, length = self._groups.shape
+        return groups * size * (length - 1)
 
     def __call__(self, params: Params, window_blocks: int) -> float:
         """Mean cross-entropy over all tokens, in nats; waits for the devices."""
         losses = []
-        for first in range(0, len(self._sequences), self._mesh.size):
+        for first in range(0, len(self._groups), self._mesh.size):
             rows, weights = self._local_rows(first)
             losses.append(
                 self._step(
@@ -42,14 +46,16 @@ class Evaluator:
         return float(np.sum(np.asarray(jax.device_get(losses), np.float64))) / self.tokens
 
     def _local_rows(self, first: int):
-        """This process's sequences of the round that begins at `first`, and 1 or 0 for each: does it count?"""
+        """This process's sequences of the round that begins at group `first`, and for each device 1 or 0: do its own
+        count?"""
         local = self._mesh.size // jax.process_count()
         wanted = first + local * jax.process_index() + np.arange(local)
-        counts = wanted < len(self._sequences)
-        return self._sequences[np.where(counts, wanted, 0)], counts.astype(np.float32)
+        counts = wanted < len(self._groups)
+        rows = self._groups[np.where(counts, wanted, 0)]
+        return rows.reshape(-1, rows.shape[-1]), counts.astype(np.float32)
 
 
-def make_evaluator(config: Config, model: Gpt, mesh: Mesh) -> Evaluator:
+def make_evaluator(config: Config, model: Model, mesh: Mesh) -> Evaluator:
     """Raises UserError if the validation shards are unsound or too short."""
     data = config.data
     shards = find_shards(data.val_files)

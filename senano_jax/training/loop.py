@@ -106,7 +106,7 @@ def train(config: Config, preset: str) -> Path:
         stopping = False
         running = None  # the newest step; it is recorded once the next one is queued behind it, so no device waits
         for step in range(first_step, config.steps + 1):
-            window = window_blocks(step, config.steps, config.final_window_tokens)
+            window = window_blocks(step, config.steps, config.final_window_tokens, config.initial_window_tokens)
             last = step == config.steps
             evaluation_due = last or (config.val_every and step % config.val_every == 0)
             checkpoint_due = last or (config.checkpoint_every and step % config.checkpoint_every == 0)

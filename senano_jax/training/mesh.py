@@ -77,7 +77,7 @@ def activation_bytes(config: Config, tokens: int) -> int:
     """Estimate of what one micro-batch of `tokens` tokens keeps for its backward pass, in bytes."""
     itemsize = {"bfloat16": 2, "float32": 4}[config.dtype]
     factor = ACTIVATION_FACTOR[config.model.remat]
-    return tokens * config.model.layers.positions * config.model.dim * itemsize * factor
+    return tokens * config.model.positions * config.model.dim * itemsize * factor
 
 
 def memory_budget(config: Config, devices: int) -> int:

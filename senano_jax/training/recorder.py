@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from senano_jax.config import Config
+from senano_jax.config import Config, MuonAdamConfig
 from senano_jax.errors import UserError
 from senano_jax.optim.schedules import learning_rate_factor, muon_momentum
 from senano_jax.runlog.progress import Progress
@@ -53,8 +53,9 @@ class Recorder:
         self._newest_checkpoint = newest_checkpoint
         self._finished_ms = clock.milliseconds
         steps = np.arange(config.steps)  # all at once: a scalar from the device would wait for the step it is running
-        self._lr_factors = np.asarray(learning_rate_factor(steps, config.steps, config.optimizer))
-        self._momenta = np.asarray(muon_momentum(steps, config.optimizer))
+        self._schedules = {"lr": np.asarray(learning_rate_factor(steps, config.steps, config.optimizer))}
+        if isinstance(config.optimizer, MuonAdamConfig):
+            self._schedules["momentum"] = np.asarray(muon_momentum(steps, config.optimizer))
 
     def say(self, line: str) -> None:
         self._run.log(line)
@@ -81,8 +82,7 @@ class Recorder:
             tokens_read=running.tokens_read,
             loss=loss,
             grad_norm=grad_norm,
-            lr=float(self._lr_factors[step - 1]),
-            momentum=float(self._momenta[step - 1]),
+            **{name: float(values[step - 1]) for name, values in self._schedules.items()},
             window=running.window,
             step_ms=round(step_ms, 3),
             tokens_per_s=round(tokens_per_s, 1),

@@ -34,7 +34,7 @@ _FREE = (
 def check_same_run(config: Config, run_dir: Path) -> None:
     """Raises UserError naming the fields in which `config` differs from the run in `run_dir`."""
     saved, given = (_flat(dataclasses.asdict(c)) for c in (read_config(run_dir / "config.json")[0], config))
-    different = [f"{name} {saved[name]} -> {given[name]}" for name in saved if saved[name] != given[name]]
+    different = [f"{name} {saved[name]} -> {given.get(name)}" for name in saved if saved[name] != given.get(name)]
     different = [text for text in different if text.split()[0] not in _FREE]
     if different:
         raise UserError(

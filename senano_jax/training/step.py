@@ -10,9 +10,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from senano_jax.model.gpt import Gpt
 from senano_jax.training.mesh import DATA_AXIS
-from senano_jax.training.state import Params, TrainState
+from senano_jax.training.state import Model, Params, TrainState
 
 
 class StepMetrics(NamedTuple):
@@ -21,15 +20,17 @@ class StepMetrics(NamedTuple):
 
 
 def make_train_step(
-    model: Gpt, optimizer: optax.GradientTransformation, mesh: Mesh
+    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, Int[Array, "A S T+1"], Int[Array, ""]], tuple[TrainState, StepMetrics]]:
     """A jitted (state, tokens, window_blocks) -> (state, metrics).
 
     `tokens` [A, S, T+1] holds A micro-batches; their S sequences are sharded over the mesh, and token t+1 is the target
     of token t. Gradients of the summed loss are added over micro-batches in float32, reduced once over the devices, and
     rounded to their parameter's type: up to the order of sums the update depends on the set of sequences alone. The
-    given state is donated. The optimiser must have been made with this mesh's axis name.
+    given state is donated. The optimiser must have been made with this mesh's axis name; one that asks for it is told
+    over how many `tokens` the gradients are summed.
     """
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def step(state: TrainState, tokens_AST: Array, window_blocks: Array):
         # A float32 view of a bfloat16 embedding makes its gradient accumulate in float32.
@@ -46,14 +47,14 @@ def make_train_step(
         with jax.named_scope("reduce"):
             loss, gradients = jax.lax.psum(total, DATA_AXIS)
 
+        A, S, length = tokens_AST.shape
+        trained = A * S * (length - 1) * jax.lax.axis_size(DATA_AXIS)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(gradients)
             gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.params)
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, tokens=trained)
             params = optax.apply_updates(state.params, updates)
 
-        A, S, length = tokens_AST.shape
-        trained = A * S * (length - 1) * jax.lax.axis_size(DATA_AXIS)
         return TrainState(state.step + 1, params, opt_state), StepMetrics(loss / trained, grad_norm)
 
     sharded = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(None, DATA_AXIS), P()), out_specs=P(), check_vma=False)
@@ -61,15 +62,15 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: Gpt, mesh: Mesh
-) -> Callable[[Params, Int[Array, "S T+1"], Float[Array, "S"], Int[Array, ""]], Float[Array, ""]]:
-    """A jitted (params, tokens, weights, window_blocks) -> summed loss, one sequence on each device.
+    model: Model, mesh: Mesh
+) -> Callable[[Params, Int[Array, "S T+1"], Float[Array, "N"], Int[Array, ""]], Float[Array, ""]]:
+    """A jitted (params, tokens, weights, window_blocks) -> summed loss, equally many sequences on each device.
 
-    `weights` [S] is 1 for a sequence that counts and 0 for one that fills up the last round.
+    `weights` has an entry a device: 1 if its sequences count and 0 if they fill up the last round.
     """
 
-    def step(params, tokens_1T, weights_1, window_blocks):
-        loss = model.apply({"params": params}, tokens_1T[:, :-1], tokens_1T[:, 1:], window_blocks)
+    def step(params, tokens_RT, weights_1, window_blocks):
+        loss = model.apply({"params": params}, tokens_RT[:, :-1], tokens_RT[:, 1:], window_blocks)
         return jax.lax.psum(loss * weights_1[0], DATA_AXIS)
 
     sharded = jax.shard_map(

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from senano_jax.config import ModelConfig
+from senano_jax.config import Gpt2Config, ModelConfig
 from senano_jax.errors import UserError
 from senano_jax.interop.torch_checkpoint import from_torch, read_torch_checkpoint
 from senano_jax.training.checkpoint import load_latest_params
@@ -13,7 +13,7 @@ from senano_jax.training.mesh import replicated
 from senano_jax.training.state import Params
 
 
-def load_weights(source: str, config: ModelConfig, abstract: Params, mesh: Mesh) -> Params:
+def load_weights(source: str, config: ModelConfig | Gpt2Config, abstract: Params, mesh: Mesh) -> Params:
     """The weights in `source` (FILE.pt or the folder of a run), on all devices of the mesh.
 
     `abstract` is the parameter tree they must fit. Raises UserError if they cannot be read or do not fit.
