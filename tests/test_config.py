@@ -63,6 +63,17 @@ def test_record_presets_are_the_published_runs(name, trained_tokens, sequences, 
     assert (config.model.vocab_size, config.model.padded_vocab_size) == (50_257, 50_304)
 
 
+def test_llmc_is_the_published_run():
+    """10,486M tokens: 20,000 steps of 512 sequences of 1,024, validated on as short ones."""
+    config = preset("llmc")
+    assert config.steps * config.batch_tokens == 10_485_760_000
+    assert (config.batch_sequences, config.seq_len, config.dtype) == (512, 1024, "bfloat16")
+    assert (config.data.val_tokens, config.data.val_seq_len) == (10_485_760, 1024)
+    model, optimizer = config.model, config.optimizer
+    assert (model.dim, model.num_heads, model.head_dim, model.num_layers, model.max_length) == (768, 12, 64, 12, 1024)
+    assert (optimizer.b1, optimizer.b2, optimizer.weight_decay, optimizer.clip_norm) == (0.9, 0.95, 0.1, 1.0)
+
+
 @pytest.mark.parametrize(
     "field",
     [
@@ -95,6 +106,7 @@ def test_some_counts_may_be_zero_but_not_negative(field):
 @pytest.mark.parametrize(
     ("changes", "fragments"),
     [
+        ({"initial_window_tokens": 1729}, ["--initial-window-tokens 1729", "--final-window-tokens 1728", "only grows"]),
         ({"model.num_heads": 5}, ["--model.dim 768", "--model.num-heads 5", "multiple of the number of heads"]),
         ({"model.dim": 12}, ["--model.dim 12", "--model.num-heads 6", "heads of 2", "multiple of 4"]),
         (
@@ -132,6 +144,31 @@ def test_some_counts_may_be_zero_but_not_negative(field):
 def test_what_cannot_work_is_refused_in_one_line(changes, fragments):
     """It names the flags and their values, and what to do."""
     config = preset("recurrent")
+    for field, value in changes.items():
+        config = changed(config, field, value)
+    message = refusal(check_config, config)
+    for fragment in fragments:
+        assert fragment in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"seq_len": 2048}, ["--seq-len 2048", "--model.max-length 1024", "shorten the sequence"]),
+        ({"data.val_seq_len": 4096}, ["--data.val-seq-len 4096", "--model.max-length 1024"]),
+        ({"seq_len": 512}, ["--final-window-tokens 1024", "--seq-len 512"]),
+        ({"model.num_layers": 0}, ["--model.num-layers is 0", "at least 1"]),
+        ({"model.max_length": -1}, ["--model.max-length is -1", "at least 1"]),
+        ({"model.num_heads": 7}, ["--model.dim 768", "--model.num-heads 7"]),
+        ({"optimizer.b2": 1.1}, ["--optimizer.b2 is 1.1", "0 to 1"]),
+        ({"optimizer.clip_norm": float("inf")}, ["--optimizer.clip-norm is inf", "0 or more"]),
+        ({"optimizer.warmup_steps": -1}, ["--optimizer.warmup-steps is -1", "must not be negative"]),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_gpt2_has_limits_of_its_own(changes, fragments):
+    """The same lines for the values that only it has."""
+    config = preset("llmc")
     for field, value in changes.items():
         config = changed(config, field, value)
     message = refusal(check_config, config)

@@ -1,4 +1,4 @@
-"""Soft-capped cross-entropy: value, gradients and the memory it may take."""
+"""Cross-entropy of soft-capped and of plain logits: value, gradients and the memory it may take."""
 
 import functools
 import math
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from oracles import cross_entropies, relative_error, soft_capped_logits
 
-from senano_jax.model.loss import CHUNK_TOKENS, soft_cap, soft_capped_cross_entropy
+from senano_jax.model.loss import CHUNK_TOKENS, cross_entropy, soft_cap, soft_capped_cross_entropy
 
 DIM, VOCABULARY = 32, 300
 
@@ -65,6 +65,26 @@ def test_gradients_are_those_of_plain_differentiation(dtype, loss_tolerance, tol
     for gradient, expected in zip(ours[1], plain[1]):
         assert gradient.dtype == expected.dtype
         assert relative_error(gradient, expected) < tolerance
+
+
+@pytest.mark.parametrize("scale", [0.1, 30])
+def test_plain_logits(scale):
+    """Value and gradients against float64, also where exp would overflow; columns beyond the vocabulary weigh nothing
+    and get no gradient."""
+    x, head, targets = inputs(5)
+    x, counted, flat = scale * x, VOCABULARY - 44, np.asarray(targets % (VOCABULARY - 44)).ravel()
+    x64, head64 = np.asarray(x, np.float64).reshape(-1, DIM), np.asarray(head, np.float64)[:, :counted]
+    logits = x64 @ head64
+    softmax = np.exp(logits - logits.max(-1, keepdims=True))
+    dz = softmax / softmax.sum(-1, keepdims=True) - np.eye(counted)[flat]
+    gradient = jax.value_and_grad(cross_entropy, argnums=(0, 1))
+    loss, (d_x, d_head) = gradient(x, head, targets % counted, counted, 64)
+    assert float(loss) == pytest.approx(cross_entropies(logits, flat).sum(), rel=1e-6)
+    assert relative_error(d_x.reshape(-1, DIM), dz @ head64.T) < 1e-5
+    assert relative_error(d_head[:, :counted], x64.T @ dz) < 1e-5
+    np.testing.assert_array_equal(d_head[:, counted:], 0)
+    alone = cross_entropy(x, head, targets % counted, counted)  # the undifferentiated path
+    assert float(alone) == pytest.approx(float(loss), rel=1e-6)
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 64, 96, 192, 10_000])

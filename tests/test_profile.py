@@ -11,7 +11,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import TINY, tiny_model
+from tiny import TINY, tiny_gpt2, tiny_model
 
 from senano_jax.attention import END_OF_TEXT
 from senano_jax.config import LayerSchedule
@@ -175,10 +175,21 @@ def dot_flops(jaxpr, turns: int = 1) -> int:
     return total
 
 
-@pytest.mark.parametrize("layers", [LayerSchedule(1, 2, 2, 1), LayerSchedule(2, 2, 4, 2), LayerSchedule(3, 0, 0, 3)])
-def test_forward_flops_are_those_of_the_products_in_the_program(layers):
+DENSE = {"attention": "dense", "mlp_expansion": 3}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        tiny_model(**DENSE, layers=LayerSchedule(1, 2, 2, 1)),
+        tiny_model(**DENSE, layers=LayerSchedule(2, 2, 4, 2)),
+        tiny_model(**DENSE, layers=LayerSchedule(3, 0, 0, 3)),
+        tiny_model(**DENSE, layers=LayerSchedule(2, 0, 0, 2, no_attention=(2,)), value_embeddings=1),
+        tiny_gpt2(**DENSE),
+    ],
+)
+def test_forward_flops_are_those_of_the_products_in_the_program(model):
     """Dense attention computes every pair, so that its products can be counted too."""
-    model = tiny_model(attention="dense", layers=layers, mlp_expansion=3)
     B, T = 2, 256
     tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
 
@@ -187,7 +198,7 @@ def test_forward_flops_are_those_of_the_products_in_the_program(layers):
 
     counted = dot_flops(jax.make_jaxpr(forward)(abstract_params(model), tokens).jaxpr)
     c = model.config
-    every_pair = layers.positions * attention_flops_per_pair(c) * B * T * T
+    every_pair = len(c.attention_windows) * attention_flops_per_pair(c) * B * T * T
     assert counted == matrix_flops_per_token(c) * B * T + every_pair
 
 
@@ -212,6 +223,17 @@ def test_a_step_counts_both_windows_and_three_passes():
     pairs = 3 * visible_pairs(tokens, 4) + 3 * visible_pairs(tokens, 2)  # six positions, every other one long
     assert flops.attention == 3 * attention_flops_per_pair(TINY) * pairs
     assert flops.total == 3 * step_flops(TINY, tokens, 4, training=False).total
+
+
+def test_the_windows_of_other_systems_are_counted_as_they_are():
+    """Value embeddings: three long windows, of layers 0, 4 and 11, and eight short ones. GPT-2: in every layer half of
+    all pairs, documents or not."""
+    tokens = synthetic_sequences(2, 1024, 50_257)
+    long, short = visible_pairs(tokens, 4), visible_pairs(tokens, 2)
+    model = preset("value-embeddings").model
+    assert step_flops(model, tokens, 4, training=False).attention == 4 * 768 * (3 * long + 8 * short)
+    causal = 12 * 2 * 1024 * 1025 // 2
+    assert step_flops(preset("llmc").model, tokens, 8, training=False).attention == 4 * 768 * causal
 
 
 def test_the_record_takes_one_and_a_half_gigaflop_a_token():
@@ -300,6 +322,9 @@ def test_instructions_are_read_with_their_scopes():
         ("jit(step)/reduce/psum", "gradient reduction"),
         (f"{STEP}/jvp(Gpt)/Gpt.features/while/body/closed_call/loop/layer_4/mul", "residual stream, skips, norms"),
         (f"{STEP}/jvp(Gpt)/Gpt.features/cos", "embedding, rotary tables, intervals"),
+        (f"{STEP}/jvp(Gpt2)/Gpt2.features/gather", "embedding, rotary tables, intervals"),
+        (f"{STEP}/jvp(Gpt2)/Gpt2.features/layer_0/mlp/up/dot_general", "mlp"),
+        (f"{STEP}/jvp(Gpt2)/while/body/dot_general", "head + loss"),
         (f"{STEP}/add", "gradient accumulation"),
         ("reduce_sum", "unattributed"),
         ("", "unattributed"),

@@ -7,6 +7,7 @@ from math import ceil
 import jax
 import jax.numpy as jnp
 import pytest
+from oracle_gpt2 import cosine_lr
 
 from senano_jax.optim.schedules import learning_rate_factor, muon_momentum, window_blocks
 from senano_jax.presets import preset
@@ -57,6 +58,30 @@ def test_without_cooldown_the_rate_stays():
     assert {float(learning_rate_factor(step, 10, constant)) for step in range(10)} == {1.0}
 
 
+@pytest.mark.parametrize("steps", [701, 2000, 20_000])
+def test_llmc_warms_up_and_falls_as_a_cosine(steps):
+    """1/700 at step 0, 1 from step 699 on, half at the middle of the rest, and 0 at the end: 6e-4 times that is the
+    published rate."""
+    config = preset("llmc").optimizer
+    factor = jax.jit(lambda step: learning_rate_factor(step, steps, config))
+    for step in (*range(0, 702, 50), 699, 700, *range(700, steps + 1, max(1, steps // 50)), steps):
+        published = cosine_lr(step, steps) / 6e-4
+        assert float(factor(step)) == pytest.approx(published, abs=1e-6)
+    assert factor(0).dtype == jnp.float32
+    assert [float(factor(step)) for step in (699, 700, steps)] == [1, 1, 0]
+    assert config.learning_rate == 6e-4
+
+
+def test_a_run_shorter_than_its_warm_up_only_warms_up():
+    """And one without warm-up begins at the full rate."""
+    config = preset("llmc").optimizer
+    assert [float(learning_rate_factor(step, 20, config)) for step in (0, 19)] == pytest.approx([1 / 700, 20 / 700])
+    at_once = dataclasses.replace(config, warmup_steps=0)
+    assert [float(learning_rate_factor(step, 20, at_once)) for step in (0, 10, 20)] == pytest.approx(
+        [1, 0.5, 0], abs=1e-6
+    )
+
+
 @pytest.mark.parametrize("step", [0, 1, 150, 299, 300, 301, 1699])
 def test_momentum_warms_up_over_300_steps(step):
     """0.85 at step 0, 0.95 from step 300 on."""
@@ -79,6 +104,14 @@ def test_the_window_grows_at_the_very_steps_of_the_pytorch_program(steps):
     assert windows == [max(1, ceil(Fraction(1728 * step, 128 * steps))) for step in range(steps + 1)]
     assert (windows[0], windows[1], windows[-1]) == (1, 1, 14)
     assert set(windows) == set(range(1, 15))
+
+
+def test_a_window_may_start_where_it_ends_or_in_between():
+    """llmc's is its whole sequence at every step; one from 512 to 1,024 tokens takes 4 blocks, then up to 8."""
+    config = preset("llmc")
+    bounds = config.final_window_tokens, config.initial_window_tokens
+    assert {window_blocks(step, 100, *bounds) for step in range(101)} == {8} == {config.seq_len // 128}
+    assert [window_blocks(step, 4, 1024, 512) for step in range(5)] == [4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize("steps", [1, 6, 95, 200])

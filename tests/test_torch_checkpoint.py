@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_model
+from reference import torch_view
+from tiny import random_params, tiny_gpt2, tiny_model
 
 from senano_jax.config import LayerSchedule
 from senano_jax.errors import UserError
@@ -85,6 +86,32 @@ def test_a_saved_model_comes_back(tmp_path, prefix, wrap):
     np.testing.assert_array_equal(params["head"], tensors["lm_head.weight"].numpy().T)
     np.testing.assert_array_equal(params["skip_weights"], tensors["skip_weights"].numpy())
     np.testing.assert_array_equal(params["embedding"].astype(np.float32), tensors["embed.weight"].float().numpy())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        tiny_gpt2(vocab_size=40, padded_vocab_size=48),
+        tiny_model(layers=LayerSchedule(2, 0, 0, 2, no_attention=(2,)), value_embeddings=1, vocab_size=40),
+    ],
+)
+def test_other_systems_come_back(model):
+    """GPT-2, and value embeddings with a layer that has no attention: a name for every parameter, none lost."""
+    params = random_params(model)
+    names = torch_view(params, model.config)
+    assert names.keys() == torch_names(model.config).keys()
+    jax.tree.map(np.testing.assert_array_equal, from_torch(names, model.config, abstract_params(model), "here"), params)
+
+
+def test_gpt2_may_bring_its_head_along():
+    """As its state dicts do, in which the table occurs twice; two tables are refused."""
+    model = tiny_gpt2(num_layers=1)
+    names = {f"transformer.{name}": array for name, array in torch_view(random_params(model), model.config).items()}
+    table = names["transformer.wte.weight"]
+    params = from_torch(names | {"lm_head.weight": table}, model.config, abstract_params(model), "here")
+    np.testing.assert_array_equal(params["embedding"], table)
+    message = refusal(from_torch, names | {"lm_head.weight": table + 1}, model.config, abstract_params(model), "here")
+    assert message.startswith("here: lm_head.weight differs from wte.weight")
 
 
 def test_missing_tensors_are_named(tmp_path):
