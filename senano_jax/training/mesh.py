@@ -14,7 +14,8 @@ from senano_jax.errors import UserError
 DATA_AXIS = "data"
 
 # Bytes of activations a token needs for each position, unit of width and byte of the activations' type: XLA's
-# temporaries of the full-width step on an H200 (docs/performance.md), rounded up.
+# temporaries of the full-width step on an H200 (docs/performance.md), rounded up. GPT-2 has not been measured there;
+# compiled for a CPU its layers take as many as the others.
 ACTIVATION_FACTOR = {"none": 24, "attention": 8, "full": 7}
 
 
