@@ -59,7 +59,7 @@ class Config:
     initial_window_tokens: int = 0
     """The attention window at step 0; never less than one block of 128."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the activations and, except in llmc, of the embeddings; the other parameters are float32."""
+    """Type of the activations and, except of GPT-2, of the embeddings; the other parameters are float32."""
     seed: int = 0
     """Seed of the initial weights."""
     devices: int | None = None

@@ -44,7 +44,7 @@ class Arguments(Config):
     sweep: bool = False
     """Repeat the timing for windows of 1, 2, 4, 7, 10 and 14 blocks, as far as the run's last window."""
     evaluation: bool = False
-    """Time an evaluation too: one sequence of --data.val-seq-len tokens on each device."""
+    """Time an evaluation too: on each device a sequence of --data.val-seq-len tokens, or several short ones."""
     profile_steps: int = 20
     """Timed steps."""
     warmup: int = 3

@@ -7,6 +7,7 @@ import sys
 
 import jax
 import pytest
+from tiny import tiny_gpt2
 
 from senano_jax import evaluate, train
 from senano_jax.config_file import read_config
@@ -14,7 +15,9 @@ from senano_jax.data import sample
 from senano_jax.data.shards import open_shard, write_shard
 from senano_jax.errors import UserError
 from senano_jax.runlog.reader import read_log
-from senano_jax.training.checkpoint import Checkpoints
+from senano_jax.training.checkpoint import Checkpoints, load_latest_params
+from senano_jax.training.mesh import make_mesh
+from senano_jax.training.state import abstract_params
 
 STEPS, BATCH, SEQ = 5, 1024, 256
 SMALL = [
@@ -99,6 +102,26 @@ def test_a_run_can_start_from_another_run_s_weights(run_dir, tmp_path):
     )
     first_loss = records(again)[1][0]["val_loss"]
     assert first_loss == pytest.approx(evaluate.main([str(run_dir), "--window-blocks=1"]), rel=1e-6)
+
+
+def test_llmc_trains_goes_on_and_is_evaluated(tmp_path):
+    """Another model and another optimiser through the same commands; its rate is logged, and no momentum. A run that is
+    resumed gives the same losses, bit for bit, and its weights the loss that it ended with."""
+    flags = ["--initial-window-tokens=256", "--model.num-layers=1", "--model.max-length=512", "--dtype=float32"]
+    files = [f"--data.train-files={sample.TRAIN}", f"--data.val-files={sample.VAL}"]
+    arguments = [*SMALL, *flags, *files, "--val-every=0", "--checkpoint-every=3", f"--run-dir={tmp_path / 'run'}"]
+    whole, (evaluation,) = records(train.main(["llmc", *arguments]))
+    assert [(r["lr"], r["window"]) for r in whole] == [(pytest.approx(k / 700), 2) for k in range(1, STEPS + 1)]
+    assert all("momentum" not in r for r in whole)
+    resumed, _ = records(train.main(["llmc", *arguments, "--resume=3"]))
+    assert [r["loss"] for r in resumed] == [r["loss"] for r in whole]
+    assert evaluate.main([str(tmp_path / "run")]) == pytest.approx(evaluation["val_loss"], rel=1e-6)
+
+
+def test_weights_of_another_model_are_refused(run_dir):
+    """In one line, before they are read."""
+    with pytest.raises(UserError, match="holds a run of another model; give that of the same preset"):
+        load_latest_params(run_dir, abstract_params(tiny_gpt2()), make_mesh(1))
 
 
 def test_the_newest_checkpoints_are_kept(run_dir):

@@ -32,7 +32,7 @@ from senano_jax.profiling.hlo import read_instructions
 from senano_jax.profiling.kernels import KernelTimes, busy_fraction, kernel_times, read_events
 from senano_jax.profiling.timing import Spread, StepRunner
 from senano_jax.profiling.tokens import open_feed, synthetic_sequences
-from senano_jax.training.evaluation import Evaluator
+from senano_jax.training.evaluation import Evaluator, group_size
 from senano_jax.training.mesh import DATA_AXIS, choose_micro_batches, make_mesh, place_batch
 from senano_jax.training.state import Model, Params, abstract_params, count_parameters, init_state, make_model
 from senano_jax.training.step import make_train_step
@@ -175,14 +175,15 @@ def measure(config: Config, plan: Plan, say: Callable[[str], None]) -> Report:
 
 
 def _time_evaluation(config: Config, model: Model, mesh: Mesh, params: Params, window: int) -> Evaluation:
-    """One round: a validation sequence on each device."""
+    """One round: on each device as many validation sequences as training evaluates at a time."""
     length = config.data.val_seq_len
+    count = mesh.size * group_size(config.data.val_tokens // length, length, mesh.size)
     try:
         source = config.data.val_files
-        rows = validation_sequences(source, find_shards(source), mesh.size * length, length)
+        rows = validation_sequences(source, find_shards(source), count * length, length)
     except UserError:  # no shards, or too short ones: the time does not depend on the words
         source = "synthetic documents"
-        rows = synthetic_sequences(mesh.size, length + 1, config.model.vocab_size)
+        rows = synthetic_sequences(count, length + 1, config.model.vocab_size)
     evaluate = Evaluator(model, mesh, rows)
     evaluate(params, window)
     times = []

@@ -21,9 +21,8 @@ class Evaluator:
     def __init__(self, model: Model, mesh: Mesh, sequences: Int32[np.ndarray, "N T+1"]):
         self._step = make_eval_step(model, mesh)
         self._mesh = mesh
-        count, length = len(sequences), sequences.shape[1] - 1
-        sizes = [n for n in range(1, TOKENS_AT_A_TIME // length + 1) if count % n == 0 and count // n >= mesh.size]
-        self._groups = sequences.reshape(-1, max(sizes, default=1), length + 1)
+        count, width = sequences.shape
+        self._groups = sequences.reshape(-1, group_size(count, width - 1, mesh.size), width)
 
     @property
     def tokens(self) -> int:
@@ -53,6 +52,13 @@ class Evaluator:
         counts = wanted < len(self._groups)
         rows = self._groups[np.where(counts, wanted, 0)]
         return rows.reshape(-1, rows.shape[-1]), counts.astype(np.float32)
+
+
+def group_size(count: int, length: int, devices: int) -> int:
+    """How many of `count` sequences of `length` tokens a device evaluates at a time: as many as make equal groups, one
+    for each device at least."""
+    sizes = [n for n in range(1, TOKENS_AT_A_TIME // length + 1) if count % n == 0 and count // n >= devices]
+    return max(sizes, default=1)
 
 
 def make_evaluator(config: Config, model: Model, mesh: Mesh) -> Evaluator:
