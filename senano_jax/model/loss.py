@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from senano_jax.model import loss_kernel
+
 SOFT_CAP = 30.0
 # Tokens whose logits exist at a time: 0.8 GB of bfloat16 over 50,304 columns. A CPU has no use for more than its cache.
 CHUNK_TOKENS = 8192
@@ -40,8 +42,9 @@ def _chunked_loss(x, head, targets, chunk_tokens):
     weights = head.astype(x.dtype)
 
     def body(total, chunk):
-        loss, _, _ = _chunk_loss(*chunk, weights)
-        return total + loss, None
+        x_ND, targets_N = chunk
+        z_NV = x_ND @ weights
+        return total + _loss(z_NV, targets_N, _logsumexp(z_NV, x.shape[-1]), x.shape[-1]), None
 
     return jax.lax.scan(body, jnp.float32(0), (chunks_x, chunks_targets))[0]
 
@@ -51,13 +54,26 @@ def soft_cap(z: Float[Array, "*S V"], dim: int) -> Float[Array, "*S V"]:
     return SOFT_CAP * jax.nn.sigmoid(z.astype(jnp.float32) / (7.5 * dim**0.5))
 
 
-def _chunk_loss(x_ND, targets_N, head_DV):
-    """Loss summed over a chunk, its logits and their log-sum-exp; float32."""
-    logits_NV = soft_cap(x_ND @ head_DV, x_ND.shape[1])
+def _loss(z_NV, targets_N, logsumexp_N, dim):
+    target_z_N = jnp.take_along_axis(z_NV, targets_N[:, None], axis=1)[:, 0]
+    return (logsumexp_N - soft_cap(target_z_N, dim)).sum()
+
+
+def _logsumexp(z_NV, dim):
     # Logits lie in (0, 30), so exp cannot overflow and the usual pass for the maximum is spared.
-    logsumexp_N = jnp.log(jnp.exp(logits_NV).sum(-1))
-    target_logit_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=1)[:, 0]
-    return (logsumexp_N - target_logit_N).sum(), logits_NV, logsumexp_N
+    return jnp.log(jnp.exp(soft_cap(z_NV, dim)).sum(-1))
+
+
+def _logsumexp_and_gradient(z_NV, targets_N, dim):
+    """The logits' log-sum-exp (float32) and the gradient of z (its type)."""
+    if jax.default_backend() == "gpu" and loss_kernel.fits(*z_NV.shape):
+        return loss_kernel.logsumexp_and_gradient(z_NV, targets_N, cap=SOFT_CAP, slope=1 / (7.5 * dim**0.5))
+    logsumexp_N = _logsumexp(z_NV, dim)
+    logits_NV = soft_cap(z_NV, dim)
+    hit_NV = targets_N[:, None] == jnp.arange(logits_NV.shape[1])
+    d_logits_NV = jnp.exp(logits_NV - logsumexp_N[:, None]) - hit_NV
+    slope_NV = logits_NV * (1 - logits_NV / SOFT_CAP) / (7.5 * dim**0.5)
+    return logsumexp_N, (d_logits_NV * slope_NV).astype(z_NV.dtype)
 
 
 def _forward(x, head, targets, chunk_tokens):
@@ -68,11 +84,9 @@ def _forward(x, head, targets, chunk_tokens):
     def body(carry, chunk):
         total, d_head_DV = carry
         x_ND, targets_N = chunk
-        loss, logits_NV, logsumexp_N = _chunk_loss(x_ND, targets_N, weights_DV)
-        hit_NV = targets_N[:, None] == jnp.arange(logits_NV.shape[1])
-        d_logits_NV = jnp.exp(logits_NV - logsumexp_N[:, None]) - hit_NV
-        slope_NV = logits_NV * (1 - logits_NV / SOFT_CAP) / (7.5 * dim**0.5)
-        dz_NV = (d_logits_NV * slope_NV).astype(x.dtype)
+        z_NV = x_ND @ weights_DV
+        logsumexp_N, dz_NV = _logsumexp_and_gradient(z_NV, targets_N, dim)
+        loss = _loss(z_NV, targets_N, logsumexp_N, dim)
         d_head_DV += jnp.matmul(x_ND.T, dz_NV, preferred_element_type=jnp.float32)
         return (total + loss, d_head_DV), dz_NV @ weights_DV.T
 
