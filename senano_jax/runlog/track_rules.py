@@ -107,7 +107,10 @@ def order_rule(config: Config, run: RunLog, data: Shards | None) -> Verdict:
 
 
 def fineweb_rule(data: Shards | None) -> Verdict:
-    """The chain: the hub tells a checksum for a name, the download script keeps it, the run computes its own."""
+    """The chain: the hub tells a checksum for a name, the download script keeps it, the run computes its own.
+
+    The folder is believed; who doubts it asks the hub again, at the addresses in data.json.
+    """
     rule = "FineWeb only, its shards in order"
     if data is None:
         return Verdict(rule, "not verifiable", "the run folder has no data.json")
