@@ -47,6 +47,8 @@ def main() -> None:
     args = parser.parse_args()
     with one_line_errors():
         path = args.root / "README.md"
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; give --root the folder of README.md and logs")
         written = path.read_text()
         generated = fill(written, args.root / "logs")
         if args.check and generated != written:

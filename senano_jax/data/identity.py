@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from senano_jax.data.fineweb import read_published
-from senano_jax.data.shards import open_shard
+from senano_jax.data.shards import HEADER_BYTES, TOKEN_BYTES, open_shard
 from senano_jax.errors import UserError
 
 
@@ -40,16 +40,12 @@ def identify(paths: Iterable[Path]) -> list[ShardIdentity]:
     """Everything but the checksums, at once. Raises UserError for an unsound shard."""
     identities = []
     for path in paths:
-        published = read_published(path.parent).get(path.name)
-        identities.append(
-            ShardIdentity(
-                path.name,
-                path.stat().st_size,
-                len(open_shard(path)),
-                published_sha256=published and published.sha256,
-                published_url=published and published.url,
-            )
-        )
+        tokens = len(open_shard(path))  # which has found that the file holds these and no more
+        size = HEADER_BYTES + TOKEN_BYTES * tokens
+        if published := read_published(path.parent).get(path.name):
+            identities.append(ShardIdentity(path.name, size, tokens, None, published.sha256, published.url))
+        else:
+            identities.append(ShardIdentity(path.name, size, tokens))
     return identities
 
 
