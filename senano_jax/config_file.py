@@ -38,10 +38,10 @@ def read_config(path: Path) -> tuple[Config, str]:
         raise UserError(f"{path} is not the configuration of a run; restore the file that the run wrote")
     preset = document.pop("preset", None)
     document.pop("parameters", None)
-    return _parse(Config, document, path, ""), preset if isinstance(preset, str) else "unknown"
+    return parse(Config, document, path, ""), preset if isinstance(preset, str) else "unknown"
 
 
-def _parse(kind: Any, value: Any, path: Path, field: str) -> Any:
+def parse(kind: Any, value: Any, path: Path, field: str) -> Any:
     """`value` as an instance of `kind`: a dataclass, a plain type, a Literal or a union of those."""
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
@@ -52,7 +52,7 @@ def _parse(kind: Any, value: Any, path: Path, field: str) -> Any:
         needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
         if missing := sorted(needed - value.keys()):
             raise UserError(f"{path}: field {_join(field, missing[0])} is missing; was it written by another version?")
-        return kind(**{name: _parse(types[name], item, path, _join(field, name)) for name, item in value.items()})
+        return kind(**{name: parse(types[name], item, path, _join(field, name)) for name, item in value.items()})
     if _fits(kind, value):
         return float(value) if kind is float else value
     raise UserError(f"{path}: {field} is {_text(value)[:60]!r}; restore the file that the run wrote")

@@ -13,6 +13,8 @@ import pytest
 
 from senano_jax import evaluate, train
 from senano_jax.config_file import read_config
+from senano_jax.data import sample
+from senano_jax.data.shards import open_shard, write_shard
 from senano_jax.errors import UserError
 from senano_jax.optim.groups import make_optimizer
 from senano_jax.runlog.writer import RunFolder
@@ -224,6 +226,17 @@ def test_another_configuration_is_refused_and_named(copy):
     message = str(caught.value)
     assert "another configuration (" in message and "\n" not in message
     assert "optimizer.muon_lr 0.05 -> 0.1" in message and "seed 0 -> 1" in message and "dim" not in message
+    assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
+
+
+def test_other_shards_are_refused_and_the_shard_named(copy, tmp_path):
+    """Here with as many tokens as before, as all shards of FineWeb have."""
+    before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+    tokens = open_shard(sample.TRAIN)
+    write_shard(tmp_path / "sample_train.bin", np.roll(tokens, 1))
+    message = f"--resume: train shard 1, {tmp_path / 'sample_train.bin'}, has sha256 "
+    with pytest.raises(UserError, match=message):
+        resume(copy, "--resume=4", f"--data.train-files={tmp_path}/*.bin")
     assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
 
 

@@ -1,9 +1,11 @@
 """The commands from end to end, on the bundled sample and a model of a few thousand parameters a layer."""
 
+import hashlib
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -13,6 +15,7 @@ from senano_jax.config_file import read_config
 from senano_jax.data import sample
 from senano_jax.data.shards import open_shard, write_shard
 from senano_jax.errors import UserError
+from senano_jax.runlog.data_record import read_data
 from senano_jax.runlog.reader import read_log
 from senano_jax.training.checkpoint import Checkpoints
 
@@ -67,6 +70,14 @@ def test_the_folder_says_what_was_run_and_where(run_dir):
     environment = json.loads((run_dir / "environment.json").read_text())
     assert environment["packages"]["jax"] == jax.__version__
     assert environment["devices"][0]["platform"] == "cpu"
+
+
+def test_the_folder_says_which_shards_were_read(run_dir):
+    shards = read_data(run_dir)
+    for part, path in (("train", Path(sample.TRAIN)), ("val", Path(sample.VAL))):
+        (shard,) = shards[part]
+        assert (shard.name, shard.bytes, shard.tokens) == (path.name, path.stat().st_size, len(open_shard(path)))
+        assert shard.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_evaluate_gives_the_final_validation_loss_again(run_dir, capsys):
