@@ -51,7 +51,7 @@ def random_sequences(count: int, length: int, seed: int = 0, vocabulary: int = T
 def small_run(path: Path, steps: tuple[int, ...]) -> Path:
     """The folder of a run that never ran: random weights, saved after each of `steps`, which skip_weights hold too."""
     model = dataclasses.replace(demo().model, dim=16, layers=LayerSchedule(2, 0, 0, 2))
-    config = dataclasses.replace(demo(), model=model, steps=max(steps))
+    config = dataclasses.replace(demo(), model=model, steps=max(steps), compilation_cache=None)
     params = random_params(make_model(config))
     with RunFolder(path) as run, Checkpoints(path / "checkpoints") as checkpoints:
         run.start(config, "demo", 0)
