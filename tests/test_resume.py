@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from event_files import shown_scalars
 
 from senano_jax import evaluate, train
 from senano_jax.config_file import read_config
@@ -28,7 +29,7 @@ SMALL = [
     "demo", "--model.dim=16", "--model.num-heads=2", "--model.layers.loop=0", "--model.layers.visits=0",
     f"--steps={STEPS}", f"--batch-tokens={BATCH}", "--seq-len=256", "--final-window-tokens=256",
     "--data.val-tokens=1024", "--data.val-seq-len=512", "--val-every=3", "--devices=1", "--checkpoint-every=2",
-    "--checkpoint-keep=9",
+    "--checkpoint-keep=9", "--tensorboard",
 ]  # fmt: skip
 TIMES = ("step_ms", "tokens_per_s", "train_time_ms")
 
@@ -104,6 +105,13 @@ def assert_same_run(run_dir, undisturbed):
         (undisturbed / "log.txt").read_text().splitlines()
     )
     assert_same_bits(state_of(run_dir), state_of(undisturbed))
+    assert curves(run_dir) == curves(undisturbed)
+
+
+def curves(run_dir):
+    """What TensorBoard shows, each point once."""
+    scalars = [p for axis in ("steps", "tokens") for p in shown_scalars(run_dir / "tensorboard" / axis)]
+    return [point for point in scalars if point[0] not in TIMES]
 
 
 def losses(run_dir):

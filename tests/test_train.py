@@ -1,8 +1,10 @@
 """The commands from end to end, on the bundled sample and a model of a few thousand parameters a layer."""
 
+import dataclasses
 import hashlib
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +18,15 @@ from senano_jax.data import sample
 from senano_jax.data.shards import open_shard, write_shard
 from senano_jax.errors import UserError
 from senano_jax.runlog.data_record import read_data
+from senano_jax.optim.schedules import window_blocks
 from senano_jax.runlog.reader import read_log
 from senano_jax.training.checkpoint import Checkpoints
+from senano_jax.training.evaluation import make_evaluator
+from senano_jax.training.mesh import make_mesh
+from senano_jax.training.state import abstract_params, make_model
+from senano_jax.training.weights import load_weights
+
+EXPORT = Path(__file__).parents[1] / "scripts" / "export_torch.py"
 
 STEPS, BATCH, SEQ = 5, 1024, 256
 SMALL = [
@@ -166,24 +175,17 @@ def test_replaying_the_pytorch_loader_skips_tokens_and_says_so(tmp_path):
     assert [r["tokens_trained"] for r in steps] == [BATCH, 2 * BATCH]
 
 
-def test_a_pytorch_checkpoint_evaluates_to_the_loss_it_was_exported_with(run_dir, tmp_path):
-    torch = pytest.importorskip("torch")
-    from senano_jax.interop.torch_checkpoint import torch_names
-    from senano_jax.training.checkpoint import load_latest_params
-    from senano_jax.training.mesh import make_mesh
-    from senano_jax.training.state import abstract_params, make_model
-
+def test_an_exported_checkpoint_evaluates_to_the_loss_of_the_run(run_dir, tmp_path):
+    """Also with another implementation of attention, and as the start of another run."""
+    pytest.importorskip("torch")
+    runpy.run_path(str(EXPORT))["export"](run_dir, tmp_path / "state.pt")
     config, _ = read_config(run_dir / "config.json")
-    abstract = abstract_params(make_model(config))
-    params, _ = load_latest_params(run_dir, abstract, make_mesh(1))
-    state = {}
-    for name, path in torch_names(config.model).items():
-        node = params
-        for key in path:
-            node = node[key]
-        tensor = torch.tensor(jax.device_get(node).astype("float32"))
-        state[name] = tensor.mT.contiguous() if path[-1] in ("head", "qkv", "out", "up", "down") else tensor
-    torch.save({"step": STEPS, "model": {f"_orig_mod.{k}": v for k, v in state.items()}}, tmp_path / "state.pt")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="dense"))
+    mesh, model = make_mesh(1), make_model(config)
+    params = load_weights(str(tmp_path / "state.pt"), config.model, abstract_params(model), mesh)
+    window = window_blocks(STEPS, STEPS, config.final_window_tokens)
+    final = records(run_dir)[1][-1]["val_loss"]
+    assert make_evaluator(config, model, mesh)(params, window) == pytest.approx(final, rel=1e-6)
     # The architecture comes from the preset, so a checkpoint of another width is refused by tensor and shape.
     with pytest.raises(UserError, match=r"embed\.weight has shape \(50257, 16\), this model needs \(50257, 64\)"):
         evaluate.main([str(tmp_path / "state.pt"), "--preset=demo"])

@@ -17,6 +17,8 @@ _NOT_CONFIGURATION = {
     "val_every",
     "checkpoint_every",
     "compilation_cache",
+    "tensorboard",
+    "wandb",
 }
 
 

@@ -16,6 +16,7 @@ from senano_jax.optim.groups import make_optimizer
 from senano_jax.optim.schedules import window_blocks
 from senano_jax.runlog.data_record import DataRecord
 from senano_jax.runlog.progress import Progress
+from senano_jax.runlog.sinks import Sinks
 from senano_jax.runlog.writer import RunFolder, new_run_dir
 from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.clock import Clock
@@ -41,6 +42,7 @@ def train(config: Config, preset: str) -> Path:
         raise UserError("a run of several processes needs --run-dir, the same folder for all of them")
     if config.resume is not None:
         check_same_run(config, Path(config.run_dir))
+    sinks = Sinks(config)
     shards = find_shards(config.data.train_files)
     discard = config.data.discard_micro_batch
     stream_tokens = config.steps * (config.batch_tokens + discard) - discard
@@ -86,6 +88,7 @@ def train(config: Config, preset: str) -> Path:
             saved = {"step": 0, "next_token": 0, "train_ms": 0.0, "evaluated": False}
         else:
             state, saved = restored
+        stack.enter_context(sinks.open(run.path, saved["step"], progress.say))
         if config.resume is None:  # only now: a run that could not begin leaves no folder that looks like one
             data_record.start()
             run.start(config, preset, parameters)
@@ -104,7 +107,7 @@ def train(config: Config, preset: str) -> Path:
             )
         )
         clock = Clock(saved["train_ms"])
-        recorder = Recorder(run, progress, clock, config, lambda: next(iter(checkpoints.steps()), None))
+        recorder = Recorder(run, sinks, progress, clock, config, lambda: next(iter(checkpoints.steps()), None))
         where = f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {micro_batches} micro-batches"
         intro = f"{preset}: {parameters:,} parameters, {config.steps} steps of {config.batch_tokens:,} tokens"
         progress.say(f"{intro} ({where}), run folder {run.path}" + (f", from step {first_step}" if restored else ""))
