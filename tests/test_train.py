@@ -17,8 +17,8 @@ from senano_jax.config_file import read_config
 from senano_jax.data import sample
 from senano_jax.data.shards import open_shard, write_shard
 from senano_jax.errors import UserError
-from senano_jax.runlog.data_record import read_data
 from senano_jax.optim.schedules import window_blocks
+from senano_jax.runlog.data_record import read_data
 from senano_jax.runlog.reader import read_log
 from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.evaluation import make_evaluator
