@@ -4,8 +4,9 @@
 
 Time is the median over repetitions of a jitted chain of calls, divided by its length; backward is the difference of
 forward and backward together and forward alone. Bytes count each tensor once: forward reads qkv, first_v and the rotary
-tables and writes q, k and v; backward reads these inputs and three gradients and writes those of qkv and first_v. The
-ratio is that of the plain version's time, forward and backward, to this one's.
+tables and writes q, k and v; backward reads these inputs and three gradients and writes those of qkv and of first_v
+(the latter by XLA, in a pass of its own here; in the model together with those of all layers). The ratio is that of the
+plain version's time, forward and backward, to this one's.
 """
 
 import argparse

@@ -8,20 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rich import box
-from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
 
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.files import write_atomically
 from senano_jax.runlog.comparison import Group, Row, compare, notes, read_groups
 from senano_jax.runlog.html_report import html_report
 from senano_jax.runlog.plots import plot_image
-from senano_jax.runlog.tables import Table, comparison_tables, to_markdown
+from senano_jax.runlog.tables import comparison_tables, to_markdown
+from senano_jax.runlog.terminal import print_tables
 
 PLOT_SUFFIXES = (".png", ".svg", ".html")
-_PIPE_WIDTH = 200  # columns when the output is no terminal: nothing is cut
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ def main(arguments: Arguments) -> None:
         print("\n\n".join(to_markdown(table) for table in tables))
         print("".join(f"\n{remark}" for remark in remarks), end="\n" if remarks else "")
     else:
-        _print(tables, remarks)
+        print_tables(tables, remarks)
     if arguments.json:
         write_atomically(arguments.json, to_json(groups, rows, remarks, arguments.target).encode())
     if arguments.out and arguments.out.suffix == ".html":
@@ -95,21 +91,6 @@ def _check(arguments: Arguments) -> None:
             raise UserError(f"{flag} {path}: there is no folder {path.parent}; make it first")
         if path and path.is_dir():
             raise UserError(f"{flag} {path}: is a folder; give a file in it")
-
-
-def _print(tables: Sequence[Table], remarks: Sequence[str]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_PIPE_WIDTH)
-    for table in tables:
-        view = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for index, header in enumerate(table.headers):
-            view.add_column(Text(header), justify="right" if index else "left", overflow="fold")
-        for row in table.rows:
-            view.add_row(*(Text(cell) for cell in row))
-        console.print(view)
-    for remark in remarks:
-        console.print(Text(remark))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,10 @@ class Config:
     """Start from these weights: a PyTorch checkpoint (.pt) or a run folder."""
     compilation_cache: str | None = "~/.cache/senano_jax/xla"
     """Folder of compiled programs, kept between runs; None compiles anew."""
+    tensorboard: bool = False
+    """Show the run's curves in TensorBoard too, from event files in its folder."""
+    wandb: bool = False
+    """Show the run's curves in Weights & Biases too."""
 
     @property
     def batch_sequences(self) -> int:

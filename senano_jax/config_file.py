@@ -38,10 +38,10 @@ def read_config(path: Path) -> tuple[Config, str]:
         raise UserError(f"{path} is not the configuration of a run; restore the file that the run wrote")
     preset = document.pop("preset", None)
     document.pop("parameters", None)
-    return _parse(Config, document, path, ""), preset if isinstance(preset, str) else "unknown"
+    return parse(Config, document, path, ""), preset if isinstance(preset, str) else "unknown"
 
 
-def _parse(kind: Any, value: Any, path: Path, field: str) -> Any:
+def parse(kind: Any, value: Any, path: Path, field: str) -> Any:
     """`value` as an instance of `kind`: a dataclass, tuple of integers, plain type, Literal or a union of those."""
     kind = _member(kind, value)
     if dataclasses.is_dataclass(kind):
@@ -53,7 +53,7 @@ def _parse(kind: Any, value: Any, path: Path, field: str) -> Any:
         needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
         if missing := sorted(needed - value.keys()):
             raise UserError(f"{path}: field {_join(field, missing[0])} is missing; was it written by another version?")
-        return kind(**{name: _parse(types[name], item, path, _join(field, name)) for name, item in value.items()})
+        return kind(**{name: parse(types[name], item, path, _join(field, name)) for name, item in value.items()})
     if _fits(kind, value):
         if isinstance(value, list):
             return tuple(value)

@@ -6,7 +6,7 @@ from pathlib import Path
 from senano_jax.errors import UserError
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Writes `path` under a temporary name beside it, then renames. Raises UserError if it cannot."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

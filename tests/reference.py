@@ -1,7 +1,6 @@
 """The arrays that the PyTorch program computed, and the weights and tokens it was given."""
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
@@ -9,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from senano_jax.config import Gpt2Config, ModelConfig
-from senano_jax.interop.torch_checkpoint import TRANSPOSED, from_torch, torch_names
+from senano_jax.config import ModelConfig
+from senano_jax.interop.torch_checkpoint import from_torch, torch_names
 from senano_jax.model.gpt import Gpt
 from senano_jax.presets import preset
 
@@ -38,16 +37,15 @@ class Reference:
 
     def torch_view(self, tree) -> dict[str, np.ndarray]:
         """A tree of parameters or gradients under PyTorch's names and in its layout, float32."""
-        return torch_view(tree, self.config)
-
-
-def torch_view(tree, config: ModelConfig | Gpt2Config) -> dict[str, np.ndarray]:
-    """A tree of parameters or gradients under PyTorch's names and in its layout, float32."""
-    view = {}
-    for name, path in torch_names(config).items():
-        array = np.asarray(functools.reduce(lambda node, key: node[key], path, tree), np.float32)
-        view[name] = np.swapaxes(array, -1, -2) if path[-1] in TRANSPOSED else array
-    return view
+        view = {}
+        for name, path in torch_names(self.config).items():
+            node = tree
+            for key in path:
+                node = node[key]
+            array = np.asarray(node, np.float32)
+            transposed = path[-1] in ("head", "qkv", "out", "up", "down")
+            view[name] = np.swapaxes(array, -1, -2) if transposed else array
+        return view
 
 
 def load(name: str) -> Reference:

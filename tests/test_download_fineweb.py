@@ -15,12 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from senano_jax.data.fineweb import CHECKSUMS, Published, read_published
 from senano_jax.data.shards import write_shard
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPT = REPOSITORY / "scripts" / "download_fineweb.py"
 SMALL_CHUNKS = "from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 500"  # not 10 MB
 PREFIX = "/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
+COMMIT = "0123456789" * 4
 VAL, TRAIN_1, TRAIN_2 = "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"
 
 
@@ -39,6 +41,10 @@ class Hub(http.server.ThreadingHTTPServer):
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
+
+    def published(self, name: str) -> Published:
+        """What a client should record of the file."""
+        return Published(self.endpoint + PREFIX.replace("main", COMMIT) + name, self.etags[name])
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -65,7 +71,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
         self.send_header("Content-Length", str(len(content) - first))
         self.send_header("ETag", f'"{self.server.etags[name]}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
         if body:
             self.server.gets.append((name, first))
@@ -135,7 +141,8 @@ def download(hub, tmp_path):
 
 
 def held(tmp_path):
-    return {path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()}
+    """The shards, whole and partial."""
+    return {path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir() if path.name != CHECKSUMS}
 
 
 def assert_one_line_error(result, *words):
@@ -153,6 +160,7 @@ def test_validation_and_the_first_training_shards_arrive(hub, download, tmp_path
     assert result.returncode == 0, result.stderr
     assert held(tmp_path) == {name: hub.files[name] for name in (VAL, TRAIN_1)}
     assert "2 shards, 40,000 tokens" in result.stdout
+    assert read_published(tmp_path / "shards") == {name: hub.published(name) for name in (VAL, TRAIN_1)}
 
 
 def test_whole_shards_are_kept_and_broken_ones_replaced(hub, download, tmp_path):
@@ -164,6 +172,26 @@ def test_whole_shards_are_kept_and_broken_ones_replaced(hub, download, tmp_path)
     assert hub.gets == [(TRAIN_1, 0), (TRAIN_2, 0)]
     assert held(tmp_path) == hub.files
     assert f"{TRAIN_1} is cut short" in result.stderr
+    assert read_published(tmp_path / "shards") == {name: hub.published(name) for name in hub.files}
+
+
+def test_a_sound_shard_that_is_not_the_published_one_is_replaced(hub, download, tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / VAL).write_bytes(hub.files[TRAIN_2])
+    result = download("1")
+    assert result.returncode == 0, result.stderr
+    assert held(tmp_path) == {name: hub.files[name] for name in (VAL, TRAIN_1)}
+    assert f"{VAL} has SHA-256 {hub.etags[TRAIN_2]}" in result.stderr
+
+
+def test_without_network_whole_shards_are_kept_without_checksums(hub, download, tmp_path):
+    (tmp_path / "shards").mkdir()
+    for name in (VAL, TRAIN_1):
+        (tmp_path / "shards" / name).write_bytes(hub.files[name])
+    result = download("1", HF_ENDPOINT="http://127.0.0.1:9")
+    assert result.returncode == 0
+    assert result.stderr.count("kept without comparing checksums: no answer from") == 1
+    assert read_published(tmp_path / "shards") == {}
 
 
 def test_an_interrupted_download_is_continued_by_the_next_run(hub, download, tmp_path):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from oracle_gpt2 import loss_and_gradients
 from oracles import END_OF_TEXT, relative_error
-from reference import torch_view
 from tiny import random_params, random_sequences, tiny_gpt2
 
+from senano_jax.interop.torch_checkpoint import to_torch
 from senano_jax.model.gpt2 import Gpt2
 from senano_jax.presets import preset
 from senano_jax.training.state import abstract_params, count_parameters, make_model
@@ -87,10 +87,10 @@ def test_loss_and_gradients_are_those_of_the_formulas(sequences):
     params = random_params(model)
     loss, gradients = summed_loss(model, sequences)(params)
     expected_loss, expected = loss_and_gradients(
-        torch_view(params, model.config), sequences[:, :-1], sequences[:, 1:], num_heads=2, vocab_size=500
+        to_torch(params, model.config), sequences[:, :-1], sequences[:, 1:], num_heads=2, vocab_size=500
     )
     assert float(loss) / 512 == pytest.approx(expected_loss, rel=1e-6)
-    ours = torch_view(gradients, model.config)
+    ours = to_torch(gradients, model.config)
     assert ours.keys() == expected.keys()
     for name, gradient in ours.items():
         if name.endswith("c_attn.bias"):  # a bias of all keys moves no weight of attention: zero, but for rounding

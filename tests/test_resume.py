@@ -10,9 +10,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from event_files import shown_scalars
 
 from senano_jax import evaluate, train
 from senano_jax.config_file import read_config
+from senano_jax.data import sample
+from senano_jax.data.shards import open_shard, write_shard
 from senano_jax.errors import UserError
 from senano_jax.optim.groups import make_optimizer
 from senano_jax.runlog.writer import RunFolder
@@ -26,7 +29,7 @@ SMALL = [
     "demo", "--model.dim=16", "--model.num-heads=2", "--model.layers.loop=0", "--model.layers.visits=0",
     f"--steps={STEPS}", f"--batch-tokens={BATCH}", "--seq-len=256", "--final-window-tokens=256",
     "--data.val-tokens=1024", "--data.val-seq-len=512", "--val-every=3", "--devices=1", "--checkpoint-every=2",
-    "--checkpoint-keep=9",
+    "--checkpoint-keep=9", "--tensorboard",
 ]  # fmt: skip
 TIMES = ("step_ms", "tokens_per_s", "train_time_ms")
 
@@ -102,6 +105,13 @@ def assert_same_run(run_dir, undisturbed):
         (undisturbed / "log.txt").read_text().splitlines()
     )
     assert_same_bits(state_of(run_dir), state_of(undisturbed))
+    assert curves(run_dir) == curves(undisturbed)
+
+
+def curves(run_dir):
+    """What TensorBoard shows, each point once."""
+    scalars = [p for axis in ("steps", "tokens") for p in shown_scalars(run_dir / "tensorboard" / axis)]
+    return [point for point in scalars if point[0] not in TIMES]
 
 
 def losses(run_dir):
@@ -224,6 +234,17 @@ def test_another_configuration_is_refused_and_named(copy):
     message = str(caught.value)
     assert "another configuration (" in message and "\n" not in message
     assert "optimizer.muon_lr 0.05 -> 0.1" in message and "seed 0 -> 1" in message and "dim" not in message
+    assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
+
+
+def test_other_shards_are_refused_and_the_shard_named(copy, tmp_path):
+    """Here with as many tokens as before, as all shards of FineWeb have."""
+    before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+    tokens = open_shard(sample.TRAIN)
+    write_shard(tmp_path / "sample_train.bin", np.roll(tokens, 1))
+    message = f"--resume: train shard 1, {tmp_path / 'sample_train.bin'}, has sha256 "
+    with pytest.raises(UserError, match=message):
+        resume(copy, "--resume=4", f"--data.train-files={tmp_path}/*.bin")
     assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
 
 

@@ -1,14 +1,19 @@
-"""Reading the PyTorch project's checkpoint files: what comes back, and what is refused how."""
+"""The PyTorch project's checkpoint files: what comes back from them, what goes into them, what is refused how."""
 
 import jax
 import numpy as np
 import pytest
-from reference import torch_view
 from tiny import random_params, tiny_gpt2, tiny_model
 
 from senano_jax.config import LayerSchedule
 from senano_jax.errors import UserError
-from senano_jax.interop.torch_checkpoint import from_torch, read_torch_checkpoint, torch_names
+from senano_jax.interop.torch_checkpoint import (
+    from_torch,
+    read_torch_checkpoint,
+    to_torch,
+    torch_names,
+    write_torch_checkpoint,
+)
 from senano_jax.training.state import abstract_params
 
 torch = pytest.importorskip("torch")
@@ -98,7 +103,7 @@ def test_a_saved_model_comes_back(tmp_path, prefix, wrap):
 def test_other_systems_come_back(model):
     """GPT-2, and value embeddings with a layer that has no attention: a name for every parameter, none lost."""
     params = random_params(model)
-    names = torch_view(params, model.config)
+    names = to_torch(params, model.config)
     assert names.keys() == torch_names(model.config).keys()
     jax.tree.map(np.testing.assert_array_equal, from_torch(names, model.config, abstract_params(model), "here"), params)
 
@@ -106,12 +111,40 @@ def test_other_systems_come_back(model):
 def test_gpt2_may_bring_its_head_along():
     """As its state dicts do, in which the table occurs twice; two tables are refused."""
     model = tiny_gpt2(num_layers=1)
-    names = {f"transformer.{name}": array for name, array in torch_view(random_params(model), model.config).items()}
+    names = {f"transformer.{name}": array for name, array in to_torch(random_params(model), model.config).items()}
     table = names["transformer.wte.weight"]
     params = from_torch(names | {"lm_head.weight": table}, model.config, abstract_params(model), "here")
     np.testing.assert_array_equal(params["embedding"], table)
     message = refusal(from_torch, names | {"lm_head.weight": table + 1}, model.config, abstract_params(model), "here")
     assert message.startswith("here: lm_head.weight differs from wte.weight")
+
+
+@pytest.mark.parametrize("layers", [LayerSchedule(1, 2, 2, 1), LayerSchedule(2, 0, 0, 2)], ids=["loop", "no loop"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_exported_comes_back_bit_for_bit(tmp_path, layers, dtype):
+    """Every parameter, in a file with the program's names, shapes and types."""
+    model = tiny_model(dtype, dim=16, layers=layers, vocab_size=40, padded_vocab_size=48)
+    params = random_params(model)
+    path = tmp_path / "exported.pt"
+    write_torch_checkpoint(path, to_torch(params, model.config), 7)
+
+    content = torch.load(path, weights_only=True)
+    assert content["step"] == 7
+    skips = {"skip_weights": (layers.skips,)}
+    assert {name: tuple(tensor.shape) for name, tensor in content["model"].items()} == SHAPES | skips
+    for name, tensor in content["model"].items():
+        assert tensor.dtype == (getattr(torch, dtype) if name == "embed.weight" else torch.float32)
+        assert tensor.is_contiguous()
+    np.testing.assert_array_equal(content["model"]["blocks.2.mlp.c_fc.weight"].numpy().T, layer_2(params)["mlp"]["up"])
+
+    again = from_torch(read_torch_checkpoint(str(path)), model.config, abstract_params(model), str(path))
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    for leaf, original in zip(jax.tree.leaves(again), jax.tree.leaves(params)):
+        assert leaf.dtype == original.dtype and leaf.tobytes() == np.asarray(original).tobytes()
+
+
+def layer_2(params):
+    return params.get("layer_2") or params["loop"]["layer_2"]
 
 
 def test_missing_tensors_are_named(tmp_path):

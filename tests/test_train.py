@@ -1,9 +1,13 @@
 """The commands from end to end, on the bundled sample and a model of a few thousand parameters a layer."""
 
+import dataclasses
+import hashlib
 import json
 import re
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -14,10 +18,16 @@ from senano_jax.config_file import read_config
 from senano_jax.data import sample
 from senano_jax.data.shards import open_shard, write_shard
 from senano_jax.errors import UserError
+from senano_jax.optim.schedules import window_blocks
+from senano_jax.runlog.data_record import read_data
 from senano_jax.runlog.reader import read_log
-from senano_jax.training.checkpoint import Checkpoints, load_latest_params
+from senano_jax.training.checkpoint import Checkpoints, load_params
+from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import make_mesh
-from senano_jax.training.state import abstract_params
+from senano_jax.training.state import abstract_params, make_model
+from senano_jax.training.weights import load_weights
+
+EXPORT = Path(__file__).parents[1] / "scripts" / "export_torch.py"
 
 STEPS, BATCH, SEQ = 5, 1024, 256
 SMALL = [
@@ -72,6 +82,14 @@ def test_the_folder_says_what_was_run_and_where(run_dir):
     assert environment["devices"][0]["platform"] == "cpu"
 
 
+def test_the_folder_says_which_shards_were_read(run_dir):
+    shards = read_data(run_dir)
+    for part, path in (("train", Path(sample.TRAIN)), ("val", Path(sample.VAL))):
+        (shard,) = shards[part]
+        assert (shard.name, shard.bytes, shard.tokens) == (path.name, path.stat().st_size, len(open_shard(path)))
+        assert shard.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def test_evaluate_gives_the_final_validation_loss_again(run_dir, capsys):
     final = records(run_dir)[1][-1]["val_loss"]
     loss = evaluate.main([str(run_dir)])
@@ -121,7 +139,7 @@ def test_llmc_trains_goes_on_and_is_evaluated(tmp_path):
 def test_weights_of_another_model_are_refused(run_dir):
     """In one line, before they are read."""
     with pytest.raises(UserError, match="holds a run of another model; give that of the same preset"):
-        load_latest_params(run_dir, abstract_params(tiny_gpt2()), make_mesh(1))
+        load_params(run_dir, abstract_params(tiny_gpt2()), make_mesh(1))
 
 
 def test_the_newest_checkpoints_are_kept(run_dir):
@@ -178,24 +196,17 @@ def test_replaying_the_pytorch_loader_skips_tokens_and_says_so(tmp_path):
     assert [r["tokens_trained"] for r in steps] == [BATCH, 2 * BATCH]
 
 
-def test_a_pytorch_checkpoint_evaluates_to_the_loss_it_was_exported_with(run_dir, tmp_path):
-    torch = pytest.importorskip("torch")
-    from senano_jax.interop.torch_checkpoint import torch_names
-    from senano_jax.training.checkpoint import load_latest_params
-    from senano_jax.training.mesh import make_mesh
-    from senano_jax.training.state import abstract_params, make_model
-
+def test_an_exported_checkpoint_evaluates_to_the_loss_of_the_run(run_dir, tmp_path):
+    """Also with another implementation of attention, and as the start of another run."""
+    pytest.importorskip("torch")
+    runpy.run_path(str(EXPORT))["export"](run_dir, tmp_path / "state.pt")
     config, _ = read_config(run_dir / "config.json")
-    abstract = abstract_params(make_model(config))
-    params, _ = load_latest_params(run_dir, abstract, make_mesh(1))
-    state = {}
-    for name, path in torch_names(config.model).items():
-        node = params
-        for key in path:
-            node = node[key]
-        tensor = torch.tensor(jax.device_get(node).astype("float32"))
-        state[name] = tensor.mT.contiguous() if path[-1] in ("head", "qkv", "out", "up", "down") else tensor
-    torch.save({"step": STEPS, "model": {f"_orig_mod.{k}": v for k, v in state.items()}}, tmp_path / "state.pt")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="dense"))
+    mesh, model = make_mesh(1), make_model(config)
+    params = load_weights(str(tmp_path / "state.pt"), config.model, abstract_params(model), mesh)
+    window = window_blocks(STEPS, STEPS, config.final_window_tokens)
+    final = records(run_dir)[1][-1]["val_loss"]
+    assert make_evaluator(config, model, mesh)(params, window) == pytest.approx(final, rel=1e-6)
     # The architecture comes from the preset, so a checkpoint of another width is refused by tensor and shape.
     with pytest.raises(UserError, match=r"embed\.weight has shape \(50257, 16\), this model needs \(50257, 64\)"):
         evaluate.main([str(tmp_path / "state.pt"), "--preset=demo"])

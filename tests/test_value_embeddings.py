@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from oracle_value_embeddings import loss_and_gradients
 from oracles import random_tokens, relative_error
-from reference import torch_view
 from tiny import random_params, tiny_model
 
 from senano_jax.config import LayerSchedule
+from senano_jax.interop.torch_checkpoint import to_torch
 from senano_jax.presets import preset
 
 LENGTH = 512
@@ -49,7 +49,7 @@ def test_loss_and_gradients_are_those_of_the_formulas(model, summed_loss, window
     params = random_params(model)
     loss, gradients = summed_loss(params, inputs[None], targets[None], window_blocks)
     expected_loss, expected = loss_and_gradients(
-        torch_view(params, model.config),
+        to_torch(params, model.config),
         inputs,
         targets,
         window_blocks,
@@ -60,7 +60,7 @@ def test_loss_and_gradients_are_those_of_the_formulas(model, summed_loss, window
         no_attention=LAYERS.no_attention,
     )
     assert float(loss) == pytest.approx(expected_loss, rel=1e-6)
-    ours = torch_view(gradients, model.config)
+    ours = to_torch(gradients, model.config)
     assert ours.keys() == expected.keys()
     for name, gradient in ours.items():
         assert relative_error(gradient, expected[name]) < 1e-4, name

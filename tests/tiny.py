@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,10 @@ import numpy as np
 from senano_jax.config import Gpt2Config, LayerSchedule, ModelConfig
 from senano_jax.model.gpt import Gpt
 from senano_jax.model.gpt2 import Gpt2
-from senano_jax.training.state import Model, abstract_params
+from senano_jax.presets import demo
+from senano_jax.runlog.writer import RunFolder
+from senano_jax.training.checkpoint import Checkpoints
+from senano_jax.training.state import Model, TrainState, abstract_params, make_model
 
 TINY = ModelConfig(
     dim=32, num_heads=2, layers=LayerSchedule(1, 2, 2, 1), vocab_size=512, padded_vocab_size=640, attention="banded"
@@ -51,3 +55,16 @@ def random_params(model: Model, seed: int = 0):
 def random_sequences(count: int, length: int, seed: int = 0, vocabulary: int = TINY.vocab_size) -> np.ndarray:
     """int32 [count, length + 1]."""
     return np.random.default_rng(seed).integers(0, vocabulary, (count, length + 1)).astype(np.int32)
+
+
+def small_run(path: Path, steps: tuple[int, ...]) -> Path:
+    """The folder of a run that never ran: random weights, saved after each of `steps`, which skip_weights hold too."""
+    model = dataclasses.replace(demo().model, dim=16, layers=LayerSchedule(2, 0, 0, 2))
+    config = dataclasses.replace(demo(), model=model, steps=max(steps), compilation_cache=None)
+    params = random_params(make_model(config))
+    with RunFolder(path) as run, Checkpoints(path / "checkpoints") as checkpoints:
+        run.start(config, "demo", 0)
+        for step in steps:
+            params = params | {"skip_weights": jnp.full(model.layers.skips, step, jnp.float32)}
+            checkpoints.save(step, TrainState(jnp.int32(step), params, ()), {"step": step})
+    return path

@@ -87,6 +87,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 # --- launches: one program a tile, sequence and head; the heads of a tile run side by side and share its bounds ---
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "tile", "interpret"))  # lowered once for all layers
 def forward(q, k, v, key_start_BT, scale: float, tile: Tile, interpret: bool):
     """out, like q, and the log-sum-exp of its scores, float32 [B, H, T] in units of log2."""
     tile_QD, all_TD, tile_Q, _, bounds_T = _block_specs(q, tile.queries)
@@ -102,6 +103,7 @@ def forward(q, k, v, key_start_BT, scale: float, tile: Tile, interpret: bool):
     )(q, k, v, key_start_BT)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "tile", "interpret"))  # lowered once for all layers
 def backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale: float, tile: Tile, interpret: bool):
     """dQ, and delta = rowsum(dout * out), float32 [B, H, T], for `backward_keys`: here because dout is at hand."""
     tile_QD, all_TD, tile_Q, _, bounds_T = _block_specs(q, tile.queries)
@@ -117,6 +119,7 @@ def backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale: float, ti
     )(q, k, v, out, dout, lse_BHT, key_start_BT)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "tile", "interpret"))  # lowered once for all layers
 def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float, tile: Tile, interpret: bool):
     """dK and dV."""
     tile_KD, all_TD, _, all_T, bounds_T = _block_specs(k, tile.keys)

@@ -58,3 +58,23 @@ def _exp2_ptx(x, factor: float, shift):
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
     )
     return result
+
+
+def reciprocal(interpret: bool):
+    """The function x -> 1 / x; float32, one instruction where a division is ten."""
+    return _reciprocal_interpreted if interpret else _reciprocal_ptx
+
+
+def _reciprocal_interpreted(x):
+    return 1 / x
+
+
+def _reciprocal_ptx(x):
+    [result] = plgpu.elementwise_inline_asm(
+        "rcp.approx.ftz.f32 $0, $1;",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return result

@@ -4,15 +4,18 @@ The record's systems have the names of their own programs, GPT-2 has those that 
 PyTorch is (out, in) and ours is (in, out); nothing else differs but the names.
 """
 
+import io
 import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from senano_jax.config import Gpt2Config, ModelConfig
 from senano_jax.errors import UserError
+from senano_jax.files import write_atomically
 
 _TOP_LEVEL = {
     "embed.weight": ("embedding",),
@@ -94,9 +97,7 @@ def from_torch(arrays: Mapping[str, np.ndarray], config: ModelConfig | Gpt2Confi
         raise UserError(f"{source} holds {_some(extra)}, unknown to this model; is it a checkpoint of another preset?")
     params: dict = {}
     for name, path in names.items():
-        array = np.asarray(arrays[name])
-        if path[-1] in TRANSPOSED and array.ndim >= 2:
-            array = np.swapaxes(array, -1, -2)
+        array = _other_layout(np.asarray(arrays[name]), path)
         expected = _get(abstract_params, path)
         if array.shape != expected.shape:
             wanted = expected.shape
@@ -108,6 +109,11 @@ def from_torch(arrays: Mapping[str, np.ndarray], config: ModelConfig | Gpt2Confi
             node = node.setdefault(key, {})
         node[path[-1]] = np.ascontiguousarray(array).reshape(array.shape).astype(expected.dtype)
     return params
+
+
+def to_torch(params, config: ModelConfig | Gpt2Config) -> dict[str, np.ndarray]:
+    """The inverse of `from_torch`: PyTorch-named arrays from our parameter tree, in its types."""
+    return {name: _other_layout(np.asarray(_get(params, path)), path) for name, path in torch_names(config).items()}
 
 
 def read_torch_checkpoint(path: str) -> dict[str, np.ndarray]:
@@ -148,6 +154,26 @@ def read_torch_checkpoint(path: str) -> dict[str, np.ndarray]:
     return arrays
 
 
+def write_torch_checkpoint(path: Path, arrays: Mapping[str, np.ndarray], step: int) -> None:
+    """Writes {"step": step, "model": state dict} as a .pt file, whole or not at all; bfloat16 stays bfloat16.
+
+    Raises UserError if torch is not installed or the file cannot be written.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"writing {path} needs PyTorch; run: pip install 'senano-jax[torch]'") from None
+
+    def tensor(array: np.ndarray):
+        is_bfloat16 = array.dtype == jnp.bfloat16
+        array = np.array(array, order="C")  # a copy that torch may own
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if is_bfloat16 else torch.from_numpy(array)
+
+    content = io.BytesIO()
+    torch.save({"step": step, "model": {name: tensor(array) for name, array in arrays.items()}}, content)
+    write_atomically(path, content.getbuffer())
+
+
 def _unpacked_bytes(path: str) -> int:
     """What the members of a zip file say they unpack to; 0 for a file of the older format."""
     if not zipfile.is_zipfile(path):
@@ -158,6 +184,11 @@ def _unpacked_bytes(path: str) -> int:
 
 def _quoted(name: object) -> str:
     return repr(name)[:100] if isinstance(name, str | int) else f"under a {type(name).__name__}"
+
+
+def _other_layout(array: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
+    """A matrix of the parameter at `path` from (out, in) to (in, out) or back."""
+    return np.swapaxes(array, -1, -2) if path[-1] in TRANSPOSED and array.ndim >= 2 else array
 
 
 def _get(tree, path):

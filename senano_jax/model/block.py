@@ -6,8 +6,10 @@ from flax import linen as nn
 
 from senano_jax.attention import Intervals, attend
 from senano_jax.config import ModelConfig
-from senano_jax.model.elementwise import norm, scaled
+from senano_jax.model.elementwise import scaled
 from senano_jax.model.heads import prepare_heads
+from senano_jax.model.norm_fork import norm_fork
+from senano_jax.model.squared_relu import squared_relu_mlp
 
 ATTENTION_SCALE = 0.12  # in place of head_dim**-0.5; from modded-nanogpt
 
@@ -52,7 +54,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two matrices around relu(x)^2 (Primer, arXiv 2109.08668)."""
+    """Two matrices around relu(x)^2."""
 
     config: ModelConfig
 
@@ -61,8 +63,7 @@ class Mlp(nn.Module):
         D, F = self.config.dim, self.config.mlp_expansion * self.config.dim
         up_DF = self.param("up", uniform_fan_in, (D, F))
         down_FD = self.param("down", nn.initializers.zeros, (F, D))
-        h_BTF = jnp.square(nn.relu(x_BTD @ up_DF.astype(x_BTD.dtype)))
-        return h_BTF @ down_FD.astype(x_BTD.dtype)
+        return squared_relu_mlp(x_BTD, up_DF.astype(x_BTD.dtype), down_FD.astype(x_BTD.dtype))
 
 
 class Block(nn.Module):
@@ -82,7 +83,8 @@ class Block(nn.Module):
         x_BTD = scaled(lambdas[0], x_BTD) + scaled(lambdas[1], x0_BTD)
         v_BTHK = None
         if self.layer not in self.config.layers.no_attention:
-            y_BTD, v_BTHK = Attention(self.config, name="attention")(norm(x_BTD), other_v_BTHK, rotary, intervals)
+            x_BTD, normed_BTD = norm_fork(x_BTD)
+            y_BTD, v_BTHK = Attention(self.config, name="attention")(normed_BTD, other_v_BTHK, rotary, intervals)
             x_BTD = x_BTD + y_BTD
-        x_BTD = x_BTD + Mlp(self.config, name="mlp")(norm(x_BTD))
-        return x_BTD, v_BTHK
+        x_BTD, normed_BTD = norm_fork(x_BTD)
+        return x_BTD + Mlp(self.config, name="mlp")(normed_BTD), v_BTHK

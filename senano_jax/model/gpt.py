@@ -103,9 +103,16 @@ class Gpt(nn.Module):
         """Cross-entropy summed over all tokens, float32. `window_blocks` is the long window in blocks of 128."""
         return soft_capped_cross_entropy(self.features(inputs, window_blocks), self.head, targets.astype(jnp.int32))
 
-    def logits(self, inputs: Int[Array, "B T"], window_blocks: Int[Array, ""] | int) -> Float[Array, "B T V"]:
-        """Soft-capped logits of all tokens, float32; for short sequences."""
+    def logits(
+        self,
+        inputs: Int[Array, "B T"],
+        window_blocks: Int[Array, ""] | int,
+        position: Int[Array, ""] | int | None = None,
+    ) -> Float[Array, "B T V"] | Float[Array, "B V"]:
+        """Soft-capped logits, float32: of all tokens, for short sequences, or of the one at `position` alone."""
         x = self.features(inputs, window_blocks)
+        if position is not None:
+            x = x[:, position]
         return soft_cap(x @ self.head.astype(x.dtype), self.config.dim)
 
     def features(self, inputs: Int[Array, "B T"], window_blocks: Int[Array, ""] | int) -> Float[Array, "B T D"]:

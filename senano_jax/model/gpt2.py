@@ -100,9 +100,16 @@ class Gpt2(nn.Module):
         features = self.features(inputs, window_blocks)
         return cross_entropy(features, self.embedding.T, targets.astype(jnp.int32), self.config.vocab_size)
 
-    def logits(self, inputs: Int[Array, "B T"], window_blocks: Int[Array, ""] | int) -> Float[Array, "B T V"]:
-        """Logits of all tokens, float32, those of the padding too; for short sequences."""
+    def logits(
+        self,
+        inputs: Int[Array, "B T"],
+        window_blocks: Int[Array, ""] | int,
+        position: Int[Array, ""] | int | None = None,
+    ) -> Float[Array, "B T V"] | Float[Array, "B V"]:
+        """Logits, float32, those of the padding too: of all tokens, or of the one at `position` alone."""
         x = self.features(inputs, window_blocks)
+        if position is not None:
+            x = x[:, position]
         return (x @ self.embedding.T.astype(x.dtype)).astype(jnp.float32)
 
     def features(self, inputs: Int[Array, "B T"], window_blocks: Int[Array, ""] | int) -> Float[Array, "B T D"]:

@@ -41,8 +41,7 @@ class Launches:
     backward: Launch
 
 
-# 16 tokens x 64 pairs = one 16-byte load of bfloat16 for each of 128 threads.
-DEFAULT_LAUNCHES = Launches(forward=Launch(tokens=16, heads=6, warps=4), backward=Launch(tokens=16, heads=6, warps=4))
+DEFAULT_LAUNCHES = Launches(forward=Launch(tokens=16, heads=3, warps=4), backward=Launch(tokens=4, heads=6, warps=1))
 
 
 def prepare_heads(
@@ -101,8 +100,11 @@ def _fused_fwd(qkv, first_v, value_residual, rotary, num_heads, launches, interp
 
 
 def _fused_bwd(num_heads, launches, interpret, residuals, gradients):
-    gradients = backward(*residuals, *gradients, num_heads, launches.backward, interpret)
-    return *gradients, None  # the tables are constants
+    _, first_v, value_residual, _ = residuals
+    d_qkv, d_value_residual = backward(*residuals, *gradients, num_heads, launches.backward, interpret)
+    # Left to XLA, which adds those of all layers in one pass.
+    d_first_v = None if first_v is None else scaled(value_residual, gradients[2])
+    return d_qkv, d_first_v, d_value_residual, None  # the tables are constants
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)
@@ -111,6 +113,7 @@ _fused.defvjp(_fused_fwd, _fused_bwd)
 # --- launches: one program a group of heads, block of tokens and sequence ---
 
 
+@functools.partial(jax.jit, static_argnames=("num_heads", "launch", "interpret"))  # lowered once for all layers
 def forward(qkv, first_v, value_residual, rotary, num_heads: int, launch: Launch, interpret: bool):
     """q, k and v, each [B, T, H, K]."""
     qkv = _apart(qkv, num_heads)
@@ -129,8 +132,9 @@ def forward(qkv, first_v, value_residual, rotary, num_heads: int, launch: Launch
     )(*rotary, qkv, *([first_v, value_residual.reshape(1)] if mixed else []))
 
 
+@functools.partial(jax.jit, static_argnames=("num_heads", "launch", "interpret"))  # lowered once for all layers
 def backward(qkv, first_v, value_residual, rotary, dq, dk, dv, num_heads: int, launch: Launch, interpret: bool):
-    """Gradients of qkv, first_v and value_residual; the last two are None without first_v."""
+    """Gradients of qkv and value_residual; the latter is None without first_v."""
     shape, qkv = qkv.shape, _apart(qkv, num_heads)
     grid, scalar, table, part, all_parts, partial_sum = _blocks(qkv.shape, launch)
     mixed = first_v is not None
@@ -140,13 +144,12 @@ def backward(qkv, first_v, value_residual, rotary, dq, dk, dv, num_heads: int, l
         name="heads_backward",
         grid=grid,
         in_specs=[table, table, all_parts, part, part, part] + [part, scalar] * mixed,
-        out_specs=[all_parts] + [part, partial_sum] * mixed,
-        out_shape=[_like(qkv)] + ([_like(first_v), partial_sums] if mixed else []),
+        out_specs=[all_parts] + [partial_sum] * mixed,
+        out_shape=[jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)] + [partial_sums] * mixed,
         tile=launch,
         interpret=interpret,
     )(*rotary, qkv, dq, dk, dv, *([first_v, value_residual.reshape(1)] if mixed else []))
-    d_first_v, d_value_residual = (rest[0], jnp.sum(rest[1])) if mixed else (None, None)
-    return dqkv.reshape(shape), d_first_v, d_value_residual
+    return dqkv.reshape(shape), jnp.sum(rest[0]) if mixed else None
 
 
 def _apart(qkv, num_heads: int):
@@ -166,10 +169,6 @@ def _blocks(shape, launch: Launch):
         pl.BlockSpec((None, tokens, 3, heads, width), lambda h, t, b: (b, t, 0, h, 0)),
         pl.BlockSpec((1, None, None), lambda h, t, b: (h, t, b)),
     )
-
-
-def _like(x):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 # --- kernels ---
@@ -194,7 +193,7 @@ def _forward_kernel(cos_ref, sin_ref, qkv_ref, *refs, mixed: bool):
 
 
 def _backward_kernel(cos_ref, sin_ref, qkv_ref, dq_ref, dk_ref, dv_ref, *refs, mixed: bool):
-    first_v_ref, weight_ref, dqkv_ref, d_first_v_ref, dw_ref = refs if mixed else (None, None, *refs, None, None)
+    first_v_ref, weight_ref, dqkv_ref, dw_ref = refs if mixed else (None, None, *refs, None)
     cos_RE, sin_RE = cos_ref[...], sin_ref[...]
     w = weight_ref[0] if mixed else None
 
@@ -204,7 +203,6 @@ def _backward_kernel(cos_ref, sin_ref, qkv_ref, dq_ref, dk_ref, dv_ref, *refs, m
         if mixed:
             for dv_RE, own_RE, first_RE in zip(dv, _halves(qkv_ref, 2, h), _halves(first_v_ref, h)):
                 dw_RE += dv_RE * (first_RE - own_RE)
-            _store(d_first_v_ref, [w * dv_RE for dv_RE in dv], h)
             dv = [(1 - w) * dv_RE for dv_RE in dv]
         # A rotation's transpose turns the other way.
         _store(dqkv_ref, _normalised_gradient(*q, *_turned(*dq, cos_RE, -sin_RE)), 0, h)

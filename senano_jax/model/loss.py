@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from senano_jax.model import loss_kernel
+
 SOFT_CAP = 30.0
 # Tokens whose logits exist at a time: 0.8 GB of bfloat16 over 50,304 columns. A CPU has no use for more than its cache.
 CHUNK_TOKENS = 8192
@@ -53,8 +55,10 @@ def _chunked_loss(x, head, targets, chunk_tokens, vocab_size):
     weights = head.astype(x.dtype)
 
     def body(total, chunk):
-        loss, _, _ = _chunk_loss(*chunk, weights, vocab_size)
-        return total + loss, None
+        x_ND, targets_N = chunk
+        z_NV = x_ND @ weights
+        logsumexp_N = _logsumexp(z_NV, x.shape[-1], vocab_size)
+        return total + _loss(z_NV, targets_N, logsumexp_N, x.shape[-1], vocab_size), None
 
     return jax.lax.scan(body, jnp.float32(0), (chunks_x, chunks_targets))[0]
 
@@ -64,18 +68,41 @@ def soft_cap(z: Float[Array, "*S V"], dim: int) -> Float[Array, "*S V"]:
     return SOFT_CAP * jax.nn.sigmoid(z.astype(jnp.float32) / (7.5 * dim**0.5))
 
 
-def _chunk_loss(x_ND, targets_N, head_DV, vocab_size):
-    """Loss summed over a chunk, its logits and their log-sum-exp; float32. No `vocab_size` means a soft-cap."""
-    z_NV = x_ND @ head_DV
+# No `vocab_size` means logits under a soft-cap, of all columns.
+
+
+def _logits(z_NV, dim, vocab_size):
     if vocab_size is None:
-        logits_NV = soft_cap(z_NV, x_ND.shape[1])
+        return soft_cap(z_NV, dim)
+    return jnp.where(jnp.arange(z_NV.shape[1]) < vocab_size, z_NV.astype(jnp.float32), -jnp.inf)
+
+
+def _loss(z_NV, targets_N, logsumexp_N, dim, vocab_size):
+    target_z_N = jnp.take_along_axis(z_NV, targets_N[:, None], axis=1)[:, 0]
+    target_N = soft_cap(target_z_N, dim) if vocab_size is None else target_z_N.astype(jnp.float32)
+    return (logsumexp_N - target_N).sum()
+
+
+def _logsumexp(z_NV, dim, vocab_size):
+    logits_NV = _logits(z_NV, dim, vocab_size)
+    if vocab_size is None:
         # Logits lie in (0, 30), so exp cannot overflow and the usual pass for the maximum is spared.
-        logsumexp_N = jnp.log(jnp.exp(logits_NV).sum(-1))
-    else:
-        logits_NV = jnp.where(jnp.arange(z_NV.shape[1]) < vocab_size, z_NV.astype(jnp.float32), -jnp.inf)
-        logsumexp_N = jax.nn.logsumexp(logits_NV, axis=-1)
-    target_logit_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=1)[:, 0]
-    return (logsumexp_N - target_logit_N).sum(), logits_NV, logsumexp_N
+        return jnp.log(jnp.exp(logits_NV).sum(-1))
+    return jax.nn.logsumexp(logits_NV, axis=-1)
+
+
+def _logsumexp_and_gradient(z_NV, targets_N, dim, vocab_size):
+    """The logits' log-sum-exp (float32) and the gradient of z (its type)."""
+    capped = vocab_size is None
+    if capped and jax.default_backend() == "gpu" and loss_kernel.fits(*z_NV.shape):
+        return loss_kernel.logsumexp_and_gradient(z_NV, targets_N, cap=SOFT_CAP, slope=1 / (7.5 * dim**0.5))
+    logsumexp_N = _logsumexp(z_NV, dim, vocab_size)
+    logits_NV = _logits(z_NV, dim, vocab_size)
+    hit_NV = targets_N[:, None] == jnp.arange(logits_NV.shape[1])
+    dz_NV = jnp.exp(logits_NV - logsumexp_N[:, None]) - hit_NV
+    if capped:
+        dz_NV *= logits_NV * (1 - logits_NV / SOFT_CAP) / (7.5 * dim**0.5)
+    return logsumexp_N, dz_NV.astype(z_NV.dtype)
 
 
 def _forward(x, head, targets, chunk_tokens, vocab_size):
@@ -86,12 +113,9 @@ def _forward(x, head, targets, chunk_tokens, vocab_size):
     def body(carry, chunk):
         total, d_head_DV = carry
         x_ND, targets_N = chunk
-        loss, logits_NV, logsumexp_N = _chunk_loss(x_ND, targets_N, weights_DV, vocab_size)
-        hit_NV = targets_N[:, None] == jnp.arange(logits_NV.shape[1])
-        dz_NV = jnp.exp(logits_NV - logsumexp_N[:, None]) - hit_NV
-        if vocab_size is None:
-            dz_NV *= logits_NV * (1 - logits_NV / SOFT_CAP) / (7.5 * dim**0.5)
-        dz_NV = dz_NV.astype(x.dtype)
+        z_NV = x_ND @ weights_DV
+        logsumexp_N, dz_NV = _logsumexp_and_gradient(z_NV, targets_N, dim, vocab_size)
+        loss = _loss(z_NV, targets_N, logsumexp_N, dim, vocab_size)
         d_head_DV += jnp.matmul(x_ND.T, dz_NV, preferred_element_type=jnp.float32)
         return (total + loss, d_head_DV), dz_NV @ weights_DV.T
 

@@ -25,6 +25,7 @@ class TrainPoint(NamedTuple):
     tokens: int | None  # tokens trained on, this step included
     loss: float | None  # mean over the step's tokens, before the update
     train_time_ms: float | None  # training clock after the step
+    tokens_read: int | None = None  # tokens of the stream passed, this step and any thrown away included
 
 
 @dataclass(frozen=True)

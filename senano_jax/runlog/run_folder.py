@@ -17,12 +17,14 @@ _NOT_CONFIGURATION = {
     "val_every",
     "checkpoint_every",
     "compilation_cache",
+    "tensorboard",
+    "wandb",
 }
 
 
 def read_run_folder(folder: Path, name: str | None = None) -> RunLog:
     """Reads one run; it is called `name`, or as its preset. Raises UserError for a damaged or empty one."""
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     steps_total = config.get("steps")
     if not _is_count(steps_total) or steps_total == 0:
         raise UserError(f"{folder / 'config.json'}: steps is {steps_total!r}, not a count; restore the file")
@@ -45,8 +47,9 @@ def read_run_folder(folder: Path, name: str | None = None) -> RunLog:
             collector.add_validation(line, ValidationPoint(step, tokens, loss, time))
         else:
             loss = line.number_of("loss", record["loss"])
-            read = max(read, line.count_of("tokens_read", record.get("tokens_read", tokens)))
-            collector.add_train(line, TrainPoint(step, tokens, loss, None))
+            position = line.count_of("tokens_read", record["tokens_read"]) if "tokens_read" in record else None
+            read = max(read, tokens if position is None else position)
+            collector.add_train(line, TrainPoint(step, tokens, loss, None, position))
         trained = max(trained, tokens)
     points = collector.evaluations()
     parameters, seed, preset = config.get("parameters"), config.get("seed"), config.get("preset")
@@ -91,7 +94,7 @@ def _hardware(path: Path) -> str | None:
     """The devices of environment.json in words, such as "8 x NVIDIA H100"; None if it does not say."""
     if not path.exists():
         return None
-    devices = _read_json(path).get("devices")
+    devices = read_json(path).get("devices")
     if isinstance(devices, str):
         return devices
     if not isinstance(devices, list):
@@ -100,7 +103,8 @@ def _hardware(path: Path) -> str | None:
     return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) or None
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The object in a file of a run folder. Raises UserError for a missing, damaged or very large one."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_CONFIG_BYTES + 1)

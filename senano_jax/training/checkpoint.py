@@ -154,8 +154,8 @@ class Checkpoints:
             ) from None
 
 
-def load_latest_params(run_dir: Path, abstract: Params, mesh: Mesh) -> tuple[Params, int]:
-    """Weights, in the types of `abstract`, and step of a run's newest checkpoint.
+def load_params(run_dir: Path, abstract: Params, mesh: Mesh, step: int | None = None) -> tuple[Params, int]:
+    """Weights, in the types of `abstract`, and step of a run's checkpoint of `step`, or of its newest one.
 
     Raises UserError if there is none or it does not fit.
     """
@@ -166,13 +166,18 @@ def load_latest_params(run_dir: Path, abstract: Params, mesh: Mesh) -> tuple[Par
         steps = checkpoints.steps()
         if not steps:
             raise UserError(f"{folder} holds no finished checkpoint; give the folder of a run that saved one")
+        if step is None:
+            step = steps[0]
+        elif step not in steps:
+            there = ", ".join(map(str, reversed(steps)))
+            raise UserError(f"--step {step}: {folder} holds no checkpoint of this step; it holds: {there}")
         # Read in the types they were saved in: the checksums are of those bits.
         saved = abstract_params(make_model(read_config(run_dir / "config.json")[0]))
         if jax.tree.structure(saved) != jax.tree.structure(abstract):
             raise UserError(f"{run_dir} holds a run of another model; give that of the same preset and --model.layers")
         as_saved = jax.tree.map(lambda wanted, s: jax.ShapeDtypeStruct(wanted.shape, s.dtype), abstract, saved)
-        params = checkpoints.restore_params(steps[0], as_saved, mesh)
-        return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), params, abstract), steps[0]
+        params = checkpoints.restore_params(step, as_saved, mesh)
+        return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), params, abstract), step
 
 
 @jax.jit

@@ -8,12 +8,15 @@ import jax
 import numpy as np
 
 from senano_jax.config import Config, check_config
+from senano_jax.data.identity import needed_shards
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import TokenStream, require_tokens
 from senano_jax.errors import UserError
 from senano_jax.optim.groups import make_optimizer
 from senano_jax.optim.schedules import window_blocks
+from senano_jax.runlog.data_record import DataRecord
 from senano_jax.runlog.progress import Progress
+from senano_jax.runlog.sinks import Sinks
 from senano_jax.runlog.writer import RunFolder, new_run_dir
 from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.clock import Clock
@@ -39,9 +42,11 @@ def train(config: Config, preset: str) -> Path:
         raise UserError("a run of several processes needs --run-dir, the same folder for all of them")
     if config.resume is not None:
         check_same_run(config, Path(config.run_dir))
+    sinks = Sinks(config)
     shards = find_shards(config.data.train_files)
     discard = config.data.discard_micro_batch
-    require_tokens(config.data.train_files, shards, config.steps * (config.batch_tokens + discard) - discard)
+    stream_tokens = config.steps * (config.batch_tokens + discard) - discard
+    require_tokens(config.data.train_files, shards, stream_tokens)
 
     mesh = make_mesh(config.devices)
     micro_batches = choose_micro_batches(config, mesh.size)
@@ -52,11 +57,16 @@ def train(config: Config, preset: str) -> Path:
     parameters = count_parameters(abstract.params)
     train_step = make_train_step(model, optimizer, mesh)
     vote = StopVote(mesh)
+    needed = {
+        "train": needed_shards(shards, stream_tokens),
+        "val": needed_shards(find_shards(config.data.val_files), config.data.val_tokens),
+    }
 
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(RunFolder(Path(config.run_dir or new_run_dir(preset))))
         if config.resume is None:
             run.refuse_if_started()
+        data_record = stack.enter_context(DataRecord(run.path, needed))
         progress = Progress(config.steps, visible=jax.process_index() == 0)
         checkpoints = stack.enter_context(
             Checkpoints(run.path / "checkpoints", config.checkpoint_keep, config.checkpoint_keep_every)
@@ -67,6 +77,7 @@ def train(config: Config, preset: str) -> Path:
             if restored and restored[1]["step"] == config.steps and restored[1]["evaluated"]:
                 progress.say(f"the run in {run.path} is complete: {config.steps} steps")
                 return run.path
+            data_record.go_on(progress.say)
             run.go_on(restored[1]["run_folder"] if restored else {"metrics": 0, "log": 0})
             # Only now that nothing can refuse the run any more: it does their steps again, and saves them again.
             checkpoints.delete_after(restored[1]["step"] if restored else 0)
@@ -77,7 +88,9 @@ def train(config: Config, preset: str) -> Path:
             saved = {"step": 0, "next_token": 0, "train_ms": 0.0, "evaluated": False}
         else:
             state, saved = restored
+        stack.enter_context(sinks.open(run.path, saved["step"], progress.say))
         if config.resume is None:  # only now: a run that could not begin leaves no folder that looks like one
+            data_record.start()
             run.start(config, preset, parameters)
         first_step, evaluated = saved["step"], saved["evaluated"]
         stream = stack.enter_context(
@@ -94,7 +107,7 @@ def train(config: Config, preset: str) -> Path:
             )
         )
         clock = Clock(saved["train_ms"])
-        recorder = Recorder(run, progress, clock, config, lambda: next(iter(checkpoints.steps()), None))
+        recorder = Recorder(run, sinks, progress, clock, config, lambda: next(iter(checkpoints.steps()), None))
         where = f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {micro_batches} micro-batches"
         intro = f"{preset}: {parameters:,} parameters, {config.steps} steps of {config.batch_tokens:,} tokens"
         progress.say(f"{intro} ({where}), run folder {run.path}" + (f", from step {first_step}" if restored else ""))
@@ -127,6 +140,7 @@ def train(config: Config, preset: str) -> Path:
                     "evaluated": val_loss is not None,
                     "run_folder": run.position(),
                 }
+                data_record.wait()
                 checkpoints.save(step, state, record, val_loss)
             if last or stopping:
                 break

@@ -12,6 +12,7 @@ from senano_jax.config import Config, MuonAdamConfig
 from senano_jax.errors import UserError
 from senano_jax.optim.schedules import learning_rate_factor, muon_momentum
 from senano_jax.runlog.progress import Progress
+from senano_jax.runlog.sinks import Sinks
 from senano_jax.runlog.writer import RunFolder
 from senano_jax.training.clock import Clock
 from senano_jax.training.step import StepMetrics
@@ -44,12 +45,13 @@ class Recorder:
     def __init__(
         self,
         run: RunFolder,
+        sinks: Sinks,
         progress: Progress,
         clock: Clock,
         config: Config,
         newest_checkpoint: Callable[[], int | None],
     ):
-        self._run, self._progress, self._clock, self._config = run, progress, clock, config
+        self._run, self._sinks, self._progress, self._clock, self._config = run, sinks, progress, clock, config
         self._newest_checkpoint = newest_checkpoint
         self._finished_ms = clock.milliseconds
         steps = np.arange(config.steps)  # all at once: a scalar from the device would wait for the step it is running
@@ -76,7 +78,7 @@ class Recorder:
             )
         step_ms = self._finished_ms - started_ms
         tokens_per_s = config.batch_tokens / step_ms * 1000
-        self._run.metric(
+        self._metric(
             step=step,
             tokens_trained=step * config.batch_tokens,
             tokens_read=running.tokens_read,
@@ -97,11 +99,15 @@ class Recorder:
         tokens, train_ms = step * self._config.batch_tokens, self._clock.milliseconds
         if not math.isfinite(val_loss):
             raise UserError(f"the validation loss after step {step} is {val_loss}; look at the weights and the data")
-        self._run.metric(
+        self._metric(
             step=step, tokens_trained=tokens, val_loss=val_loss, window=window, train_time_ms=round(train_ms, 3)
         )
         times = self._times(train_ms, step)
         self.say(f"step:{step}/{self._config.steps} val_loss:{val_loss:.4f} {times} tokens:{tokens / 1e6:.2f}M")
+
+    def _metric(self, **record: float) -> None:
+        self._run.metric(**record)
+        self._sinks.write(record)
 
     @staticmethod
     def _times(train_ms: float, step: int) -> str:

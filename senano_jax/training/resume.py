@@ -20,6 +20,8 @@ _FREE = (
     "devices",
     "micro_batches",
     "compilation_cache",
+    "tensorboard",
+    "wandb",
     "checkpoint_every",
     "checkpoint_keep",
     "checkpoint_keep_every",

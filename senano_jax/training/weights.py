@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from senano_jax.config import Gpt2Config, ModelConfig
 from senano_jax.errors import UserError
 from senano_jax.interop.torch_checkpoint import from_torch, read_torch_checkpoint
-from senano_jax.training.checkpoint import load_latest_params
+from senano_jax.training.checkpoint import load_params
 from senano_jax.training.mesh import replicated
 from senano_jax.training.state import Params
 
@@ -23,4 +23,4 @@ def load_weights(source: str, config: ModelConfig | Gpt2Config, abstract: Params
         return jax.device_put(params, replicated(mesh))
     if not Path(source).is_dir():
         raise UserError(f"{source} is neither a PyTorch checkpoint (.pt) nor the folder of a run")
-    return load_latest_params(Path(source), abstract, mesh)[0]
+    return load_params(Path(source), abstract, mesh)[0]

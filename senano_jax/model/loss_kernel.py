@@ -1,0 +1,90 @@
+"""Log-sum-exp of soft-capped logits and the loss's gradient, in one Pallas kernel for NVIDIA GPUs.
+
+Three exponentials or reciprocals a logit in each of two passes take longer than the memory traffic, so the kernel uses
+the hardware's approximate ones (2 ulp), which XLA does not. A program owns R tokens and walks twice over their V
+logits, C columns at a time.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from senano_jax.attention import pallas_triton
+
+COLUMNS = 128
+
+
+@dataclass(frozen=True)
+class Launch:
+    tokens: int  # of a program
+    warps: int  # of 32 threads
+    stages: int = 1
+
+
+DEFAULT_LAUNCH = Launch(tokens=4, warps=4)
+
+
+def fits(tokens: int, logits: int, launch: Launch = DEFAULT_LAUNCH) -> bool:
+    return tokens % launch.tokens == 0 and logits % COLUMNS == 0
+
+
+@functools.partial(jax.jit, static_argnames=("cap", "slope", "launch", "interpret"))
+def logsumexp_and_gradient(
+    z: Float[Array, "N V"],
+    targets: Int[Array, "N"],
+    *,
+    cap: float,
+    slope: float,
+    launch: Launch = DEFAULT_LAUNCH,
+    interpret: bool = False,
+) -> tuple[Float[Array, "N"], Float[Array, "N V"]]:
+    """For logits = cap * sigmoid(slope * z): their log-sum-exp (float32) and the cross-entropy's gradient of z."""
+    tokens, logits = z.shape
+    rows = pl.BlockSpec((launch.tokens, logits), lambda n: (n, 0))
+    of_token = pl.BlockSpec((launch.tokens,), lambda n: (n,))
+    return pallas_triton.call(
+        functools.partial(_kernel, cap=cap, slope=slope, interpret=interpret),
+        name="loss_and_gradient",
+        grid=(tokens // launch.tokens,),
+        in_specs=[rows, of_token],
+        out_specs=[of_token, rows],
+        out_shape=[jax.ShapeDtypeStruct((tokens,), jnp.float32), jax.ShapeDtypeStruct(z.shape, z.dtype)],
+        tile=launch,
+        interpret=interpret,
+    )(z, targets)
+
+
+def _kernel(z_ref, target_ref, logsumexp_ref, dz_ref, *, cap: float, slope: float, interpret: bool):
+    exp2, reciprocal = pallas_triton.scaled_exp2(interpret), pallas_triton.reciprocal(interpret)
+    tokens, logits = z_ref.shape
+    binary_cap = cap * math.log2(math.e)
+
+    def sigmoid(start):
+        z_RC = z_ref[:, pl.ds(start, COLUMNS)].astype(jnp.float32)
+        return reciprocal(1 + exp2(z_RC, -slope * math.log2(math.e), 0.0))
+
+    def add(c, sum_RC):
+        # Logits lie in (0, cap), so exp cannot overflow.
+        return sum_RC + exp2(sigmoid(c * COLUMNS), binary_cap, 0.0)
+
+    sum_RC = lax.fori_loop(0, logits // COLUMNS, add, jnp.zeros((tokens, COLUMNS), jnp.float32))
+    binary_R = jnp.log2(jnp.sum(sum_RC, axis=1))
+    logsumexp_ref[...] = binary_R * math.log(2)
+    target_R1 = target_ref[...][:, None]
+
+    def pull_back(c, carry):
+        sigmoid_RC = sigmoid(c * COLUMNS)
+        share_RC = exp2(sigmoid_RC, binary_cap, binary_R[:, None])
+        column_RC = c * COLUMNS + lax.broadcasted_iota(jnp.int32, (tokens, COLUMNS), 1)
+        d_logit_RC = share_RC - (column_RC == target_R1).astype(jnp.float32)
+        dz_RC = d_logit_RC * (sigmoid_RC * (1 - sigmoid_RC) * (cap * slope))
+        dz_ref[:, pl.ds(c * COLUMNS, COLUMNS)] = dz_RC.astype(dz_ref.dtype)
+        return carry
+
+    lax.fori_loop(0, logits // COLUMNS, pull_back, None)

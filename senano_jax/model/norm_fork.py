@@ -1,0 +1,112 @@
+"""A residual stream and its normalised copy, with one pass over memory where their two gradients meet.
+
+XLA reads the stream and the copy's gradient twice: once for the mean along a row, once to apply it. Here a program
+holds whole rows, so that everything is read once.
+
+Names end in their dimensions: R the rows of a program, P a part of a row whose width is a power of two.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from senano_jax.attention import pallas_triton
+from senano_jax.model.elementwise import NORM_EPSILON, norm
+
+Implementation = Literal["auto", "fused", "plain"]
+
+MOST_PARTS = 8  # of a row, all of which a program holds
+
+
+@dataclass(frozen=True)
+class Launch:
+    rows: int  # of a program
+    warps: int  # of 32 threads
+    stages: int = 1
+
+
+DEFAULT_LAUNCH = Launch(rows=4, warps=4)
+
+
+def norm_fork(
+    x: Float[Array, "B T D"],
+    implementation: Implementation = "auto",
+    *,
+    launch: Launch = DEFAULT_LAUNCH,
+    interpret: bool | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """x and norm(x).
+
+    The backward pass of `fused` is a Pallas kernel for NVIDIA GPUs that rounds the sum of both gradients once. It takes
+    widths that are a power of two times at most 8. `auto` takes it on a GPU wherever it can; `interpret` runs it in
+    plain XLA, the default where there is no GPU.
+    """
+    rows, width = x.shape[0] * x.shape[1], x.shape[2]
+    part = width & -width  # the largest power of two that divides it
+    fits = pallas_triton.fits(part) and width // part <= MOST_PARTS and rows % launch.rows == 0
+    on_gpu = jax.default_backend() == "gpu"
+    if implementation == "auto":
+        implementation = "fused" if on_gpu and fits else "plain"
+    if implementation == "plain":
+        return x, norm(x)
+    if not fits:
+        raise ValueError(f"no fused kernel for {rows} rows of {width}")
+    return _fused(x, launch, not on_gpu if interpret is None else interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _fused(x, launch, interpret):
+    return x, norm(x)
+
+
+def _fused_fwd(x, launch, interpret):
+    return (x, norm(x)), x
+
+
+def _fused_bwd(launch, interpret, x, gradients):
+    return (backward(x, *gradients, launch=launch, interpret=interpret),)
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)
+
+
+@functools.partial(jax.jit, static_argnames=("launch", "interpret"))  # lowered once for all layers
+def backward(x, dx, dy, *, launch: Launch, interpret: bool):
+    """dx + s dy - s^3 mean(x dy) x along the last axis, with s = (mean(x^2) + eps)^(-1/2)."""
+    width = x.shape[-1]
+    flat = (x.size // width, width)
+    rows = pl.BlockSpec((launch.rows, width), lambda r: (r, 0))
+    total = pallas_triton.call(
+        _backward_kernel,
+        name="norm_fork_backward",
+        grid=(flat[0] // launch.rows,),
+        in_specs=[rows, rows, rows],
+        out_specs=rows,
+        out_shape=jax.ShapeDtypeStruct(flat, x.dtype),
+        tile=launch,
+        interpret=interpret,
+    )(x.reshape(flat), dx.reshape(flat), dy.reshape(flat))
+    return total.reshape(x.shape)
+
+
+def _backward_kernel(x_ref, dx_ref, dy_ref, total_ref):
+    width = x_ref.shape[1]
+    size = width & -width
+    parts = [pl.ds(start, size) for start in range(0, width, size)]
+    x, dx, dy = ([ref[:, part].astype(jnp.float32) for part in parts] for ref in (x_ref, dx_ref, dy_ref))
+    scale_R1 = lax.rsqrt(_mean(x, x) + NORM_EPSILON)
+    along_R1 = scale_R1 * scale_R1 * _mean(x, dy)
+    for part, x_RP, dx_RP, dy_RP in zip(parts, x, dx, dy):
+        total_ref[:, part] = (dx_RP + scale_R1 * (dy_RP - along_R1 * x_RP)).astype(total_ref.dtype)
+
+
+def _mean(a, b):
+    """[R, 1]: the mean of a b over the parts of each row."""
+    product_RP = sum(a_RP * b_RP for a_RP, b_RP in zip(a, b))
+    return (jnp.sum(product_RP, axis=1) / (len(a) * product_RP.shape[1]))[:, None]

@@ -1,0 +1,141 @@
+"""python -m senano_jax.sample RUN_DIR|FILE.pt --prompt TEXT [flags]: text from saved weights."""
+
+import codecs
+import dataclasses
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import jax
+import tyro
+
+from senano_jax.config import Config, check_config
+from senano_jax.config_file import read_config
+from senano_jax.data.bpe import load_bpe
+from senano_jax.data.shards import END_OF_TEXT
+from senano_jax.errors import UserError, one_line_errors
+from senano_jax.model.sampling import generate
+from senano_jax.optim.schedules import window_blocks
+from senano_jax.presets import preset
+from senano_jax.train import configure_jax, with_dashes
+from senano_jax.training.checkpoint import load_params
+from senano_jax.training.mesh import make_mesh
+from senano_jax.training.state import Model, Params, abstract_params, make_model
+from senano_jax.training.weights import load_weights
+
+if TYPE_CHECKING:
+    import tiktoken
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Prints text as the model writes it, as the beginning of a document, until it ends the document or --tokens are
+    written. The attention window is that of the checkpoint's evaluation."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Folder of a run, or a PyTorch checkpoint (.pt)."""
+    prompt: str = ""
+    """Text that the model goes on with."""
+    tokens: int = 200
+    """Tokens to write at most; with the prompt, no more than a training sequence held."""
+    temperature: float = 1.0
+    """Divides the logits: below 1 the probable becomes more probable; 0 always takes the most probable token."""
+    top_k: int | None = None
+    """Draw from so many of the most probable tokens; from all by default."""
+    seed: int = 0
+    """Seed of the draws."""
+    num_samples: int = 1
+    """Texts to write, one after another."""
+    step: int | None = None
+    """Checkpoint of this step of the run; the newest by default."""
+    preset: str = "recurrent"
+    """System that a PyTorch checkpoint holds; a run folder knows its own."""
+    bpe_dir: Path | None = None
+    """Folder with GPT-2's encoder.json and vocab.bpe; tiktoken downloads them by default."""
+
+
+def main(arguments: Sequence[str]) -> list[str]:
+    """Parses, prints the texts, and returns them without the prompt."""
+    args = tyro.cli(Arguments, args=with_dashes(arguments), prog="python -m senano_jax.sample")
+    _check(args)
+    config = _config(args)
+    encoding = load_bpe(args.bpe_dir)
+    prompt = [END_OF_TEXT, *encoding.encode_ordinary(args.prompt)]  # a document starts with this token
+    if len(prompt) + args.tokens > config.seq_len:
+        raise UserError(
+            f"--tokens {args.tokens} after a prompt of {len(prompt)} tokens is more than the {config.seq_len} of a "
+            "training sequence; write fewer, or shorten --prompt"
+        )
+    configure_jax(config.dtype, config.compilation_cache)
+    model = make_model(config)
+    params, step = _load(args, config, model)
+    window = window_blocks(step, config.steps, config.final_window_tokens, config.initial_window_tokens)
+
+    texts = []
+    for sample in range(args.num_samples):
+        if args.num_samples > 1:
+            print(f"--- {sample + 1} of {args.num_samples}")
+        key = jax.random.fold_in(jax.random.key(args.seed), sample)
+        tokens = generate(model, params, prompt, args.tokens, window, key, args.temperature, args.top_k)
+        texts.append(_print_text(args.prompt, decode(tokens, encoding)))
+    return texts
+
+
+def decode(tokens: Iterable[int], encoding: "tiktoken.Encoding") -> Iterator[str]:
+    """The text of the tokens before END_OF_TEXT, piece by piece: a character of several tokens comes with its last."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        if token == END_OF_TEXT:
+            break
+        yield decoder.decode(encoding.decode_single_token_bytes(token))
+    yield decoder.decode(b"", final=True)
+
+
+def _print_text(prompt: str, pieces: Iterable[str]) -> str:
+    print(prompt, end="", flush=True)
+    text = ""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        text += piece
+    print()
+    return text
+
+
+def _check(args: Arguments) -> None:
+    """Raises UserError for values that cannot work."""
+    for flag, value in {"--tokens": args.tokens, "--num-samples": args.num_samples, "--top-k": args.top_k}.items():
+        if value is not None and value < 1:
+            raise UserError(f"{flag} is {value}; it must be at least 1")
+    if not (math.isfinite(args.temperature) and args.temperature >= 0):
+        raise UserError(f"--temperature is {args.temperature}; use 0 or more")
+    if not 0 <= args.seed < 2**31:
+        raise UserError(f"--seed is {args.seed}; it must not be negative and fit into 31 bits")
+    if args.source.endswith(".pt") and args.step is not None:
+        raise UserError(f"--step {args.step} chooses a checkpoint of a run, but {args.source} holds one state; drop it")
+
+
+def _config(args: Arguments) -> Config:
+    """That of the run or preset, with the attention that suits this machine. Raises UserError if it cannot work."""
+    is_torch = args.source.endswith(".pt")
+    config = preset(args.preset) if is_torch else read_config(Path(args.source) / "config.json")[0]
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
+    check_config(config)
+    if args.top_k is not None and args.top_k > config.model.vocab_size:
+        raise UserError(f"--top-k {args.top_k} is more than the {config.model.vocab_size} tokens there are; drop it")
+    return config
+
+
+def _load(args: Arguments, config: Config, model: Model) -> tuple[Params, int]:
+    """The weights, and the steps they were trained for."""
+    mesh, abstract = make_mesh(1), abstract_params(model)
+    if args.source.endswith(".pt"):
+        return load_weights(args.source, config.model, abstract, mesh), config.steps
+    return load_params(Path(args.source), abstract, mesh, args.step)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

@@ -1,0 +1,56 @@
+"""The product with an epilogue, on a Hopper GPU; elsewhere only what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from senano_jax.model import hopper_matmul
+
+
+def scaled_sum(product, side):
+    return product * jnp.bfloat16(0.5) + side
+
+
+def identity(product):
+    return product
+
+
+def operands(rows, depth, columns):
+    keys = jax.random.split(jax.random.key(0), 3)
+    a, b, side = (
+        jax.random.normal(key, shape, jnp.bfloat16)
+        for key, shape in zip(keys, ((rows, depth), (depth, columns), (rows, columns)))
+    )
+    return a, b / depth**0.5, side
+
+
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(100, 64, 256), (128, 96, 256), (128, 64, 384)])
+def test_refuses_sizes_that_are_no_whole_tiles(rows, depth, columns):
+    assert not hopper_matmul.fits(rows, depth, columns, jnp.bfloat16)
+    a, b, _ = operands(rows, depth, columns)
+    with pytest.raises(ValueError, match="no kernel"):
+        hopper_matmul.matmul(a, b, identity)
+
+
+def test_refuses_float32():
+    assert not hopper_matmul.fits(128, 64, 256, jnp.float32)
+
+
+@pytest.mark.gpu
+# One tile; fewer tiles than clusters; a product shorter than the ring of loads; tiles that are left over at the end.
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"), [(128, 64, 256), (1024, 768, 512), (40960, 128, 256), (128 * 77, 768, 3072)]
+)
+def test_products(rows, depth, columns):
+    if not hopper_matmul.runs_here():
+        pytest.skip("needs a Hopper GPU")
+    a, b, side = operands(rows, depth, columns)
+    product = (a.astype(jnp.float32) @ b.astype(jnp.float32)).astype(jnp.bfloat16)
+    # Sums in another order may round the other way: one unit in the last place.
+    for result, expected in (
+        (hopper_matmul.matmul(a, b, identity), product),
+        (hopper_matmul.matmul(a, b, scaled_sum, side), scaled_sum(product, side)),
+    ):
+        result, expected = (np.asarray(x, np.float32) for x in (result, expected))
+        np.testing.assert_allclose(result, expected, rtol=2**-7, atol=2**-7)

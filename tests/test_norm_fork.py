@@ -1,0 +1,57 @@
+"""The stream beside its norm: on a CPU the fused backward pass runs interpreted, the same code as on a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import norm
+
+from senano_jax.model.norm_fork import Launch, norm_fork
+
+
+def random(seed, width, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return [3 * jax.random.normal(key, (2, 8, width), dtype) for key in keys]
+
+
+def gradient(implementation, x, dx, dy, **options):
+    _, pullback = jax.vjp(lambda x: norm_fork(x, implementation, **options), x)
+    return pullback((dx, dy))[0]
+
+
+def test_both_outputs():
+    x, _, _ = random(0, 48)
+    for implementation in ("plain", "fused"):
+        same, normed = norm_fork(x, implementation)
+        np.testing.assert_array_equal(same, x)
+        np.testing.assert_allclose(normed, norm(np.asarray(x, np.float64)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("width", [32, 96, 768])  # one part, three narrow ones, three wide ones
+def test_gradient(width):
+    x, dx, dy = random(1, width)
+    expected = gradient("plain", x, dx, dy)
+    np.testing.assert_allclose(gradient("fused", x, dx, dy), expected, rtol=1e-4, atol=1e-5)
+    small = Launch(rows=2, warps=1)
+    np.testing.assert_allclose(gradient("fused", x, dx, dy, launch=small), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_zeros_have_finite_gradients():
+    x, dx, dy = (0 * a for a in random(2, 32)[:1]), *random(2, 32)[1:]
+    np.testing.assert_allclose(gradient("fused", next(x), dx, dy), dx + dy / 1.1920929e-7**0.5, rtol=1e-5)
+
+
+def test_refuses_rows_it_cannot_hold():
+    with pytest.raises(ValueError, match="no fused kernel"):
+        norm_fork(jnp.ones((1, 8, 24)), "fused")  # parts of 8
+    with pytest.raises(ValueError, match="no fused kernel"):
+        norm_fork(jnp.ones((1, 3, 32)), "fused")  # 3 rows for programs of 4
+
+
+@pytest.mark.gpu
+def test_gradient_on_a_gpu():
+    x, dx, dy = random(3, 768, jnp.bfloat16)
+    result, expected = (
+        np.asarray(jax.jit(gradient, static_argnums=0)(name, x, dx, dy), np.float64) for name in ("fused", "plain")
+    )
+    assert np.linalg.norm(result - expected) <= 5e-3 * np.linalg.norm(expected)
