@@ -59,6 +59,13 @@ def test_tensorboard_shows_steps_and_evaluations(tmp_path):
     ]
 
 
+def test_what_an_optimiser_does_not_have_is_left_out(tmp_path):
+    """AdamW has no momentum to log."""
+    write(tmp_path, 0, {name: value for name, value in step(1).items() if name != "momentum"}, tensorboard=True)
+    names = [name for name, _, _ in shown_scalars(tmp_path / "tensorboard" / "steps")]
+    assert names == ["loss", "grad_norm", "lr", "window", "tokens_per_s"]
+
+
 @pytest.mark.parametrize("checkpoint", [0, 2])
 def test_tensorboard_shows_a_point_once_whatever_a_run_repeats(checkpoint, tmp_path):
     """It was killed after step 3 and goes on from a checkpoint, or from the beginning."""

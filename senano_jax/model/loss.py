@@ -31,9 +31,7 @@ def soft_capped_cross_entropy(
     `x @ head` is computed and rounded in x's type, everything after it in float32. `chunk_tokens` bounds the tokens
     whose logits exist at a time; it changes nothing but memory and speed.
     """
-    if chunk_tokens is None:
-        chunk_tokens = CHUNK_TOKENS_CPU if jax.default_backend() == "cpu" else CHUNK_TOKENS
-    return _chunked_loss(x, head, targets, chunk_tokens, None)
+    return _chunked_loss(x, head, targets, chunk_tokens or _chunk_tokens(), None)
 
 
 def cross_entropy(
@@ -43,10 +41,8 @@ def cross_entropy(
     vocab_size: int,
     chunk_tokens: int | None = None,
 ) -> Float[Array, ""]:
-    """The same of the products themselves, of which the first `vocab_size` columns take part in the softmax."""
-    if chunk_tokens is None:
-        chunk_tokens = CHUNK_TOKENS_CPU if jax.default_backend() == "cpu" else CHUNK_TOKENS
-    return _chunked_loss(x, head, targets, chunk_tokens, vocab_size)
+    """The same without a soft-cap: `x @ head` are the logits, the first `vocab_size` of which are in the softmax."""
+    return _chunked_loss(x, head, targets, chunk_tokens or _chunk_tokens(), vocab_size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -68,10 +64,8 @@ def soft_cap(z: Float[Array, "*S V"], dim: int) -> Float[Array, "*S V"]:
     return SOFT_CAP * jax.nn.sigmoid(z.astype(jnp.float32) / (7.5 * dim**0.5))
 
 
-# No `vocab_size` means logits under a soft-cap, of all columns.
-
-
 def _logits(z_NV, dim, vocab_size):
+    """Under the soft-cap if `vocab_size` is None, here and below; else those beyond it are -inf. Float32."""
     if vocab_size is None:
         return soft_cap(z_NV, dim)
     return jnp.where(jnp.arange(z_NV.shape[1]) < vocab_size, z_NV.astype(jnp.float32), -jnp.inf)
@@ -130,6 +124,10 @@ def _backward(chunk_tokens, vocab_size, residuals, cotangent):
 
 
 _chunked_loss.defvjp(_forward, _backward)
+
+
+def _chunk_tokens() -> int:
+    return CHUNK_TOKENS_CPU if jax.default_backend() == "cpu" else CHUNK_TOKENS
 
 
 def _chunks(x, targets, chunk_tokens):

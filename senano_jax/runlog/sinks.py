@@ -181,7 +181,8 @@ class Sinks:
 
 
 def _values(record: Record) -> dict[str, float]:
-    return {name: record[name] for name in (OF_EVALUATION if "val_loss" in record else OF_STEP)}
+    names = OF_EVALUATION if "val_loss" in record else OF_STEP
+    return {name: record[name] for name in names if name in record}  # not every optimiser has a momentum
 
 
 def _short(error: Exception) -> str:
