@@ -3,14 +3,15 @@
     git clone https://github.com/lapp0/sample-efficient-nanogpt torch_repo
     python scripts/bench_vs_torch.py --torch-repo torch_repo --train-files 'data/fineweb10B/fineweb_train_*.bin'
 
-The PyTorch file runs twice: as shipped (file names, number of steps and an endless loader apart), and the fastest we
-could make it: without block checkpointing, with FlexAttention's default kernel options. Every substitution must match
-exactly once. Ours runs on the same shards and the same tokens: like the PyTorch loader it skips one sequence a step.
+The PyTorch file runs twice: as shipped (file names, number of steps, an endless loader and held windows apart), and the
+fastest we could make it: without block checkpointing, with FlexAttention's default kernel options. Every substitution
+must match exactly once. Ours is `python -m senano_jax.profile` on the same shards: the step that training runs, queued
+as training queues it.
 
-The attention window grows over a run, so times are compared window by window: medians over the steps with that window,
-without the first steps of a run (compilation). PyTorch's times are differences of its own step lines, read on the host
-without waiting for the device, so that a single step may be off by the length of the launch queue; a median is not.
-Flags after -- go to senano_jax.train.
+The attention window grows over a training run; here each of --windows is held for --steps steps. Times are medians
+without the first steps of a window (compilation, queue). PyTorch's times are differences of its own step lines, read on
+the host without waiting for the device, so that a single step may be off by the length of the launch queue; a median is
+not. Flags after -- go to senano_jax.profile.
 """
 
 import argparse
@@ -27,10 +28,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from senano_jax.data.shards import find_shards, open_shard
-from senano_jax.data.stream import require_tokens
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.files import write_atomically
-from senano_jax.optim.schedules import window_blocks
 from senano_jax.presets import preset
 
 SHIPPED, BEST, OURS = "torch as shipped", "torch best", "ours"
@@ -49,7 +48,6 @@ class Patch:
 
 @dataclass(frozen=True)
 class StepTime:
-    step: int  # from 1
     window: int  # blocks of 128 tokens
     ms: float
 
@@ -57,9 +55,9 @@ class StepTime:
 @dataclass(frozen=True)
 class Run:
     program: str
-    round: int  # from 1; 0 for a log that was there before
-    seconds: float | None  # of the whole process
-    steps: tuple[StepTime, ...]
+    round: int  # from 1
+    seconds: float  # of the whole process
+    steps: tuple[StepTime, ...]  # those that count
 
 
 @dataclass(frozen=True)
@@ -73,11 +71,13 @@ class Row:
     ours_faster_by: dict[str, float]  # our tokens/s over those of a PyTorch variant
 
 
-def patches(train_files: str, steps: int, *, best: bool) -> list[Patch]:
-    """What to change in the PyTorch file to time `steps` steps on `train_files` (absolute)."""
+def patches(train_files: str, windows: Sequence[int], steps: int, *, best: bool) -> list[Patch]:
+    """What to change in the PyTorch file to time `steps` steps of each window on `train_files` (absolute)."""
+    held = f"128 * {tuple(windows)}[min(step // {steps}, {len(windows) - 1})]"
     needed = [
         Patch("training files", r"^( +train_files = ).*$", rf"\g<1>{_literal(train_files)}"),
-        Patch("number of steps", r"^( +num_iterations = ).*$", rf"\g<1>{steps}"),
+        Patch("number of steps", r"^( +num_iterations = ).*$", rf"\g<1>{steps * len(windows)}"),
+        Patch("windows", r"^( +window_size = ).*$", rf"\g<1>{held}"),
         Patch("validation off", r"^( +)if last_step or \(args\.val_loss_every", r"\1if False and (args.val_loss_every"),
         Patch("endless loader", r"^( +file_iter = )iter\(files\)", r'\1__import__("itertools").cycle(files)'),
     ]
@@ -103,34 +103,28 @@ def apply_patches(source: str, to_apply: Sequence[Patch], name: str) -> str:
     return source
 
 
-def parse_torch_log(text: str, final_window_tokens: int) -> list[StepTime]:
-    """Times of consecutive steps from lines such as `step:126/1700 train_time:519100ms step_avg:4119.84ms`."""
-    lines = re.findall(r"^step:(\d+)/(\d+) train_time:(\d+)ms", text, flags=re.MULTILINE)
-    times = []
-    previous_step, previous_ms = 0, 0
-    for step, total, ms in ((int(a), int(b), int(c)) for a, b, c in lines):
-        if step == previous_step:  # torchrun and the program's own log may repeat a line
-            continue
-        if step == previous_step + 1:
-            window = window_blocks(step - 1, total, final_window_tokens)
-            times.append(StepTime(step, window, float(ms - previous_ms)))
-        previous_step, previous_ms = step, ms
-    return times
+def parse_torch_log(text: str) -> list[float]:
+    """Milliseconds of consecutive steps from lines such as `step:126/1700 train_time:519100ms step_avg:4119.84ms`."""
+    lines = re.findall(r"^step:(\d+)/\d+ train_time:(\d+)ms", text, flags=re.MULTILINE)
+    total_ms = {int(step): float(ms) for step, ms in lines}  # torchrun and the program's own log may repeat a line
+    return [ms - total_ms.get(step - 1, 0.0) for step, ms in sorted(total_ms.items()) if step > 0]
 
 
-def parse_metrics(text: str) -> list[StepTime]:
-    """Times of the step lines of a run folder's metrics.jsonl."""
-    records = [json.loads(line) for line in text.splitlines()]
-    return [StepTime(r["step"], r["window"], r["step_ms"]) for r in records if "step_ms" in r]
+def parse_report(report: dict) -> list[StepTime]:
+    """Times of the steps queued back to back, from the `report` of senano_jax.profile's --json."""
+    return [
+        StepTime(speed["window_blocks"], ms)
+        for speed in (report["speed"], *report["sweep"])
+        for ms in speed["step_ms"]["times"]
+    ]
 
 
-def tabulate(runs: Sequence[Run], warmup: int, tokens_per_step: int) -> list[Row]:
-    """One row a window, medians over all rounds; the first `warmup` steps of each run do not count."""
+def tabulate(runs: Sequence[Run], tokens_per_step: int) -> list[Row]:
+    """One row a window, medians over all rounds."""
     times: dict[int, dict[str, list[float]]] = {}
     for run in runs:
         for step in run.steps:
-            if step.step > warmup:
-                times.setdefault(step.window, {}).setdefault(run.program, []).append(step.ms)
+            times.setdefault(step.window, {}).setdefault(run.program, []).append(step.ms)
     rows = []
     for window in sorted(times):
         ms = {program: statistics.median(values) for program, values in times[window].items()}
@@ -161,35 +155,38 @@ def run_torch(variant: str, args: argparse.Namespace, round_: int) -> Run:
     """Runs a patched copy of the PyTorch file in a folder of its own."""
     source_file = args.torch_repo / "train_gpt.py"
     source = source_file.read_text()
-    source = apply_patches(source, patches(args.train_files, args.steps, best=variant == "best"), str(source_file))
+    changes = patches(args.train_files, args.windows, args.steps, best=variant == "best")
+    source = apply_patches(source, changes, str(source_file))
     with tempfile.TemporaryDirectory(prefix="bench-torch-") as folder:
         (Path(folder) / "train_gpt.py").write_text(source)
         command = [args.torch_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
         output, seconds = _run([*command, "train_gpt.py"], folder, VARIANTS[variant])
-    times = parse_torch_log(output, args.preset.final_window_tokens)
-    return _checked(Run(VARIANTS[variant], round_, seconds, tuple(times)), args.steps, output)
+    times = parse_torch_log(output)
+    if len(times) != args.steps * len(args.windows):
+        raise UserError(f"{VARIANTS[variant]}: {len(times)} step times found; last lines:\n{_tail(output)}")
+    counted = [
+        StepTime(args.windows[i // args.steps], ms) for i, ms in enumerate(times) if i % args.steps >= args.warmup
+    ]
+    print(f"  the first step took {times[0] / 1000:.1f} s", flush=True)
+    return Run(VARIANTS[variant], round_, seconds, tuple(counted))
 
 
 def run_ours(args: argparse.Namespace, round_: int) -> Run:
-    """Runs senano_jax.train; its evaluation at the end is of one sequence of the training shards."""
-    config = args.preset
+    first, *others = map(str, args.windows)
     with tempfile.TemporaryDirectory(prefix="bench-ours-") as folder:
-        run_dir = Path(folder) / "run"
-        command = [sys.executable, "-m", "senano_jax.train", "recurrent", "--steps", str(args.steps)]
-        command += ["--val-every", "0", "--run-dir", str(run_dir)]
-        command += ["--data.train-files", args.train_files, "--data.val-files", args.train_files]
-        command += ["--data.val-tokens", str(config.seq_len), "--data.val-seq-len", str(config.seq_len)]
-        command += ["--data.discard-micro-batch", str(config.seq_len), *args.train_flags]
-        output, seconds = _run(command, str(Path(__file__).resolve().parents[1]), OURS)
-        times = parse_metrics((run_dir / "metrics.jsonl").read_text())
-    return _checked(Run(OURS, round_, seconds, tuple(times)), args.steps, output)
+        report_file = Path(folder) / "profile.json"
+        command = [sys.executable, "-m", "senano_jax.profile", "recurrent", "--data.train-files", args.train_files]
+        command += ["--window-blocks", first, *(["--sweep", *others] if others else [])]
+        command += ["--warmup", str(args.warmup), "--profile-steps", str(args.steps - args.warmup)]
+        command += ["--json", str(report_file), *args.profile_flags]
+        _, seconds = _run(command, str(Path(__file__).resolve().parents[1]), OURS)
+        report = json.loads(report_file.read_text())["report"]
+    return Run(OURS, round_, seconds, tuple(parse_report(report)))
 
 
 def main(argv: Sequence[str]) -> None:
     args = _parse(argv)
-    programs = [VARIANTS[v] for v in args.variants]
-    runs = [_read_log(log, args) for log in args.torch_log]
-    programs += [run.program for run in runs if run.program not in programs]
+    runs: list[Run] = []
     environment = _environment(args)
     print("  ".join(f"{name}: {value}" for name, value in environment.items() if value), flush=True)
     for round_ in range(1, args.rounds + 1):
@@ -197,19 +194,15 @@ def main(argv: Sequence[str]) -> None:
             print(f"round {round_}: {VARIANTS[variant]} ...", flush=True)
             run = run_ours(args, round_) if variant == "ours" else run_torch(variant, args, round_)
             runs.append(run)
-            first = next(step.ms for step in run.steps)
-            print(f"  {len(run.steps)} steps in {run.seconds:.0f} s, the first in {first / 1000:.1f} s", flush=True)
-    rows = tabulate(runs, args.warmup, args.preset.batch_tokens)
-    print("\n" + format_rows(rows, programs))
-    print(f"window: blocks of 128 tokens; medians without the first {args.warmup} steps of a run; n steps")
+            print(f"  {len(run.steps)} steps that count, {run.seconds:.0f} s in all", flush=True)
+    rows = tabulate(runs, args.batch_tokens)
+    print("\n" + format_rows(rows, [VARIANTS[v] for v in args.variants]))
+    print(f"window: blocks of 128 tokens; medians without the first {args.warmup} steps of a window; n steps")
     if args.json:
         document = {
             "environment": environment,
-            "steps": args.steps,
-            "tokens_per_step": args.preset.batch_tokens,
-            "warmup": args.warmup,
-            "train_files": args.train_files,
-            "train_flags": args.train_flags,
+            "tokens_per_step": args.batch_tokens,
+            "profile_flags": args.profile_flags,
             "windows": [asdict(row) for row in rows],
             "runs": [asdict(run) for run in runs],
         }
@@ -217,44 +210,38 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, checked and with absolute paths; `preset` is the configuration that both sides train."""
-    argv, train_flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    """The arguments, checked and with absolute paths; `batch_tokens` is what both sides train on in a step."""
+    argv, profile_flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch-repo", type=Path, help="checkout of the PyTorch project")
     parser.add_argument(
         "--train-files", help="glob of the training shards", default=preset("recurrent").data.train_files
     )
-    parser.add_argument("--steps", type=int, default=40, help="of each run; the windows are stretched over them")
+    parser.add_argument("--windows", type=int, nargs="+", default=[1, 14], help="in blocks of 128 tokens")
+    parser.add_argument("--steps", type=int, default=24, help="of each window")
+    parser.add_argument("--warmup", type=int, default=3, help="first steps of each window, not counted")
     parser.add_argument("--rounds", type=int, default=1, help="times that each program runs, by turns")
-    parser.add_argument("--warmup", type=int, default=2, help="first steps of a run, not counted")
-    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="to run, or none")
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="to run")
     parser.add_argument("--torch-python", default=sys.executable, help="Python that has PyTorch")
-    parser.add_argument(
-        "--torch-log", action="append", default=[], metavar="[NAME=]FILE", help="PyTorch log to tabulate too"
-    )
     parser.add_argument("--json", type=Path, help="file for all step times")
     args = parser.parse_args(argv)
-    args.preset, args.train_flags = preset("recurrent"), list(train_flags)
+    args.batch_tokens, args.profile_flags = preset("recurrent").batch_tokens, list(profile_flags)
     args.train_files = os.path.abspath(args.train_files)
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
     if args.steps <= args.warmup or args.warmup < 0 or args.rounds < 1:
         raise UserError("give --rounds of at least 1, and more --steps than --warmup steps")
-    if args.variants:
-        _check_machine(args)
-    elif not args.torch_log:
-        raise UserError("nothing to tabulate; give --variants to run or a --torch-log")
+    if min(args.windows) < 1 or len(set(args.windows)) < len(args.windows):
+        raise UserError(f"--windows {' '.join(map(str, args.windows))}: give different numbers of at least 1")
+    _check_machine(args)
     return args
 
 
 def _check_machine(args: argparse.Namespace) -> None:
     """Raises UserError, before anything runs, for what would fail later."""
-    files = find_shards(args.train_files)
-    if short := [file for file in files if len(open_shard(file)) < 2 * args.preset.seq_len]:
-        raise UserError(f"{short[0]} holds less than two sequences of {args.preset.seq_len} tokens; leave it out")
-    if "ours" in args.variants:
-        step = args.preset.batch_tokens + args.preset.seq_len
-        require_tokens(args.train_files, files, args.steps * step - args.preset.seq_len)
+    sequence = preset("recurrent").seq_len
+    if short := [file for file in find_shards(args.train_files) if len(open_shard(file)) < 2 * sequence]:
+        raise UserError(f"{short[0]} holds less than two sequences of {sequence} tokens; leave it out")
     if {"shipped", "best"} & set(args.variants):
         if args.torch_repo is None:
             raise UserError("give --torch-repo, a checkout of https://github.com/lapp0/sample-efficient-nanogpt")
@@ -262,23 +249,12 @@ def _check_machine(args: argparse.Namespace) -> None:
         if not source.is_file():
             raise UserError(f"{source} is missing; --torch-repo must be a checkout of the PyTorch project")
         for best in (False, True):
-            apply_patches(source.read_text(), patches(args.train_files, args.steps, best=best), str(source))
+            changes = patches(args.train_files, args.windows, args.steps, best=best)
+            apply_patches(source.read_text(), changes, str(source))
         if _ask([args.torch_python, "-c", "import torch; print(torch.cuda.is_available())"]) != "True":
             raise UserError(f"{args.torch_python} has no PyTorch that sees a GPU; give another --torch-python")
     if not _ask(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]):
         raise UserError("no NVIDIA GPU here (nvidia-smi does not answer); run this on a machine with one")
-
-
-def _read_log(argument: str, args: argparse.Namespace) -> Run:
-    name, _, path = argument.rpartition("=")
-    try:
-        text = Path(path).read_text(errors="replace")
-    except OSError as error:
-        raise UserError(f"--torch-log {path} cannot be read ({error.strerror or error})") from None
-    times = parse_torch_log(text, args.preset.final_window_tokens)
-    if not times:
-        raise UserError(f"--torch-log {path} has no lines of consecutive steps (step:2/40 train_time:...ms)")
-    return Run(VARIANTS.get(name, name or Path(path).stem), 0, None, tuple(times))
 
 
 def _run(command: Sequence[str], folder: str, name: str) -> tuple[str, float]:
@@ -291,12 +267,6 @@ def _run(command: Sequence[str], folder: str, name: str) -> tuple[str, float]:
     if done.returncode:
         raise UserError(f"{name} failed with status {done.returncode}; its last lines:\n{_tail(done.stdout)}")
     return done.stdout, time.perf_counter() - start
-
-
-def _checked(run: Run, steps: int, output: str) -> Run:
-    if len(run.steps) != steps:
-        raise UserError(f"{run.program}: {len(run.steps)} of {steps} step times found; last lines:\n{_tail(output)}")
-    return run
 
 
 def _tail(output: str) -> str:

@@ -25,7 +25,6 @@ from senano_jax.runlog.tables import Table
 from senano_jax.runlog.writer import environment
 from senano_jax.train import configure_jax
 
-SWEEP_WINDOWS = (1, 2, 4, 7, 10, 14)
 _PIPE_WIDTH = 200  # columns when the output is no terminal: nothing is cut
 
 _DESCRIPTION = """Compiles the training step of a preset, or of a variation of it, runs it, and reports the phases of
@@ -41,8 +40,8 @@ The defaults below are those of {name}.
 class Arguments(Config):
     window_blocks: int | None = None
     """Long attention window in blocks of 128 tokens; that of the end of the run by default."""
-    sweep: bool = False
-    """Repeat the timing for windows of 1, 2, 4, 7, 10 and 14 blocks, as far as the run's last window."""
+    sweep: tuple[int, ...] = ()
+    """Repeat the timing for windows of so many blocks."""
     evaluation: bool = False
     """Time an evaluation too: on each device a sequence of --data.val-seq-len tokens, or several short ones."""
     profile_steps: int = 20
@@ -74,7 +73,7 @@ def main(arguments: Sequence[str]) -> Report:
 
     final = window_blocks(config.steps, config.steps, config.final_window_tokens)
     window = args.window_blocks or final
-    swept = [w for w in SWEEP_WINDOWS if w <= final and w != window] if args.sweep else []
+    swept = (w for w in args.sweep if w != window)
     plan = Plan(
         windows=(window, *swept),
         steps=args.profile_steps,
@@ -113,7 +112,8 @@ def _config_fields(config: Config) -> dict:
 
 
 def _check(args: Arguments) -> None:
-    for flag, value in {"--window-blocks": args.window_blocks, "--profile-steps": args.profile_steps}.items():
+    least_one = [("--window-blocks", args.window_blocks), ("--profile-steps", args.profile_steps)]
+    for flag, value in [*least_one, *(("--sweep", window) for window in args.sweep)]:
         if value is not None and value < 1:
             raise UserError(f"{flag} is {value}; it must be at least 1")
     if args.warmup < 0:

@@ -18,7 +18,8 @@ _spec = importlib.util.spec_from_file_location("bench_vs_torch", SCRIPT)
 bench = sys.modules["bench_vs_torch"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(bench)
 
-# Lines that the substitutions look for, around a program that prints step times of 100 ms plus 10 ms a step.
+# Lines that the substitutions look for, around a program that prints step times of 100 ms a block of the window, plus
+# 1 ms a step.
 STAND_IN = textwrap.dedent(
     """
     class Attention:
@@ -45,18 +46,22 @@ STAND_IN = textwrap.dedent(
             raise SystemExit("validation ran")
     validate(True, 0)
     elapsed = 0
+    def get_window_size_blocks(step):
+        x = step / args.num_iterations
+        window_size = 128 * max(1, round(14 * x))
+        return window_size // 128
     for step in range(args.num_iterations):
-        elapsed += 100 + 10 * step
+        elapsed += 100 * get_window_size_blocks(step) + step
         print(f"step:{step+1}/{args.num_iterations} train_time:{elapsed}ms step_avg:{elapsed/(step + 1):.2f}ms")
     """
 )
 
 
 def patched(best: bool, train_files: str = "/shards/*.bin", source: str = STAND_IN) -> str:
-    return bench.apply_patches(source, bench.patches(train_files, 40, best=best), "train_gpt.py")
+    return bench.apply_patches(source, bench.patches(train_files, (1, 14), 20, best=best), "train_gpt.py")
 
 
-def test_as_shipped_changes_only_files_steps_validation_and_loader():
+def test_as_shipped_changes_only_files_steps_windows_validation_and_loader():
     changed = [
         (old.strip(), new.strip())
         for old, new in zip(STAND_IN.splitlines(), patched(best=False).splitlines(), strict=True)
@@ -70,6 +75,7 @@ def test_as_shipped_changes_only_files_steps_validation_and_loader():
             "if last_step or (args.val_loss_every > 0 and step % args.val_loss_every == 0):",
             "if False and (args.val_loss_every > 0 and step % args.val_loss_every == 0):",
         ),
+        ("window_size = 128 * max(1, round(14 * x))", "window_size = 128 * (1, 14)[min(step // 20, 1)]"),
     ]
 
 
@@ -86,7 +92,7 @@ def test_file_names_survive_quotes_and_backslashes():
     assert f"train_files = {name!r}\n" in patched(best=False, train_files=name)
 
 
-ANCHORS = ("file_iter", "train_files", "num_iterations =", "if last_step", "x, v1 =")
+ANCHORS = ("file_iter", "train_files", "num_iterations =", "if last_step", "x, v1 =", "window_size =")
 ANCHOR_LINES = [i for i, line in enumerate(STAND_IN.splitlines()) if any(anchor in line for anchor in ANCHORS)]
 
 
@@ -105,29 +111,28 @@ step:1/40 train_time:84000ms step_avg:84000.00ms
 step:2/40 train_time:85900ms step_avg:42950.00ms
 step:2/40 train_time:85900ms step_avg:42950.00ms
 step:3/40 train_time:87801ms step_avg:29267.00ms
-step:5/40 train_time:91000ms step_avg:18200.00ms
-step:6/40 train_time:92966ms step_avg:15494.33ms
 """
-    times = bench.parse_torch_log(log, final_window_tokens=1728)
-    assert [(t.step, t.window, t.ms) for t in times] == [(1, 1, 84000), (2, 1, 1900), (3, 1, 1901), (6, 2, 1966)]
+    assert bench.parse_torch_log(log) == [84000, 1900, 1901]
 
 
-def test_our_step_times_come_from_the_step_lines_of_metrics():
-    records = [{"step": 1, "window": 1, "step_ms": 5.5, "loss": 1.0}, {"step": 1, "val_loss": 2.0, "window": 1}]
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    assert bench.parse_metrics(text) == [bench.StepTime(1, 1, 5.5)]
+def test_our_step_times_come_from_the_report_of_the_profile():
+    def speed(window, *times):
+        return {"window_blocks": window, "step_ms": {"median": 0, "times": times}}
+
+    report = {"speed": speed(1, 5.5, 6.5), "sweep": [speed(14, 8.0)]}
+    assert [(t.window, t.ms) for t in bench.parse_report(report)] == [(1, 5.5), (1, 6.5), (14, 8.0)]
 
 
-def test_medians_by_window_leave_out_the_first_steps_of_every_run():
+def test_medians_by_window_over_all_rounds():
     def run(program, round_, *ms):
-        return bench.Run(program, round_, 1.0, tuple(bench.StepTime(i + 1, 1 + i // 3, t) for i, t in enumerate(ms)))
+        return bench.Run(program, round_, 1.0, tuple(bench.StepTime(1 + i // 2, t) for i, t in enumerate(ms)))
 
     runs = [
-        run(bench.SHIPPED, 1, 9000, 200, 220, 400),
-        run(bench.SHIPPED, 2, 9000, 210, 230, 400),
-        run(bench.OURS, 1, 7000, 100, 110, 200),
+        run(bench.SHIPPED, 1, 200, 220, 400),
+        run(bench.SHIPPED, 2, 210, 230, 400),
+        run(bench.OURS, 1, 100, 110, 200),
     ]
-    first, second = bench.tabulate(runs, warmup=1, tokens_per_step=1000)
+    first, second = bench.tabulate(runs, tokens_per_step=1000)
     assert first.n == {bench.SHIPPED: 4, bench.OURS: 2}
     assert first.ms == {bench.SHIPPED: 215, bench.OURS: 105}
     assert first.tokens_per_s[bench.OURS] == pytest.approx(1000 / 0.105)
@@ -140,7 +145,7 @@ def test_medians_by_window_leave_out_the_first_steps_of_every_run():
 
 
 def test_a_program_without_steps_at_a_window_has_dashes():
-    rows = bench.tabulate([bench.Run(bench.SHIPPED, 1, 1.0, (bench.StepTime(3, 1, 10.0),))], 0, 1000)
+    rows = bench.tabulate([bench.Run(bench.SHIPPED, 1, 1.0, (bench.StepTime(1, 10.0),))], 1000)
     assert bench.format_rows(rows, [bench.SHIPPED, bench.OURS]).splitlines()[1].split()[-4:] == ["-"] * 4
 
 
@@ -167,7 +172,8 @@ def machine(tmp_path, monkeypatch):
 
 
 def test_both_variants_run_by_turns(machine, tmp_path, capsys):
-    bench.main([*machine, "--steps", "8", "--rounds", "2", "--json", str(tmp_path / "out.json")])
+    flags = ["--windows", "2", "5", "--steps", "4", "--warmup", "1", "--rounds", "2"]
+    bench.main([*machine, *flags, "--json", str(tmp_path / "out.json")])
     document = json.loads((tmp_path / "out.json").read_text())
     assert [(run["program"], run["round"]) for run in document["runs"]] == [
         (bench.SHIPPED, 1),
@@ -175,7 +181,8 @@ def test_both_variants_run_by_turns(machine, tmp_path, capsys):
         (bench.SHIPPED, 2),
         (bench.BEST, 2),
     ]
-    assert [step["ms"] for step in document["runs"][0]["steps"]] == [100 + 10 * i for i in range(8)]
+    steps = [(step["window"], step["ms"]) for step in document["runs"][0]["steps"]]
+    assert steps == [*((2, 200 + i) for i in (1, 2, 3)), *((5, 500 + i) for i in (5, 6, 7))]
     assert document["environment"]["gpu"] == "A GPU" and document["environment"]["driver"] == "1.2.3"
     assert "torch as shipped ms" in capsys.readouterr().out
 
@@ -183,14 +190,7 @@ def test_both_variants_run_by_turns(machine, tmp_path, capsys):
 def test_a_failing_program_shows_its_last_lines(machine, tmp_path):
     (tmp_path / "torch repo" / "train_gpt.py").write_text(STAND_IN + 'raise SystemExit("out of memory")\n')
     with pytest.raises(UserError, match=r"(?s)torch as shipped failed with status 1.*step:8/8.*out of memory"):
-        bench.main([*machine, "--steps", "8"])
-
-
-def test_logs_alone_need_no_machine(tmp_path, capsys):
-    log = tmp_path / "old.txt"
-    log.write_text("".join(f"step:{i}/40 train_time:{i}000ms step_avg:1ms\n" for i in range(1, 41)))
-    bench.main(["--variants", "--torch-log", f"shipped={log}"])
-    assert "393,216" in capsys.readouterr().out
+        bench.main([*machine, "--steps", "4", "--windows", "1", "2"])
 
 
 @pytest.mark.parametrize(
@@ -199,11 +199,9 @@ def test_logs_alone_need_no_machine(tmp_path, capsys):
         (["--train-files", "/nowhere/*.bin"], "no shard matches"),
         (["--torch-repo", "/nowhere"], "is missing"),
         (["--torch-python", "/bin/false"], "no PyTorch that sees a GPU"),
-        (["--variants", "ours"], "the run needs"),
-        (["--variants"], "nothing to tabulate"),
+        (["--windows", "3", "3"], "different numbers"),
         (["--steps", "2"], "more --steps"),
         (["--json", "/nowhere/out.json"], "no folder"),
-        (["--torch-log", "/nowhere/log"], "cannot be read"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(machine, change, message):

@@ -49,7 +49,15 @@ TINY_DEMO = [
 def profiled(tmp_path_factory):
     """Output and JSON of the command on a tiny model."""
     folder = tmp_path_factory.mktemp("profile")
-    flags = ["--sweep", "--evaluation", "--trace-dir", str(folder / "trace"), "--json", str(folder / "profile.json")]
+    flags = [
+        "--sweep",
+        "1",
+        "--evaluation",
+        "--trace-dir",
+        str(folder / "trace"),
+        "--json",
+        str(folder / "profile.json"),
+    ]
     command = [sys.executable, "-m", "senano_jax.profile", *TINY_DEMO, *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -270,7 +278,7 @@ def test_a_second_compilation_is_a_hit_of_the_persistent_cache(tmp_path):
 
 
 def test_a_spread_is_that_of_its_sample():
-    assert Spread.of(range(11)) == Spread(median=5, min=0, p10=1, p90=9, max=10, n=11)
+    assert Spread.of(range(11)) == Spread(median=5, min=0, p10=1, p90=9, max=10, n=11, times=tuple(range(11)))
 
 
 # Kernels

@@ -23,12 +23,13 @@ class Spread:
     p90: float
     max: float
     n: int
+    times: tuple[float, ...]
 
     @classmethod
     def of(cls, milliseconds: Iterable[float]) -> "Spread":
-        times = np.asarray(list(milliseconds))
+        times = tuple(map(float, milliseconds))
         low, p10, median, p90, high = (float(q) for q in np.percentile(times, [0, 10, 50, 90, 100]))
-        return cls(median, low, p10, p90, high, len(times))
+        return cls(median, low, p10, p90, high, len(times), times)
 
 
 @dataclass(frozen=True)
