@@ -28,11 +28,15 @@ def squared_relu_mlp(
     """
     tokens = x.shape[0] * x.shape[1]
     if implementation == "auto":
-        runs = hopper_matmul.runs_here() and hopper_matmul.fits(tokens, *up.shape, x.dtype)
-        implementation = "fused" if runs else "plain"
+        implementation = "fused" if is_fused(tokens, *up.shape, x.dtype) else "plain"
     if implementation == "plain":
         return jnp.square(nn.relu(x @ up)) @ down
     return _fused(x.reshape(tokens, -1), up, down).reshape(x.shape)
+
+
+def is_fused(tokens: int, dim: int, hidden: int, dtype) -> bool:
+    """Whether `auto` means `fused` for a product [tokens, dim] x [dim, hidden]."""
+    return hopper_matmul.runs_here() and hopper_matmul.fits(tokens, dim, hidden, jnp.dtype(dtype))
 
 
 def square_of_relu(x):

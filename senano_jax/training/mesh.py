@@ -8,8 +8,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from senano_jax.config import Config, check_split
+from senano_jax.config import Config, ModelConfig, check_split
 from senano_jax.errors import UserError
+from senano_jax.model.squared_relu import is_fused
 
 DATA_AXIS = "data"
 
@@ -76,9 +77,13 @@ def choose_micro_batches(config: Config, devices: int) -> int:
 
 def activation_bytes(config: Config, tokens: int) -> int:
     """Estimate of what one micro-batch of `tokens` tokens keeps for its backward pass, in bytes."""
+    model = config.model
     itemsize = {"bfloat16": 2, "float32": 4}[config.dtype]
-    factor = ACTIVATION_FACTOR[config.model.remat]
-    return tokens * config.model.positions * config.model.dim * itemsize * factor
+    factor = ACTIVATION_FACTOR[model.remat]
+    hidden = model.mlp_expansion * model.dim
+    if isinstance(model, ModelConfig) and model.remat == "none" and is_fused(tokens, model.dim, hidden, config.dtype):
+        factor -= model.mlp_expansion  # one number a hidden unit is kept instead of two
+    return tokens * model.positions * model.dim * itemsize * factor
 
 
 def memory_budget(config: Config, devices: int) -> int:
