@@ -8,7 +8,7 @@ import jax
 import pytest
 
 # Most of the suite's time is compilation, and many tests compile the same programs. In the environment, so that the
-# workers and the processes that tests start share the folder; tests that train say --compilation-cache=None to keep it.
+# workers and the processes that tests start share the folder.
 OWNS_CACHE = "PYTEST_XDIST_WORKER" not in os.environ
 if OWNS_CACHE:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="senano-jax-tests-")

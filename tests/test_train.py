@@ -1,6 +1,7 @@
 """The commands from end to end, on the bundled sample and a model of a few thousand parameters a layer."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,7 +21,6 @@ STEPS, BATCH, SEQ = 5, 1024, 256
 SMALL = [
     "--model.dim=16", "--model.num-heads=2", f"--steps={STEPS}", f"--batch-tokens={BATCH}", f"--seq-len={SEQ}",
     "--final-window-tokens=256", "--data.val-tokens=1024", "--data.val-seq-len=512", "--val-every=2", "--devices=2",
-    "--compilation-cache=None",
 ]  # fmt: skip
 
 
@@ -96,7 +96,6 @@ def test_the_newest_checkpoints_are_kept(run_dir):
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_last_checkpoint(tmp_path):
     arguments = ["demo", *SMALL, "--checkpoint-every=1", "--optimizer.embed-lr=1e38", f"--run-dir={tmp_path / 'run'}"]
-    arguments += ["--model.layers.loop=0", "--model.layers.visits=0"]  # another program, compiled for this test alone
     with pytest.raises(UserError, match=r"step \d+ has loss .*nan.*; the newest checkpoint is that of step \d+;"):
         train.main(arguments)
     steps, _ = records(tmp_path / "run")
@@ -180,6 +179,18 @@ def test_bad_input_ends_in_one_line_without_a_traceback(arguments, message, tmp_
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ") and message in result.stderr
+
+
+def test_a_cache_of_compiled_programs_named_in_the_environment_is_kept(monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    train.configure_jax("bfloat16", "~/elsewhere")
+    assert jax.config.jax_compilation_cache_dir == before == os.environ["JAX_COMPILATION_CACHE_DIR"]
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    try:
+        train.configure_jax("bfloat16", "~/elsewhere")
+        assert jax.config.jax_compilation_cache_dir == os.path.expanduser("~/elsewhere")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_a_bad_token_in_the_middle_of_training_is_named(tmp_path):
