@@ -7,8 +7,9 @@ import tempfile
 import jax
 import pytest
 
-# Most of the suite's time is compilation, and many tests compile the same programs. In the environment, so that the
-# workers and the processes that tests start share the folder.
+# Most of the suite's time is compilation. LLVM's first level takes less time for the same XLA program, and many
+# tests compile the same. In the environment, so that the workers and the processes that tests start share both.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 OWNS_CACHE = "PYTEST_XDIST_WORKER" not in os.environ
 if OWNS_CACHE:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="senano-jax-tests-")
