@@ -79,7 +79,7 @@ class Config:
     init_from: str | None = None
     """Start from these weights: a PyTorch checkpoint (.pt) or a run folder."""
     compilation_cache: str | None = "~/.cache/senano_jax/xla"
-    """Folder of compiled programs, kept between runs; None compiles anew."""
+    """Folder of compiled programs, kept between runs; None compiles anew. JAX_COMPILATION_CACHE_DIR goes before it."""
     tensorboard: bool = False
     """Show the run's curves in TensorBoard too, from event files in its folder."""
     wandb: bool = False

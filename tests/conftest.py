@@ -1,7 +1,21 @@
-"""Eight CPU devices for every test process, and the rule for tests that need a GPU."""
+"""For every test process: eight CPU devices, one cache of compiled programs; and the rule for tests that need a GPU."""
+
+import os
+import shutil
+import tempfile
 
 import jax
 import pytest
+
+# Most of the suite's time is compilation. LLVM's first level takes less time for the same XLA program, and many
+# tests compile the same. In the environment, so that the workers and the processes that tests start share both.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+OWNS_CACHE = "PYTEST_XDIST_WORKER" not in os.environ
+if OWNS_CACHE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="senano-jax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 if jax.config.jax_platforms in (None, "", "cpu"):
     jax.config.update("jax_num_cpu_devices", 8)
@@ -13,3 +27,8 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+def pytest_unconfigure():
+    if OWNS_CACHE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

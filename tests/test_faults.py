@@ -32,11 +32,6 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_programs_are_kept(tmp_path_factory):
-    SMALL.append(f"--compilation-cache={tmp_path_factory.mktemp('xla')}")
-
-
 @pytest.fixture
 def shard(tmp_path):
     path = tmp_path / "train.bin"

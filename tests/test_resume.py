@@ -22,6 +22,7 @@ from senano_jax.runlog.writer import RunFolder
 from senano_jax.training import loop
 from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.mesh import DATA_AXIS, make_mesh
+from senano_jax.training.resume import restore
 from senano_jax.training.state import abstract_state, init_state, make_model
 
 STEPS, BATCH = 6, 2048
@@ -32,11 +33,6 @@ SMALL = [
     "--checkpoint-keep=9", "--tensorboard",
 ]  # fmt: skip
 TIMES = ("step_ms", "tokens_per_s", "train_time_ms")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_programs_are_kept(tmp_path_factory):
-    SMALL.append(f"--compilation-cache={tmp_path_factory.mktemp('xla')}")
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +138,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(signalled, stopped, undistu
     assert f"SIGTERM: stopped after step {stopped}, saved; resume with: " in said
     assert f"python -m senano_jax.train --run-dir {run} --resume" in said
     assert steps_of(run) == [stopped]
+    assert not (run / "checkpoints" / str(stopped) / "metrics").exists()
     assert [r["step"] for r in records(run) if "loss" in r] == list(range(1, stopped + 1))
     train.main(["--run-dir", str(run), "--resume"])
     assert_same_run(run, undisturbed)
+    val_losses = {r["step"]: r["val_loss"] for r in records(run) if "val_loss" in r}
+    stored = run / "checkpoints" / str(stopped) / "metrics" / "metrics"
+    assert stored.exists() == (stopped in val_losses)
+    assert not stored.exists() or json.loads(stored.read_text()) == {"val_loss": val_losses[stopped]}
 
 
 def test_a_signal_during_the_last_step_costs_nothing(undisturbed, tmp_path, signal_at):
@@ -254,7 +255,42 @@ def test_a_damaged_newest_checkpoint_is_passed_over(how, copy, undisturbed, caps
     resume(copy)
     said = " ".join(capsys.readouterr().out.split())
     assert f"checkpoint {STEPS} in {copy / 'checkpoints'}" in said and "going back to that of step 4" in said
+    assert f"kept as {copy / 'checkpoints' / f'unread-{STEPS}'} what could not be read" in said
     assert_same_run(copy, undisturbed)
+    assert steps_of(copy) == [6, 4, 2]
+
+
+def test_a_checkpoint_that_cannot_be_read_once_is_not_lost(copy):
+    """Nor the second time: each keeps a name of its own, which no reader takes for a checkpoint."""
+    for name in ("unread-6", "unread-6-2"):
+        with Checkpoints(copy / "checkpoints", keep_latest=9) as checkpoints:
+            assert checkpoints.set_aside_after(4) == [copy / "checkpoints" / name]
+            assert checkpoints.steps() == [4, 2]
+        shutil.copytree(copy / "checkpoints" / name, copy / "checkpoints" / "6")
+    assert_same_bits(state_of(copy), state_of(copy, 6))
+
+
+def test_a_checkpoint_of_another_program_is_refused(tmp_path, undisturbed):
+    state, record = init_state_of(undisturbed)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, record | {"next_token": 0, "train_ms": 0.0, "evaluated": False})
+        with pytest.raises(UserError, match=r"checkpoint 1 does not say .* \(its record lacks run_folder\); use"):
+            restore(checkpoints, "latest", abstract_of(undisturbed), make_mesh(1), print)
+
+
+def test_a_checkpoint_saved_in_haste_gets_its_validation_loss_later(tmp_path, undisturbed):
+    """And can then be the best."""
+    state, record = init_state_of(undisturbed)
+    with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
+        checkpoints.save(1, state, record, 3.0)
+        checkpoints.save(2, state, record)
+        checkpoints.add_loss(2, 2.0)
+        checkpoints.save(3, state, record)
+        checkpoints.save(4, state, record, 2.5)
+        assert checkpoints.steps() == [4, 2]
+    with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
+        checkpoints.save(5, state, record)
+        assert checkpoints.steps() == [5, 2]
 
 
 def test_when_all_checkpoints_are_damaged_it_says_so(copy):

@@ -53,13 +53,13 @@ def test_a_failed_write_leaves_the_old_shard_and_nothing_else(tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr.startswith(f"error: cannot write the shard {path} (File too large)")
+    assert result.stderr.startswith(f"error: {path}: cannot be written (File too large)")
     assert list(tmp_path.iterdir()) == [path]
     np.testing.assert_array_equal(open_shard(path), [1, 2, 3])
 
 
 def test_a_write_into_no_folder_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match=r"cannot write the shard .*missing/a\.bin"):
+    with pytest.raises(UserError, match=r"missing/a\.bin: cannot be written"):
         write_shard(tmp_path / "missing" / "a.bin", [1])
 
 

@@ -10,7 +10,6 @@ from senano_jax.data.stream import (
     SequenceSource,
     TokenStream,
     require_tokens,
-    tokens_available,
     validation_sequences,
 )
 from senano_jax.errors import UserError
@@ -169,11 +168,11 @@ def test_the_last_token_of_the_vocabulary_is_read(corpus):
     assert next(TokenStream(paths, 5, 2)).tokens[0, 3] == 50256
 
 
-def test_what_is_available_is_what_the_stream_gives(corpus):
+def test_the_stream_gives_all_whole_sequences(corpus):
     paths, _ = corpus
     for seq_len in (1, 4, 5, 18, 20):
         given = sum(batch.tokens[:, 1:].size for batch in TokenStream(paths, seq_len, 1))
-        assert tokens_available(paths, seq_len) == given
+        assert given == (TOTAL - 1) // seq_len * seq_len
 
 
 def test_more_tokens_than_there_are_is_refused_with_the_shards_it_takes(corpus):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -34,12 +35,6 @@ SMALL = [
     "--model.dim=16", "--model.num-heads=2", f"--steps={STEPS}", f"--batch-tokens={BATCH}", f"--seq-len={SEQ}",
     "--final-window-tokens=256", "--data.val-tokens=1024", "--data.val-seq-len=512", "--val-every=2", "--devices=2",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_programs_are_kept(tmp_path_factory):
-    """The runs below differ little: most take their compiled steps from one cache."""
-    SMALL.append(f"--compilation-cache={tmp_path_factory.mktemp('xla')}")
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +104,7 @@ def test_a_smaller_window_changes_the_evaluation(run_dir):
 
 def test_a_run_can_start_from_another_run_s_weights(run_dir, tmp_path):
     again = train.main(
-        [
-            "demo",
-            *SMALL,
-            "--steps=1",
-            f"--init-from={run_dir}",
-            "--final-window-tokens=128",
-            f"--run-dir={tmp_path / 'b'}",
-        ]
+        ["demo", *SMALL, f"--init-from={run_dir}", "--final-window-tokens=128", f"--run-dir={tmp_path / 'b'}"]
     )
     first_loss = records(again)[1][0]["val_loss"]
     assert first_loss == pytest.approx(evaluate.main([str(run_dir), "--window-blocks=1"]), rel=1e-6)
@@ -156,10 +144,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_last_checkpoint(tm
 
 
 def test_a_run_that_could_not_begin_leaves_its_folder_free(run_dir, tmp_path):
-    arguments = ["demo", *SMALL, "--steps=1", "--val-every=0", f"--run-dir={tmp_path / 'run'}"]
+    arguments = ["demo", *SMALL, "--val-every=0", f"--run-dir={tmp_path / 'run'}"]
     with pytest.raises(UserError, match="/nowhere is neither a PyTorch checkpoint"):
         train.main([*arguments, "--init-from=/nowhere"])
-    assert len(records(train.main(arguments))[0]) == 1
+    assert len(records(train.main(arguments))[0]) == STEPS
 
 
 def test_a_complete_run_is_left_as_it_is(run_dir, capsys):
@@ -182,18 +170,11 @@ def test_more_tokens_than_the_shards_hold_are_refused_before_training(tmp_path):
 
 def test_replaying_the_pytorch_loader_skips_tokens_and_says_so(tmp_path):
     path = train.main(
-        [
-            "demo",
-            *SMALL,
-            "--steps=2",
-            "--data.discard-micro-batch=512",
-            "--val-every=0",
-            f"--run-dir={tmp_path / 'run'}",
-        ]
+        ["demo", *SMALL, "--data.discard-micro-batch=512", "--val-every=0", f"--run-dir={tmp_path / 'run'}"]
     )
     steps, _ = records(path)
-    assert [r["tokens_read"] for r in steps] == [BATCH + 512, 2 * (BATCH + 512)]
-    assert [r["tokens_trained"] for r in steps] == [BATCH, 2 * BATCH]
+    assert [r["tokens_read"] for r in steps] == [(BATCH + 512) * k for k in range(1, STEPS + 1)]
+    assert [r["tokens_trained"] for r in steps] == [BATCH * k for k in range(1, STEPS + 1)]
 
 
 def test_an_exported_checkpoint_evaluates_to_the_loss_of_the_run(run_dir, tmp_path):
@@ -211,7 +192,7 @@ def test_an_exported_checkpoint_evaluates_to_the_loss_of_the_run(run_dir, tmp_pa
     with pytest.raises(UserError, match=r"embed\.weight has shape \(50257, 16\), this model needs \(50257, 64\)"):
         evaluate.main([str(tmp_path / "state.pt"), "--preset=demo"])
     started = train.main(
-        ["demo", *SMALL, "--steps=1", "--val-every=1", "--final-window-tokens=128",
+        ["demo", *SMALL, "--final-window-tokens=128",
          f"--init-from={tmp_path / 'state.pt'}", f"--run-dir={tmp_path / 'run'}"]
     )  # fmt: skip
     expected = evaluate.main([str(run_dir), "--window-blocks=1"])
@@ -232,6 +213,18 @@ def test_bad_input_ends_in_one_line_without_a_traceback(arguments, message, tmp_
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ") and message in result.stderr
+
+
+def test_a_cache_of_compiled_programs_named_in_the_environment_is_kept(monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    train.configure_jax("bfloat16", "~/elsewhere")
+    assert jax.config.jax_compilation_cache_dir == before == os.environ["JAX_COMPILATION_CACHE_DIR"]
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    try:
+        train.configure_jax("bfloat16", "~/elsewhere")
+        assert jax.config.jax_compilation_cache_dir == os.path.expanduser("~/elsewhere")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_a_bad_token_in_the_middle_of_training_is_named(tmp_path):

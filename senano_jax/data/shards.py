@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import UInt16
 
 from senano_jax.errors import UserError
+from senano_jax.files import write_atomically
 
 MAGIC = 20240520
 VERSION = 1
@@ -154,21 +155,4 @@ def write_shard(path: str | os.PathLike, tokens: Sequence[int] | np.ndarray) -> 
         raise ValueError(f"tokens from {tokens.min()} to {tokens.max()}, GPT-2's end at {VOCAB_SIZE - 1}")
     header = np.zeros(HEADER_INTS, "<i4")
     header[:3] = MAGIC, VERSION, tokens.size
-
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        try:
-            with open(partial, "wb") as file:
-                file.write(header.tobytes())
-                file.write(tokens.astype("<u2", copy=False).data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-    except OSError as error:
-        raise UserError(
-            f"cannot write the shard {path} ({error.strerror or error}): check its folder and the disk space"
-        ) from error
+    write_atomically(Path(path), header.tobytes(), tokens.astype("<u2", copy=False).data)

@@ -189,11 +189,6 @@ class TokenStream:
         )
 
 
-def tokens_available(shards: Sequence[Path], seq_len: int) -> int:
-    """The tokens that whole sequences of `seq_len` can be trained on, each once."""
-    return len(SequenceSource(shards, seq_len)) * seq_len
-
-
 def require_tokens(pattern: str, shards: Sequence[Path], tokens_needed: int) -> None:
     """Raises UserError unless the shards found by `pattern` hold `tokens_needed` inputs and a last target.
 

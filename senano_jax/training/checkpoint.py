@@ -1,11 +1,13 @@
 """Checkpoints of a run: written in the background with orbax, each whole or absent, and checked when read."""
 
+import contextlib
+import itertools
 import json
 import logging
 import math
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,18 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
+from senano_jax.files import write_atomically
 from senano_jax.training.mesh import replicated
+from senano_jax.training.processes import of_first_process, together
 from senano_jax.training.state import Params, TrainState, abstract_params, make_model
+
+_LOSS = "metrics/metrics"  # where orbax keeps the validation loss of a checkpoint
 
 
 class Checkpoints:
     """The checkpoints in `folder`, one a step: the newest `keep_latest`, the best by validation loss, and every
     `keep_every` steps (0: none). A context manager: on leaving it everything is on disk. With `read_only` nothing in
-    the folder is touched, so that a run may go on saving there.
+    the folder is touched, so that a run may go on saving there. In a job of several processes each calls every method.
 
     Raises UserError if the folder cannot be used.
     """
@@ -40,7 +46,7 @@ class Checkpoints:
         ]
         if keep_every:
             policies.append(preservation.EveryNSteps(interval_steps=keep_every))
-        self._folder = folder
+        self._folder, self._read_only = folder, read_only
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} cannot be used for checkpoints (it is not a folder); move it away")
         if read_only:
@@ -52,14 +58,17 @@ class Checkpoints:
                 best_fn=lambda metrics: metrics["val_loss"],
                 best_mode="min",
             )
-        try:
-            if not read_only:
-                _drop_damaged_losses(folder)
+            with together(), _one_line_errors(folder):
+                if jax.process_index() == 0:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    _drop_damaged_losses(folder)
+        with _one_line_errors(folder):
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be used for checkpoints ({error.strerror or error})") from None
-        except Exception as error:  # of whatever lies there
-            raise UserError(f"{folder} cannot be used for checkpoints ({_short(error)})") from None
+        # Reads without waiting for the other processes: one that cannot read must still be able to say so.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}
+        )
+        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
 
     def save(self, step: int, state: TrainState, record: dict[str, Any], val_loss: float | None = None) -> None:
         """Starts to save, and returns once the arrays are copied; an earlier save is waited for first.
@@ -84,7 +93,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps whose checkpoints are completely on disk, newest first; waits for a save under way."""
         self._guarded(self._manager.wait_until_finished)
-        return sorted(self._manager.all_steps(), reverse=True)
+        return of_first_process(sorted(self._manager.all_steps(), reverse=True))
 
     def restore(self, step: int, abstract: TrainState, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
         """The state, on all devices of the mesh, and the record saved with it.
@@ -114,17 +123,44 @@ class Checkpoints:
         """Deletes the checkpoints of later steps: they do not belong to a run that goes on from `step`."""
         for later in self.steps():
             if later > step:
-                self._guarded(lambda later=later: self._manager.delete(later))
+                self._guarded(lambda later=later: self._manager.delete(later), "deleted")
+
+    def set_aside_after(self, step: int) -> list[Path]:
+        """Renames the checkpoints of later steps to unread-<step>: what could not be read today may be read tomorrow,
+        and must not stand where the run will save. Returns the new paths, to process 0 alone."""
+        moved, later_steps = [], [later for later in self.steps() if later > step]
+        with together(), _one_line_errors(self._folder):
+            if jax.process_index() == 0:
+                for later in later_steps:
+                    moved.append((self._folder / str(later)).rename(self._unread(later)))
+        self._manager.reload()
+        return moved
+
+    def add_loss(self, step: int, val_loss: float) -> None:
+        """Adds the validation loss to a checkpoint that was saved without: only with one it can be the best."""
+        self._guarded(self._manager.wait_until_finished)
+        with together(), _one_line_errors(self._folder):
+            if jax.process_index() == 0:
+                path = self._folder / str(step) / _LOSS
+                path.parent.mkdir(exist_ok=True)
+                write_atomically(path, json.dumps({"val_loss": val_loss}).encode())
+        self._manager.reload()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_) -> None:
+        self._reader.close()
         self._guarded(self._manager.close)
 
+    def _unread(self, step: int) -> Path:
+        names = itertools.chain([f"unread-{step}"], (f"unread-{step}-{n}" for n in itertools.count(2)))
+        return next(path for name in names if not (path := self._folder / name).exists())
+
     def _read(self, step: int, **items) -> Any:
+        self._guarded(self._manager.wait_until_finished)
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            return self._reader.restore((self._folder / str(step)).absolute(), args=ocp.args.Composite(**items))
         except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
             raise UserError(f"checkpoint {step} in {self._folder} cannot be read: {_short(error)}") from None
 
@@ -141,15 +177,17 @@ class Checkpoints:
             raise UserError(f"checkpoint {step} in {self._folder} is damaged: {fault}")
         return record
 
-    def _guarded(self, action: Callable[[], Any]) -> None:
+    def _guarded(self, action: Callable[[], Any], what: str = "saved") -> None:
         """Turns a failed save (a full disk, a folder taken away) into one line; a background save fails here too."""
         try:
             action()
         except UserError:
             raise
         except Exception as error:
+            if self._read_only:
+                raise UserError(f"the checkpoints in {self._folder} cannot be read: {_short(error)}") from None
             raise UserError(
-                f"a checkpoint could not be saved in {self._folder}: {_short(error)}; "
+                f"a checkpoint could not be {what} in {self._folder}: {_short(error)}; "
                 "earlier checkpoints are whole: make room and resume"
             ) from None
 
@@ -199,13 +237,24 @@ def _crc32(record: dict[str, Any]) -> int:
 
 def _drop_damaged_losses(folder: Path) -> None:
     """Removes validation losses that cannot be read: their checkpoints count as not evaluated."""
-    for path in folder.glob("*/metrics/metrics"):
+    for path in folder.glob(f"[0-9]*/{_LOSS}"):
         try:
             sound = math.isfinite(json.loads(path.read_bytes())["val_loss"])
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
             sound = False
         if not sound:
             shutil.rmtree(path.parent)
+
+
+@contextlib.contextmanager
+def _one_line_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of whatever lies there
+        reason = getattr(error, "strerror", None) or _short(error)
+        raise UserError(f"{folder} cannot be used for checkpoints ({reason})") from None
 
 
 def _placed(tree: Any, mesh: Mesh) -> Any:

@@ -17,18 +17,15 @@ from senano_jax.optim.schedules import window_blocks
 from senano_jax.runlog.data_record import DataRecord
 from senano_jax.runlog.progress import Progress
 from senano_jax.runlog.sinks import Sinks
-from senano_jax.runlog.writer import RunFolder, new_run_dir
-from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.clock import Clock
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import DATA_AXIS, choose_micro_batches, make_mesh, place_batch
-from senano_jax.training.processes import StopVote
+from senano_jax.training.processes import StopVote, together
 from senano_jax.training.recorder import Recorder, RunningStep, wait_for_step
-from senano_jax.training.resume import check_same_run, restore
-from senano_jax.training.state import abstract_state, count_parameters, init_state, make_model, with_params
+from senano_jax.training.resume import Position, begin_or_resume, check_same_run, open_run
+from senano_jax.training.state import count_parameters, make_model
 from senano_jax.training.step import make_train_step
 from senano_jax.training.stop import StopRequest
-from senano_jax.training.weights import load_weights
 
 
 def train(config: Config, preset: str) -> Path:
@@ -37,24 +34,24 @@ def train(config: Config, preset: str) -> Path:
     Raises UserError, before anything is allocated, for values, files or devices that cannot work; and, during the
     run, for a loss that is no longer finite, bad tokens, or a folder that can no longer be written.
     """
-    check_config(config)
     if jax.process_count() > 1 and config.run_dir is None:
         raise UserError("a run of several processes needs --run-dir, the same folder for all of them")
-    if config.resume is not None:
-        check_same_run(config, Path(config.run_dir))
-    sinks = Sinks(config)
-    shards = find_shards(config.data.train_files)
-    discard = config.data.discard_micro_batch
-    stream_tokens = config.steps * (config.batch_tokens + discard) - discard
-    require_tokens(config.data.train_files, shards, stream_tokens)
+    with together():
+        check_config(config)
+        if config.resume is not None:
+            check_same_run(config, Path(config.run_dir))
+        sinks = Sinks(config)
+        shards = find_shards(config.data.train_files)
+        discard = config.data.discard_micro_batch
+        stream_tokens = config.steps * (config.batch_tokens + discard) - discard
+        require_tokens(config.data.train_files, shards, stream_tokens)
 
     mesh = make_mesh(config.devices)
     micro_batches = choose_micro_batches(config, mesh.size)
     model = make_model(config)
-    evaluate = make_evaluator(config, model, mesh)
+    with together():
+        evaluate = make_evaluator(config, model, mesh)
     optimizer = make_optimizer(config.optimizer, config.steps, DATA_AXIS)
-    abstract = abstract_state(model, optimizer)
-    parameters = count_parameters(abstract.params)
     train_step = make_train_step(model, optimizer, mesh)
     vote = StopVote(mesh)
     needed = {
@@ -63,36 +60,16 @@ def train(config: Config, preset: str) -> Path:
     }
 
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(RunFolder(Path(config.run_dir or new_run_dir(preset))))
-        if config.resume is None:
-            run.refuse_if_started()
-        data_record = stack.enter_context(DataRecord(run.path, needed))
         progress = Progress(config.steps, visible=jax.process_index() == 0)
-        checkpoints = stack.enter_context(
-            Checkpoints(run.path / "checkpoints", config.checkpoint_keep, config.checkpoint_keep_every)
-        )
-        restored = None
-        if config.resume is not None:
-            restored = restore(checkpoints, config.resume, abstract, mesh, progress.say)
-            if restored and restored[1]["step"] == config.steps and restored[1]["evaluated"]:
-                progress.say(f"the run in {run.path} is complete: {config.steps} steps")
-                return run.path
-            data_record.go_on(progress.say)
-            run.go_on(restored[1]["run_folder"] if restored else {"metrics": 0, "log": 0})
-            # Only now that nothing can refuse the run any more: it does their steps again, and saves them again.
-            checkpoints.delete_after(restored[1]["step"] if restored else 0)
-        if restored is None:
-            state = init_state(model, optimizer, config.seed, mesh)
-            if config.init_from is not None:
-                state = with_params(state, load_weights(config.init_from, config.model, abstract.params, mesh), mesh)
-            saved = {"step": 0, "next_token": 0, "train_ms": 0.0, "evaluated": False}
-        else:
-            state, saved = restored
-        stack.enter_context(sinks.open(run.path, saved["step"], progress.say))
-        if config.resume is None:  # only now: a run that could not begin leaves no folder that looks like one
-            data_record.start()
-            run.start(config, preset, parameters)
-        first_step, evaluated = saved["step"], saved["evaluated"]
+        run, checkpoints = stack.enter_context(open_run(config, preset))
+        data_record = stack.enter_context(DataRecord(run.path, needed))
+        begun = begin_or_resume(config, preset, run, data_record, checkpoints, model, optimizer, mesh, progress.say)
+        if begun is None:
+            progress.say(f"the run in {run.path} is complete: {config.steps} steps")
+            return run.path
+        state, position = begun
+        first_step, evaluated = position.step, position.evaluated
+        stack.enter_context(sinks.open(run.path, first_step, progress.say))
         stream = stack.enter_context(
             contextlib.closing(
                 TokenStream(
@@ -102,15 +79,16 @@ def train(config: Config, preset: str) -> Path:
                     process_index=jax.process_index(),
                     process_count=jax.process_count(),
                     discard_tokens=discard,
-                    start_token=saved["next_token"],
+                    start_token=position.next_token,
                 )
             )
         )
-        clock = Clock(saved["train_ms"])
+        clock = Clock(position.train_ms)
         recorder = Recorder(run, sinks, progress, clock, config, lambda: next(iter(checkpoints.steps()), None))
         where = f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {micro_batches} micro-batches"
+        parameters = count_parameters(state.params)
         intro = f"{preset}: {parameters:,} parameters, {config.steps} steps of {config.batch_tokens:,} tokens"
-        progress.say(f"{intro} ({where}), run folder {run.path}" + (f", from step {first_step}" if restored else ""))
+        progress.say(f"{intro} ({where}), run folder {run.path}" + (f", from step {first_step}" if first_step else ""))
 
         waiter = stack.enter_context(ThreadPoolExecutor(1))
         stop = stack.enter_context(StopRequest())
@@ -131,17 +109,19 @@ def train(config: Config, preset: str) -> Path:
                 clock.stop()
                 val_loss = evaluate(state.params, window)
                 recorder.evaluation(step, val_loss, window)
+                if 0 < step == first_step:  # its checkpoint was saved in haste, without
+                    checkpoints.add_loss(step, val_loss)
                 clock.start()
             if (checkpoint_due or stopping) and step > first_step:
-                record = {
-                    "step": step,
-                    "next_token": stream.get_state()["next_token"],
-                    "train_ms": clock.milliseconds,
-                    "evaluated": val_loss is not None,
-                    "run_folder": run.position(),
-                }
+                position = Position(
+                    step=step,
+                    next_token=stream.get_state()["next_token"],
+                    train_ms=clock.milliseconds,
+                    evaluated=val_loss is not None,
+                    run_folder=run.position(),
+                )
                 data_record.wait()
-                checkpoints.save(step, state, record, val_loss)
+                checkpoints.save(step, state, position._asdict(), val_loss)
             if last or stopping:
                 break
             evaluated = False

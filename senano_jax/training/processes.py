@@ -1,14 +1,16 @@
-"""Runs of several processes: joining them, and agreeing on when to stop."""
+"""Runs of several processes: joining them, refusing as one, and agreeing on when to stop."""
 
 import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -17,6 +19,7 @@ from senano_jax.training.mesh import DATA_AXIS, place_sequences
 
 # Set by a launcher in each process it starts: srun, mpirun, or a person.
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+_REFUSAL_BYTES = 1024
 
 
 def join_processes() -> None:
@@ -53,8 +56,41 @@ def leave_at_once_on_failure() -> Iterator[None]:
                 traceback.print_exc()
             sys.stdout.flush()
             sys.stderr.flush()
+            if jax.process_index() == 0:
+                time.sleep(1)  # with it goes what connects the others, who may be about to say why they leave
             os._exit(status if isinstance(status, int) else 1)
         raise
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What one process refuses, all refuse: a UserError raised within, in any of them, is raised in each on leaving.
+
+    All must come here, and nothing within may wait for the others. It is the error of the first process that has one.
+    """
+    refusal = ""
+    try:
+        yield
+    except UserError as error:
+        if jax.process_count() == 1:
+            raise
+        refusal = str(error)
+    if jax.process_count() > 1:
+        mine = np.zeros(_REFUSAL_BYTES, np.uint8)
+        text = refusal.encode(errors="replace")[:_REFUSAL_BYTES]
+        mine[: len(text)] = list(text)
+        for said in multihost_utils.process_allgather(mine):
+            if said.any():
+                raise UserError(said.tobytes().rstrip(b"\0").decode(errors="ignore"))
+
+
+def of_first_process(numbers: list[int]) -> list[int]:
+    """The `numbers` of process 0, in every process."""
+    if jax.process_count() == 1:
+        return numbers
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+    mine = np.resize(np.asarray(numbers or [0], np.int32), count)  # of the right size; only process 0's count
+    return multihost_utils.broadcast_one_to_all(mine).tolist()
 
 
 class StopVote:

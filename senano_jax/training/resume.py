@@ -1,17 +1,23 @@
-"""Going on with a run that was stopped: is it the same run, and from which checkpoint?"""
+"""Beginning a run, or going on with one that was stopped: is it the same run, and from which checkpoint?"""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import optax
 from jax.sharding import Mesh
 
 from senano_jax.config import Config
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
+from senano_jax.runlog.data_record import DataRecord
+from senano_jax.runlog.writer import RunFolder, new_run_dir
 from senano_jax.training.checkpoint import Checkpoints
-from senano_jax.training.state import TrainState
+from senano_jax.training.processes import together
+from senano_jax.training.state import Model, TrainState, abstract_state, count_parameters, init_state, with_params
+from senano_jax.training.weights import load_weights
 
 # What may change between two parts of one run: where and how it is computed, not what.
 _FREE = (
@@ -33,6 +39,73 @@ _FREE = (
 )
 
 
+class Position(NamedTuple):
+    """What is saved beside the state: all else that a run needs to go on."""
+
+    step: int  # steps done
+    next_token: int  # of the stream
+    train_ms: float
+    evaluated: bool  # the weights after this step
+    run_folder: dict[str, int]  # bytes of its files
+
+
+@contextlib.contextmanager
+def open_run(config: Config, preset: str) -> Iterator[tuple[RunFolder, Checkpoints]]:
+    """The run folder, locked, and the checkpoints in it. Raises UserError if it is in use, cannot be written, or holds
+    a run that `config` does not resume."""
+    run = RunFolder(Path(config.run_dir or new_run_dir(preset)))
+    with contextlib.ExitStack() as stack:
+        with together():
+            stack.enter_context(run)
+            if config.resume is None:
+                run.refuse_if_started()
+        folder = run.path / "checkpoints"
+        yield run, stack.enter_context(Checkpoints(folder, config.checkpoint_keep, config.checkpoint_keep_every))
+
+
+def begin_or_resume(
+    config: Config,
+    preset: str,
+    run: RunFolder,
+    data_record: DataRecord,
+    checkpoints: Checkpoints,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    say: Callable[[str], None],
+) -> tuple[TrainState, Position] | None:
+    """State and position of a new run or of the one in the folder, whose records now end there.
+
+    None if that run is complete; it is left as it is. Raises UserError, before anything is changed, if the run cannot
+    begin or go on.
+    """
+    abstract = abstract_state(model, optimizer)
+    restored = None if config.resume is None else restore(checkpoints, config.resume, abstract, mesh, say)
+    if restored is not None:
+        state, position = restored
+        if position.step == config.steps and position.evaluated:
+            return None
+    else:
+        state = init_state(model, optimizer, config.seed, mesh)
+        position = Position(0, 0, 0.0, evaluated=False, run_folder={"metrics": 0, "log": 0})
+        if config.init_from is not None:
+            state = with_params(state, load_weights(config.init_from, config.model, abstract.params, mesh), mesh)
+    with together():
+        if config.resume is None:  # only now: a run that could not begin leaves no folder that looks like one
+            data_record.start()
+            run.start(config, preset, count_parameters(abstract.params))
+        else:
+            data_record.go_on(say)
+            run.go_on(position.run_folder)
+    # Only now that nothing can refuse the run any more: it does their steps again, and saves them again.
+    if config.resume == "latest":
+        for path in checkpoints.set_aside_after(position.step):
+            say(f"kept as {path} what could not be read; delete it if it is damaged")
+    elif config.resume is not None:
+        checkpoints.delete_after(position.step)
+    return state, position
+
+
 def check_same_run(config: Config, run_dir: Path) -> None:
     """Raises UserError naming the fields in which `config` differs from the run in `run_dir`."""
     saved, given = (_flat(dataclasses.asdict(c)) for c in (read_config(run_dir / "config.json")[0], config))
@@ -47,8 +120,8 @@ def check_same_run(config: Config, run_dir: Path) -> None:
 
 def restore(
     checkpoints: Checkpoints, wanted: int | str, abstract: TrainState, mesh: Mesh, say: Callable[[str], None]
-) -> tuple[TrainState, dict[str, Any]] | None:
-    """State and record of checkpoint `wanted`, or for "latest" of the newest one that is whole.
+) -> tuple[TrainState, Position] | None:
+    """State and position of checkpoint `wanted`, or for "latest" of the newest one that every process can read.
 
     Returns None for "latest" if the run was stopped before its first checkpoint. Raises UserError if the step asked
     for is not there, or if all checkpoints are damaged.
@@ -58,15 +131,29 @@ def restore(
         if wanted not in steps:
             there = ", ".join(map(str, reversed(steps))) or "none"
             raise UserError(f"--resume {wanted}: there is no checkpoint of this step; there are: {there}")
-        return checkpoints.restore(int(wanted), abstract, mesh)
+        return _restore_together(checkpoints, int(wanted), abstract, mesh)
     for older, step in enumerate(steps, start=1):
         try:
-            return checkpoints.restore(step, abstract, mesh)
+            return _restore_together(checkpoints, step, abstract, mesh)
         except UserError as error:
             if older == len(steps):
                 raise
             say(f"{error}; going back to that of step {steps[older]}")
     return None
+
+
+def _restore_together(
+    checkpoints: Checkpoints, step: int, abstract: TrainState, mesh: Mesh
+) -> tuple[TrainState, Position]:
+    with together():
+        state, record = checkpoints.restore(step, abstract, mesh)
+        missing = [name for name in Position._fields if name not in record]
+        if missing:
+            raise UserError(
+                f"checkpoint {step} does not say where the run was (its record lacks {', '.join(missing)}); "
+                "use its weights with --init-from"
+            )
+    return state, Position(*(record[name] for name in Position._fields))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
