@@ -1,8 +1,8 @@
-"""The two elementwise functions that all parts of the model share, with PyTorch's roundings."""
+"""Small functions that several parts of the model share, with PyTorch's roundings."""
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 # PyTorch's rms_norm takes the float32 epsilon for bfloat16 inputs too.
 NORM_EPSILON = 1.1920929e-7
@@ -17,3 +17,11 @@ def norm(x: Float[Array, "*S D"]) -> Float[Array, "*S D"]:
 def scaled(weight: Float[Array, ""], x: Float[Array, "*S"]) -> Float[Array, "*S"]:
     """A float32 scalar times x, rounded to x's type: what PyTorch makes of a zero-dimensional weight."""
     return (weight * x.astype(jnp.float32)).astype(x.dtype)
+
+
+def rows_of(table: Float[Array, "V D"], indices: Int[Array, "*S"], dtype: jnp.dtype) -> Float[Array, "*S D"]:
+    """Rows of `table` in `dtype`; their gradients are added in float32 whatever the table's type.
+
+    A sum in bfloat16 stands still at 256 times what is added, so that the commonest tokens would lose much of theirs.
+    """
+    return table.astype(jnp.float32)[indices].astype(dtype)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from senano_jax.attention import Intervals, document_start, window_intervals
 from senano_jax.config import ModelConfig
 from senano_jax.model.block import Block
-from senano_jax.model.elementwise import norm
+from senano_jax.model.elementwise import norm, rows_of
 from senano_jax.model.loss import soft_cap, soft_capped_cross_entropy
 from senano_jax.model.remat import rematerialised
 from senano_jax.model.rotary import rotary_tables
@@ -121,9 +121,9 @@ class Gpt(nn.Module):
         inputs = inputs.astype(jnp.int32)
         starts = document_start(inputs)
         windows = {True: window_intervals(starts, window_blocks), False: window_intervals(starts, window_blocks // 2)}
-        x0 = norm(self.embedding[inputs].astype(self.dtype))
+        x0 = norm(rows_of(self.embedding, inputs, self.dtype))
         heads = (*inputs.shape, c.num_heads, c.head_dim)
-        values = tuple(table[inputs].astype(self.dtype).reshape(heads) for table in self.value_tables)
+        values = tuple(rows_of(table, inputs, self.dtype).reshape(heads) for table in self.value_tables)
         around = Surroundings(x0, None, values, rotary_tables(inputs.shape[1], c.head_dim), windows)
 
         x, outputs = x0, []
