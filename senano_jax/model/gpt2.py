@@ -23,8 +23,17 @@ def layer_norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def dense(features: int, dtype: jnp.dtype, name: str, std: float = INIT_STD) -> nn.Dense:
-    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.normal(std), name=name)
+class Dense(nn.Module):
+    """x kernel + bias, in x's type. The bias is added in float32: its gradient is a sum over all tokens."""
+
+    features: int
+    std: float = INIT_STD
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return (x @ kernel.astype(x.dtype) + bias).astype(x.dtype)
 
 
 @jax.checkpoint  # keeps its input alone for the backward pass, not the float32 numbers in between
@@ -40,10 +49,10 @@ class Attention(nn.Module):
     def __call__(self, x_BTD, intervals: Intervals):
         c = self.config
         B, T, D = x_BTD.shape
-        qkv_BTE = dense(3 * D, x_BTD.dtype, "qkv")(x_BTD)
+        qkv_BTE = Dense(3 * D, name="qkv")(x_BTD)
         q, k, v = (part.reshape(B, T, c.num_heads, c.head_dim) for part in jnp.split(qkv_BTE, 3, axis=-1))
         y_BTHK = attend(q, k, v, intervals, c.head_dim**-0.5, c.attention)
-        return dense(D, x_BTD.dtype, "out", residual_std(c))(y_BTHK.reshape(B, T, D))
+        return Dense(D, residual_std(c), name="out")(y_BTHK.reshape(B, T, D))
 
 
 class Mlp(nn.Module):
@@ -52,8 +61,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         c = self.config
-        h_BTF = dense(c.mlp_expansion * c.dim, x_BTD.dtype, "up")(x_BTD)
-        return dense(c.dim, x_BTD.dtype, "down", residual_std(c))(gelu(h_BTF))
+        h_BTF = Dense(c.mlp_expansion * c.dim, name="up")(x_BTD)
+        return Dense(c.dim, residual_std(c), name="down")(gelu(h_BTF))
 
 
 def residual_std(config: Gpt2Config) -> float:
