@@ -21,7 +21,12 @@ if jax.config.jax_platforms in (None, "", "cpu"):
     jax.config.update("jax_num_cpu_devices", 8)
 
 
+# The files that take longest, which must not be left for the end, when one process has nothing to do.
+LONGEST = ("test_resume", "test_parity", "test_train", "test_processes", "test_faults", "test_profile", "test_step")
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if jax.default_backend() != "gpu":
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
         for item in items:

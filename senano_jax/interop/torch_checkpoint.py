@@ -123,14 +123,14 @@ def read_torch_checkpoint(path: str) -> dict[str, np.ndarray]:
     Raises: UserError if torch is not installed, or the file is absent, unreadable or of another kind.
     """
     try:
-        import torch
-    except ImportError:
-        raise UserError(f"reading {path} needs PyTorch; run: pip install 'senano-jax[torch]'") from None
-    try:
         if not Path(path).is_file():
             raise UserError(f"{path} is not a file; give a PyTorch checkpoint (.pt)")
     except (OSError, ValueError) as error:  # a name that is too long, or is none
         raise UserError(f"{path[:200]!r} is not a file ({error}); give a PyTorch checkpoint (.pt)") from None
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"reading {path} needs PyTorch; run: pip install 'senano-jax[torch]'") from None
     file_bytes = Path(path).stat().st_size
     try:
         if _unpacked_bytes(path) > file_bytes:
