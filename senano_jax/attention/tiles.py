@@ -29,7 +29,7 @@ class Tiles:
     dkv: Tile
 
 
-# Measured on an H200 with JAX 0.11.2 at windows of 1, 7 and 14 blocks over FineWeb's documents. Four warps and 64 rows
+# Measured on an H200 with JAX 0.11.2 at windows of 1, 7 and 14 blocks over documents of text. Four warps and 64 rows
 # let two programs share a multiprocessor, one computing while the other waits; larger tiles read less but run alone.
 BFLOAT16 = Tiles(
     forward=Tile(queries=64, keys=64, warps=4, stages=3),

@@ -1,7 +1,7 @@
 """Which shards a run reads: what tells one file from another, and from the published one of its name."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,13 +36,14 @@ def needed_shards(paths: Sequence[Path], tokens: int) -> list[Path]:
     return needed
 
 
-def identify(paths: Iterable[Path]) -> list[ShardIdentity]:
+def identify(paths: Sequence[Path]) -> list[ShardIdentity]:
     """Everything but the checksums, at once. Raises UserError for an unsound shard."""
+    published_in = {folder: read_published(folder) for folder in {path.parent for path in paths}}
     identities = []
     for path in paths:
         tokens = len(open_shard(path))  # which has found that the file holds these and no more
         size = HEADER_BYTES + TOKEN_BYTES * tokens
-        if published := read_published(path.parent).get(path.name):
+        if published := published_in[path.parent].get(path.name):
             identities.append(ShardIdentity(path.name, size, tokens, None, published.sha256, published.url))
         else:
             identities.append(ShardIdentity(path.name, size, tokens))

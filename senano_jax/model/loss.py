@@ -61,7 +61,12 @@ def _chunked_loss(x, head, targets, chunk_tokens, vocab_size):
 
 def soft_cap(z: Float[Array, "*S V"], dim: int) -> Float[Array, "*S V"]:
     """Logits in (0, 30) from the head's products; float32."""
-    return SOFT_CAP * jax.nn.sigmoid(z.astype(jnp.float32) / (7.5 * dim**0.5))
+    return SOFT_CAP * jax.nn.sigmoid(z.astype(jnp.float32) / _scale(dim))
+
+
+def _scale(dim: int) -> float:
+    """What the sigmoid divides the products by."""
+    return 7.5 * dim**0.5
 
 
 def _logits(z_NV, dim, vocab_size):
@@ -89,13 +94,13 @@ def _logsumexp_and_gradient(z_NV, targets_N, dim, vocab_size):
     """The logits' log-sum-exp (float32) and the gradient of z (its type)."""
     capped = vocab_size is None
     if capped and jax.default_backend() == "gpu" and loss_kernel.fits(*z_NV.shape):
-        return loss_kernel.logsumexp_and_gradient(z_NV, targets_N, cap=SOFT_CAP, slope=1 / (7.5 * dim**0.5))
+        return loss_kernel.logsumexp_and_gradient(z_NV, targets_N, cap=SOFT_CAP, slope=1 / _scale(dim))
     logsumexp_N = _logsumexp(z_NV, dim, vocab_size)
     logits_NV = _logits(z_NV, dim, vocab_size)
     hit_NV = targets_N[:, None] == jnp.arange(logits_NV.shape[1])
     dz_NV = jnp.exp(logits_NV - logsumexp_N[:, None]) - hit_NV
     if capped:
-        dz_NV *= logits_NV * (1 - logits_NV / SOFT_CAP) / (7.5 * dim**0.5)
+        dz_NV *= logits_NV * (1 - logits_NV / SOFT_CAP) / _scale(dim)
     return logsumexp_N, dz_NV.astype(z_NV.dtype)
 
 
