@@ -6,7 +6,7 @@ from flax import linen as nn
 
 from senano_jax.attention import Intervals, attend
 from senano_jax.config import ModelConfig
-from senano_jax.model.elementwise import scaled
+from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.heads import prepare_heads
 from senano_jax.model.norm_fork import norm_fork
 from senano_jax.model.squared_relu import squared_relu_mlp
@@ -43,9 +43,8 @@ class Attention(nn.Module):
         if c.value_embeddings:
             lambdas = self.param("value_lambdas", nn.initializers.constant(0.5), (2,))
             q, k, v = prepare_heads(qkv_BTE, None, jnp.float32(0), rotary, c.num_heads)
-            v = scaled(lambdas[0], v)
-            if other_v_BTHK is not None:
-                v = v + scaled(lambdas[1], other_v_BTHK)
+            others = [] if other_v_BTHK is None else [(lambdas[1], other_v_BTHK)]
+            v = weighted_sum((lambdas[0], v), *others, dtype=v.dtype)
         else:
             value_residual = self.param("value_residual", nn.initializers.constant(0.5), ())
             q, k, v = prepare_heads(qkv_BTE, other_v_BTHK, value_residual, rotary, c.num_heads)
@@ -78,13 +77,13 @@ class Block(nn.Module):
         `other_v_BTHK` the values that the layer's attention mixes in. A layer without attention returns no values.
         """
         lambdas = self.param("lambdas", lambda key: jnp.array([1.0, 0.0]))
-        if skip is not None:
-            x_BTD = x_BTD + scaled(*skip)
-        x_BTD = scaled(lambdas[0], x_BTD) + scaled(lambdas[1], x0_BTD)
+        skips = [] if skip is None else [(lambdas[0] * skip[0], skip[1])]
+        x_BTD = weighted_sum((lambdas[0], x_BTD), *skips, (lambdas[1], x0_BTD), dtype=x0_BTD.dtype)
         v_BTHK = None
         if self.layer not in self.config.layers.no_attention:
             x_BTD, normed_BTD = norm_fork(x_BTD)
             y_BTD, v_BTHK = Attention(self.config, name="attention")(normed_BTD, other_v_BTHK, rotary, intervals)
             x_BTD = x_BTD + y_BTD
         x_BTD, normed_BTD = norm_fork(x_BTD)
-        return x_BTD + Mlp(self.config, name="mlp")(normed_BTD), v_BTHK
+        mlp_BTD = Mlp(self.config, name="mlp")(normed_BTD)
+        return x_BTD.astype(jnp.float32) + mlp_BTD.astype(jnp.float32), v_BTHK

@@ -1,4 +1,4 @@
-"""Small functions that several parts of the model share, with PyTorch's roundings."""
+"""Small functions that several parts of the model share."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -14,9 +14,13 @@ def norm(x: Float[Array, "*S D"]) -> Float[Array, "*S D"]:
     return (x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + NORM_EPSILON)).astype(x.dtype)
 
 
-def scaled(weight: Float[Array, ""], x: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """A float32 scalar times x, rounded to x's type: what PyTorch makes of a zero-dimensional weight."""
-    return (weight * x.astype(jnp.float32)).astype(x.dtype)
+def weighted_sum(*terms: tuple[Float[Array, ""], Float[Array, "*S"]], dtype: jnp.dtype) -> Float[Array, "*S"]:
+    """The sum of weight * x over (weight, x), computed in float32 and rounded once, to `dtype`.
+
+    With weights near 1 the roundings of single products are no noise: all numbers of one mantissa err the same way, and
+    over many layers the residual stream drifts. PyTorch rounds once too when it compiles such a sum.
+    """
+    return sum(weight * x.astype(jnp.float32) for weight, x in terms).astype(dtype)
 
 
 def rows_of(table: Float[Array, "V D"], indices: Int[Array, "*S"], dtype: jnp.dtype) -> Float[Array, "*S D"]:

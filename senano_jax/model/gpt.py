@@ -59,7 +59,7 @@ class LoopVisit(nn.Module):
         for j, layer in enumerate(range(layers.prelude, layers.prelude + layers.loop)):
             skip = None if skips is None else (skips[0][j], skips[1][j])
             x, _ = apply_layer(getattr(self, f"layer_{layer}"), x, skip, around)
-            outputs.append(x)
+            outputs.append(x.astype(around.x0.dtype))
         return x, tuple(outputs) if skips is None else None
 
 
@@ -131,7 +131,7 @@ class Gpt(nn.Module):
             x, v = apply_layer(getattr(self, f"layer_{layer}"), x, None, around)
             if layer == 0 and not c.value_embeddings:
                 around = around._replace(first_v=v)
-            outputs.append(x)
+            outputs.append(x.astype(self.dtype))
 
         loop_skips = layers.loop * layers.visits // 2
         loop_weights, coda_weights = self.skip_weights[:loop_skips], self.skip_weights[loop_skips:]
@@ -143,4 +143,4 @@ class Gpt(nn.Module):
         for j, layer in enumerate(range(layers.prelude + layers.loop, layers.layers)):
             skip = (coda_weights[j], outputs.pop())
             x, _ = apply_layer(getattr(self, f"layer_{layer}"), x, skip, around)
-        return norm(x)
+        return norm(x).astype(self.dtype)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from senano_jax.attention import pallas_triton
-from senano_jax.model.elementwise import NORM_EPSILON, norm, scaled
+from senano_jax.model.elementwise import NORM_EPSILON, norm, weighted_sum
 from senano_jax.model.rotary import rotate
 
 Implementation = Literal["auto", "fused", "plain"]
@@ -85,7 +85,7 @@ def _plain(qkv, first_v, value_residual, rotary, num_heads):
     heads = (*qkv.shape[:2], num_heads, -1)
     q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
     if first_v is not None:
-        v = scaled(1 - value_residual, v) + scaled(value_residual, first_v)
+        v = weighted_sum((1 - value_residual, v), (value_residual, first_v), dtype=v.dtype)
     return rotate(norm(q), rotary), rotate(norm(k), rotary), v
 
 
@@ -103,7 +103,7 @@ def _fused_bwd(num_heads, launches, interpret, residuals, gradients):
     _, first_v, value_residual, _ = residuals
     d_qkv, d_value_residual = backward(*residuals, *gradients, num_heads, launches.backward, interpret)
     # Left to XLA, which adds those of all layers in one pass.
-    d_first_v = None if first_v is None else scaled(value_residual, gradients[2])
+    d_first_v = None if first_v is None else weighted_sum((value_residual, gradients[2]), dtype=first_v.dtype)
     return d_qkv, d_first_v, d_value_residual, None  # the tables are constants
 
 
