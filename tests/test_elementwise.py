@@ -1,10 +1,30 @@
-"""Rows of a table, and what their gradients add up to."""
+"""Sums that are rounded once, rows of a table, and what their gradients add up to."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from senano_jax.model.elementwise import rows_of
+from senano_jax.model.elementwise import rows_of, weighted_sum
+
+
+def test_a_weighted_sum_is_rounded_once():
+    """It and its gradients, against float64: every entry is the bfloat16 number next to the exact one."""
+    weights = (1.003, 0.997, 0.1)
+    xs = [256 * jax.random.normal(jax.random.key(k), (4096,)).astype(jnp.bfloat16) for k in range(3)]
+    cotangent = jax.random.normal(jax.random.key(3), (4096,)).astype(jnp.bfloat16)
+    total, pull_back = jax.vjp(
+        lambda weights, xs: weighted_sum(*zip(weights, xs), dtype=jnp.bfloat16), [jnp.float32(w) for w in weights], xs
+    )
+    d_weights, d_xs = pull_back(cotangent)
+
+    exact = sum(float(np.float32(w)) * np.asarray(x, np.float64) for w, x in zip(weights, xs))
+    # The float32 sum may fall on the other side of the middle between two bfloat16 numbers, which is rare.
+    np.testing.assert_allclose(np.asarray(total, np.float64), exact, rtol=2**-8)
+    assert np.mean(total == exact.astype(jnp.bfloat16)) > 0.999
+    for weight, d_weight, x, d_x in zip(weights, d_weights, xs, d_xs):
+        np.testing.assert_array_equal(d_x, (np.float32(weight) * cotangent.astype(jnp.float32)).astype(jnp.bfloat16))
+        products = np.asarray(cotangent, np.float64) * np.asarray(x, np.float64)
+        np.testing.assert_allclose(d_weight, products.sum(), rtol=0, atol=1e-5 * np.abs(products).sum())
 
 
 def test_rows():

@@ -31,7 +31,8 @@ class Surroundings(NamedTuple):
 
 
 def apply_layer(block: Block, x: Float[Array, "B T D"], skip, around: Surroundings):
-    """Gives `block` the window and the values that its layer takes; returns the residual stream and the values."""
+    """Gives `block` the window and the values that its layer takes; returns the residual stream, in float32, and the
+    values."""
     c = block.config
     table = c.value_table(block.layer)
     other_v = around.first_v if table is None else around.value_embeddings[table]
@@ -50,7 +51,7 @@ class LoopVisit(nn.Module):
             setattr(self, f"layer_{layer}", block(c, layer))
 
     def __call__(self, x: Float[Array, "B T D"], skips, around: Surroundings):
-        """`skips` is None in the first half of the visits, and the outputs of the layers are returned beside x.
+        """`skips` is None in the first half of the visits, and the layers' outputs are returned, rounded, beside x.
 
         In the second half it is (weights [loop], one [B, T, D] a layer), to be added before each layer.
         """

@@ -1,0 +1,29 @@
+"""One layer by itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tiny import TINY
+
+from senano_jax.attention import document_start, window_intervals
+from senano_jax.model.block import Block
+from senano_jax.model.rotary import rotary_tables
+
+
+def test_what_a_layer_adds_to_a_large_stream_is_not_lost():
+    """bfloat16 numbers near 256 are 2 apart, and an MLP adds less than that; its sum with the stream is float32."""
+    length = 128
+    block = Block(TINY, layer=0)
+    x = jnp.full((1, length, TINY.dim), 256, jnp.bfloat16)
+    x0 = jax.random.normal(jax.random.key(0), x.shape).astype(jnp.bfloat16)
+    intervals = window_intervals(document_start(jnp.ones((1, length), jnp.int32)), 1)
+    given = (x, None, x0, None, rotary_tables(length, TINY.head_dim), intervals)
+    params = block.init(jax.random.key(1), *given)["params"]
+    down = 0.1 * jax.random.normal(jax.random.key(2), params["mlp"]["down"].shape)
+    out, _ = block.apply({"params": {**params, "mlp": {**params["mlp"], "down": down}}}, *given)
+
+    hidden = jnp.ones(TINY.dim) @ params["mlp"]["up"]  # the norm of a constant stream is 1
+    added = np.maximum(hidden, 0) ** 2 @ down
+    assert out.dtype == jnp.float32
+    assert 0.01 < np.abs(added).max() < 1
+    np.testing.assert_allclose(out[0, 0] - 256, added, rtol=0, atol=0.02 * np.abs(added).max())
