@@ -30,20 +30,12 @@ from pathlib import Path
 from senano_jax.data.shards import find_shards, open_shard
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.files import write_atomically
+from senano_jax.interop.torch_program import FASTEST, Patch, apply_patches, data_and_steps
 from senano_jax.presets import preset
 
 SHIPPED, BEST, OURS = "torch as shipped", "torch best", "ours"
 VARIANTS = {"shipped": SHIPPED, "best": BEST, "ours": OURS}
 LAST_LINES = 15  # of a program that failed
-
-
-@dataclass(frozen=True)
-class Patch:
-    """One substitution in the PyTorch file."""
-
-    what: str
-    pattern: str  # matches exactly once, line by line
-    replacement: str
 
 
 @dataclass(frozen=True)
@@ -74,33 +66,13 @@ class Row:
 def patches(train_files: str, windows: Sequence[int], steps: int, *, best: bool) -> list[Patch]:
     """What to change in the PyTorch file to time `steps` steps of each window on `train_files` (absolute)."""
     held = f"128 * {tuple(windows)}[min(step // {steps}, {len(windows) - 1})]"
-    needed = [
-        Patch("training files", r"^( +train_files = ).*$", rf"\g<1>{_literal(train_files)}"),
-        Patch("number of steps", r"^( +num_iterations = ).*$", rf"\g<1>{steps * len(windows)}"),
+    return [
+        *data_and_steps(train_files, steps * len(windows)),
         Patch("windows", r"^( +window_size = ).*$", rf"\g<1>{held}"),
         Patch("validation off", r"^( +)if last_step or \(args\.val_loss_every", r"\1if False and (args.val_loss_every"),
         Patch("endless loader", r"^( +file_iter = )iter\(files\)", r'\1__import__("itertools").cycle(files)'),
+        *(FASTEST if best else ()),
     ]
-    if not best:
-        return needed
-    return [
-        *needed,
-        Patch("checkpointing off", r"^( +)(x, v1 = checkpoint\(.*)$", r"\1# \2"),
-        Patch("direct call", r"^( +)# (x, v1 = self\.blocks\[.*)$", r"\1\2"),
-        Patch("default kernel options", r"^ +kernel_options=\{[^}]*\},?\n", ""),
-    ]
-
-
-def apply_patches(source: str, to_apply: Sequence[Patch], name: str) -> str:
-    """Raises UserError for a patch that does not match exactly once."""
-    for patch in to_apply:
-        source, count = re.subn(patch.pattern, patch.replacement, source, flags=re.MULTILINE)
-        if count != 1:
-            raise UserError(
-                f"{name}: the place of '{patch.what}' was found {count} times instead of once; "
-                "check out the revision with the 668.47M-token record"
-            )
-    return source
 
 
 def parse_torch_log(text: str) -> list[float]:
@@ -296,11 +268,6 @@ def _ask(command: Sequence[str]) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _literal(text: str) -> str:
-    """A Python string literal that is safe as the replacement of a regular expression."""
-    return repr(text).replace("\\", "\\\\")
 
 
 if __name__ == "__main__":

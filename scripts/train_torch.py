@@ -1,0 +1,181 @@
+"""Trains the PyTorch project's own file on the samples, and from the weights, that this program trains on and from.
+
+    git clone https://github.com/lapp0/sample-efficient-nanogpt torch_repo
+    python scripts/train_torch.py --torch-repo torch_repo --steps 200 --save-start start.pt --log torch.txt
+    python -m senano_jax.train recurrent --steps 200 --val-every 25 --init-from start.pt --run-dir logs/same-start
+    python -m senano_jax.compare torch.txt logs/same-start --out same_start.png
+
+Two runs from the same weights differ by rounding alone, so that far smaller differences show than between seeds.
+
+One GPU. What is changed in a copy of the file: names and lengths; a loader that reads all shards as one stream and
+leaves nothing out (the original drops a micro-batch a step and the tails of shards); the loss of every step is printed;
+nothing is recomputed, and FlexAttention chooses its own tiles, which is faster and computes the same function. Every
+substitution must match exactly once.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from senano_jax.data.shards import find_shards, open_shard
+from senano_jax.errors import UserError, one_line_errors
+from senano_jax.interop.torch_program import FASTEST, Patch, apply_patches, data_and_steps, literal
+from senano_jax.presets import preset
+
+SYSTEMS = ("recurrent", "no-value-embeddings")
+LAST_LINES = 15  # of a program that failed
+
+
+def patches(args: argparse.Namespace) -> list[Patch]:
+    """What to change in the PyTorch file; paths in `args` are absolute."""
+    others, stops = args.system != "recurrent", args.stop_after > 0
+    weights = []
+    if args.start:
+        weights.append(f'model.load_state_dict(torch.load({str(args.start)!r})["model"])')
+    if args.save_start:
+        arrays = "{name: tensor.cpu() for name, tensor in model.state_dict().items()}"
+        weights.append(f"torch.save(dict(step=0, model={arrays}), {str(args.save_start)!r})")
+    return [
+        *FASTEST,
+        *data_and_steps(args.train_files, args.steps),
+        Patch("validation files", r"^( +val_files = ).*$", rf"\g<1>{literal(args.val_files)}"),
+        Patch("validation tokens", r"^( +val_tokens = ).*$", rf"\g<1>{args.val_tokens}"),
+        Patch("steps between validations", r"^( +val_loss_every = ).*$", rf"\g<1>{args.val_every}"),
+        Patch("digits of the validation loss", r"\{val_loss:\.4f\}", "{val_loss:.5f}"),
+        *([Patch("schedule", r"^( +self\.layer_seq = ).*$", r"\1list(range(12))")] * others),
+        Patch("seed", r"^(model: nn\.Module = GPT\()", rf"torch.manual_seed({args.seed})\n\1"),
+        Patch(
+            "weights",
+            r"^(    dist\.broadcast\(param\.detach\(\), 0\))$",
+            "\\n".join([r"\1", *(line.replace("\\", r"\\") for line in weights)]),
+        ),
+        Patch(
+            "all shards as one stream",
+            r"^    tokens, pos = _load_data_shard\(next\(file_iter\)\), 0$",
+            r"    tokens, pos = torch.cat([_load_data_shard(file) for file in file_iter]), 0",
+        ),
+        # The loop asks for the next micro-batch when it has used one, and once more before it: one is dropped.
+        Patch(
+            "first micro-batch of a step",
+            r"^    inputs, targets = next\(train_loader\)\n(    for i in range\(1,)",
+            r"    step_loss = 0\n\1",
+        ),
+        Patch(
+            "further micro-batches of a step",
+            r"^( +)(loss = model\(inputs, targets, get_window_size_blocks\(step\)\))\n +inputs, targets = next\(.*$",
+            r"\1inputs, targets = next(train_loader)\n\1\2\n\1step_loss += loss.detach()",
+        ),
+        Patch(
+            "loss of a step",
+            r'^( +print0\(f"step:\{step\+1\}/\{train_steps\} )(train_time)',
+            rf"\1train_loss:{{step_loss.item() / {preset(args.system).batch_tokens}:.5f}} \2",
+        ),
+        *([Patch("end", r"^(    # -+ TRAINING SECTION)", rf"    if step == {args.stop_after}: break\n\1")] * stops),
+    ]
+
+
+def train(args: argparse.Namespace) -> None:
+    """Runs the changed file; its step lines go to the terminal and, with a heading, to `args.log`."""
+    source_file = args.torch_repo / "train_gpt.py"
+    source = apply_patches(source_file.read_text(), patches(args), str(source_file))
+    unfinished = args.log.with_name(args.log.name + ".unfinished")
+    with tempfile.TemporaryDirectory(prefix="train-torch-") as folder, unfinished.open("w") as log:
+        (Path(folder) / "train_gpt.py").write_text(source)
+        print(_heading(args), file=log, flush=True)
+        command = [args.torch_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+        last: list[str] = []
+        try:
+            program = subprocess.Popen(
+                [*command, "train_gpt.py"],
+                cwd=folder,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        except OSError as error:
+            raise UserError(f"{args.torch_python} cannot be started ({error.strerror or error})") from None
+        for line in program.stdout:
+            last = [*last[1 - LAST_LINES :], line.rstrip()]
+            if re.match(r"step:\d", line):
+                print(line, end="", flush=True)
+                print(line, end="", file=log, flush=True)
+        if program.wait():
+            what = f"the PyTorch program failed with status {program.returncode}; its last lines:\n" + "\n".join(last)
+            raise UserError(f"{what}\nthe steps it made are in {unfinished}")
+    unfinished.rename(args.log)
+
+
+def _heading(args: argparse.Namespace) -> str:
+    start = f"weights from {args.start.name}" if args.start else f"its own first weights, seed {args.seed}"
+    return (
+        f"# The PyTorch program (github.com/lapp0/sample-efficient-nanogpt), {args.system}, {start}\n"
+        f"# its loader mended: every sequence once, in order; train_loss is the mean over the step"
+    )
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, checked and with absolute paths."""
+    data = preset("recurrent").data
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torch-repo", type=Path, required=True, help="checkout of the PyTorch project")
+    parser.add_argument("--log", type=Path, required=True, help="file for the step lines; must not exist")
+    parser.add_argument("--system", choices=SYSTEMS, default="recurrent", help="default: recurrent")
+    parser.add_argument("--train-files", default=data.train_files, help="glob of the training shards")
+    parser.add_argument("--val-files", default=data.val_files, help="glob of the validation shards")
+    parser.add_argument("--val-tokens", type=int, default=data.val_tokens, help="tokens of a validation")
+    parser.add_argument("--val-every", type=int, default=25, help="steps between validations (default: 25)")
+    parser.add_argument("--steps", type=int, default=200, help="length of the schedules (default: 200)")
+    parser.add_argument("--stop-after", type=int, default=0, help="end after this many steps of them")
+    parser.add_argument("--seed", type=int, default=0, help="of the program's own first weights (default: 0)")
+    parser.add_argument("--start", type=Path, help="weights to begin with, from --save-start or export_torch.py")
+    parser.add_argument("--save-start", type=Path, help="file for the weights it begins with; must not exist")
+    parser.add_argument("--torch-python", default=sys.executable, help="Python that has PyTorch")
+    args = parser.parse_args(argv)
+    args.train_files, args.val_files = os.path.abspath(args.train_files), os.path.abspath(args.val_files)
+    for name in ("log", "start", "save_start"):
+        if path := getattr(args, name):
+            setattr(args, name, path.resolve())
+    _check(args)
+    return args
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises UserError, before anything runs, for what would fail later."""
+    for name in ("steps", "val_every", "val_tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; use 1 or more")
+    if not 0 <= args.stop_after < args.steps:
+        raise UserError(f"--stop-after is {args.stop_after}; use 1 to {args.steps - 1}, or leave it out")
+    for flag, path in (("--log", args.log), ("--save-start", args.save_start)):
+        if path and path.exists():
+            raise UserError(f"{flag}: {path} exists already; choose another name, or delete it")
+        if path and not path.parent.is_dir():
+            raise UserError(f"{flag}: there is no folder {path.parent}; make it first")
+    if args.start and not args.start.is_file():
+        raise UserError(f"--start: {args.start} is missing")
+    source_file = args.torch_repo / "train_gpt.py"
+    if not source_file.is_file():
+        raise UserError(f"{source_file} is missing; --torch-repo must be a checkout of the PyTorch project")
+    apply_patches(source_file.read_text(), patches(args), str(source_file))
+    config = preset(args.system)
+    _require("--train-files", args.train_files, (args.stop_after or args.steps) * config.batch_tokens)
+    _require("--val-files", args.val_files, args.val_tokens)
+    if args.val_tokens % config.data.val_seq_len:
+        raise UserError(f"--val-tokens is {args.val_tokens}; use a multiple of {config.data.val_seq_len}")
+
+
+def _require(flag: str, pattern: str, tokens: int) -> None:
+    available = sum(len(open_shard(file)) for file in find_shards(pattern))
+    if available < tokens + 2:
+        raise UserError(f"{flag} {pattern}: {available:,} tokens, of which {tokens:,} are needed; give more shards")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        train(_parse(sys.argv[1:]))

@@ -1,0 +1,49 @@
+"""The PyTorch project's own training file, changed in a few lines so that it can be run beside this program."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from senano_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One substitution in the PyTorch file."""
+
+    what: str
+    pattern: str  # matches exactly once, line by line
+    replacement: str
+
+
+# The fastest we could make it: nothing recomputed, FlexAttention's own choice of tiles.
+FASTEST = (
+    Patch("checkpointing off", r"^( +)(x, v1 = checkpoint\(.*)$", r"\1# \2"),
+    Patch("direct call", r"^( +)# (x, v1 = self\.blocks\[.*)$", r"\1\2"),
+    Patch("default kernel options", r"^ +kernel_options=\{[^}]*\},?\n", ""),
+)
+
+
+def data_and_steps(train_files: str, steps: int) -> tuple[Patch, ...]:
+    """The shards that match an absolute glob, and the length of the run."""
+    return (
+        Patch("training files", r"^( +train_files = ).*$", rf"\g<1>{literal(train_files)}"),
+        Patch("number of steps", r"^( +num_iterations = ).*$", rf"\g<1>{steps}"),
+    )
+
+
+def apply_patches(source: str, to_apply: Sequence[Patch], name: str) -> str:
+    """Raises UserError for a patch that does not match exactly once."""
+    for patch in to_apply:
+        source, count = re.subn(patch.pattern, patch.replacement, source, flags=re.MULTILINE)
+        if count != 1:
+            raise UserError(
+                f"{name}: the place of '{patch.what}' was found {count} times instead of once; "
+                "check out the revision with the 668.47M-token record"
+            )
+    return source
+
+
+def literal(text: str) -> str:
+    """A Python string literal that is safe as the replacement of a regular expression."""
+    return repr(text).replace("\\", "\\\\")

@@ -1,0 +1,188 @@
+"""The script that trains the PyTorch file: what a stand-in of that file does after the substitutions."""
+
+import importlib.util
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from senano_jax.data.shards import write_shard
+from senano_jax.errors import UserError
+from senano_jax.runlog.reader import read_log
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train_torch.py"
+_spec = importlib.util.spec_from_file_location("train_torch", SCRIPT)
+script = sys.modules["train_torch"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(script)
+
+MICRO_BATCHES, MICRO_BATCH_TOKENS = 16, 24_576
+
+# The lines that the substitutions look for. Shards are lists of numbers; a micro-batch of number n has a loss of n a
+# token, so that the losses of the steps tell which micro-batches they were made from.
+STAND_IN = textwrap.dedent(
+    """
+    import glob, json
+    class torch:
+        cat = staticmethod(lambda shards: sum(shards, []))
+        manual_seed = staticmethod(lambda seed: print("seed", seed))
+        load = staticmethod(lambda path: json.load(open(path)))
+        save = staticmethod(lambda content, path: json.dump(content, open(path, "w")))
+    class Tensor(int):
+        cpu = item = lambda self: int(self)
+        detach = lambda self: self
+        backward = lambda self: None
+        __add__ = __radd__ = lambda self, other: Tensor(int(self) + int(other))
+    class dist:
+        broadcast = staticmethod(lambda param, source: None)
+    class nn:
+        Module = object
+    class Weights:
+        detach = lambda self: self
+    class GPT:
+        layer_seq = None
+        value = Tensor(3)
+        def __init__(
+            self, vocab_size):
+            self.layer_seq = [0, 1, 1, 2]
+        parameters = lambda self: [Weights()]
+        state_dict = lambda self: {"w": self.value}
+        def load_state_dict(self, arrays):
+            self.value = Tensor(arrays["w"])
+        def forward(self):
+            attend(
+                kernel_options={
+                    "BLOCK_M": 64,
+                }
+            )
+            x, v1 = checkpoint(self.blocks[0], x)
+            # x, v1 = self.blocks[0](x)
+        def __call__(self, inputs, targets, window):
+            return Tensor(24576 * inputs)
+    def _load_data_shard(file):
+        return [int(file.split("_")[-2])] * 40
+    def generator(pattern):
+        files = [file for file in sorted(glob.glob(pattern))]
+        file_iter = iter(files)
+    class Data:
+        train_files = "data/train_*.bin" # input
+        val_files = "data/val_*.bin" # input
+        val_tokens = 10485760 # how many
+        num_iterations = 1700  # steps
+        val_loss_every = 125  # steps
+    args, console = Data(), True
+    def print0(s, console):
+        print(s)
+    def get_window_size_blocks(step):
+        return 1
+    def loader(pattern):
+        file_iter = iter(sorted(glob.glob(pattern)))
+        yield from loaded(file_iter)
+    def loaded(file_iter):
+        tokens, pos = _load_data_shard(next(file_iter)), 0
+        while pos < len(tokens):
+            yield tokens[pos], None
+            pos += 1
+    model: nn.Module = GPT(
+        vocab_size=50257)
+    for param in model.parameters():
+        dist.broadcast(param.detach(), 0)
+    model: nn.Module = model
+    train_loader = loader(args.train_files)
+    train_steps = args.num_iterations
+    for step in range(train_steps + 1):
+        last_step = step == train_steps
+        if last_step or step % args.val_loss_every == 0:
+            val_loss = model.value.item() + 0.25
+            print0(f"step:{step}/{train_steps} val_loss:{val_loss:.4f} train_time:{step}ms step_avg:1.00ms tokens:{step * 0.393216:.2f}M", console=True)
+        if last_step:
+            break
+        # --------------- TRAINING SECTION -----------------
+        inputs, targets = next(train_loader)
+        for i in range(1, 17):
+            loss = model(inputs, targets, get_window_size_blocks(step))
+            inputs, targets = next(train_loader)
+            loss.backward()
+        approx_training_time_ms = step + 1
+        print0(f"step:{step+1}/{train_steps} train_time:{approx_training_time_ms:.0f}ms step_avg:{1:.2f}ms", console=True)
+    print("schedule", model.layer_seq, "files", args.val_files, args.val_tokens)
+    """  # noqa: E501
+)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A checkout, a Python that claims PyTorch, and shards of 40 micro-batches each, as far as the stand-in goes."""
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "train_gpt.py").write_text(STAND_IN)
+    python = tmp_path / "torch-python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$5"\n')
+    python.chmod(0o755)
+    (tmp_path / "shards").mkdir()
+    for number in (1, 2):
+        write_shard(tmp_path / "shards" / f"train_{number}_.bin", np.zeros(40 * MICRO_BATCH_TOKENS, np.int64))
+    write_shard(tmp_path / "shards" / "val_0_.bin", np.zeros(131_074, np.int64))
+    return [
+        *("--torch-repo", str(tmp_path / "repo"), "--torch-python", str(python), "--log", str(tmp_path / "log.txt")),
+        *("--train-files", f"{tmp_path}/shards/train_*.bin", "--val-files", f"{tmp_path}/shards/val_*.bin"),
+        *("--val-tokens", "131072", "--val-every", "2", "--steps", "4"),
+    ]
+
+
+def run(*flags: str):
+    script.train(script._parse(flags))
+
+
+def test_every_micro_batch_is_trained_on_once_across_shards(machine, tmp_path, capsys):
+    """Shards of 40 micro-batches with losses 1 and 2: the third step takes 8 of the one and 8 of the other."""
+    run(*machine)
+    log = read_log(tmp_path / "log.txt")
+    assert [point.loss for point in log.train_points] == [1, 1, 1.5, 2]
+    assert [(point.step, point.val_loss) for point in log.points] == [(0, 3.25), (2, 3.25), (4, 3.25)]
+    assert log.complete and not list(tmp_path.glob("*.unfinished"))
+    assert capsys.readouterr().out.count("train_loss") == 4
+
+
+def test_weights_are_kept_and_given_back(machine, tmp_path):
+    start = str(tmp_path / "start.pt")
+    run(*machine, "--save-start", start)
+    (tmp_path / "start.pt").write_text((tmp_path / "start.pt").read_text().replace("3", "7"))
+    run(*machine, "--log", str(tmp_path / "second.txt"), "--start", start)
+    assert read_log(tmp_path / "second.txt").points[0].val_loss == 7.25
+
+
+def test_it_can_stop_early(machine, tmp_path):
+    run(*machine, "--stop-after", "2")
+    log = read_log(tmp_path / "log.txt")
+    assert [point.step for point in log.points] == [0, 2] and not log.complete
+
+
+def test_a_failing_program_shows_its_last_lines_and_keeps_its_steps(machine, tmp_path):
+    source = STAND_IN.replace(
+        "    approx_training", '    if step == 2: raise SystemExit("no memory")\n    approx_training'
+    )
+    (tmp_path / "repo" / "train_gpt.py").write_text(source)
+    with pytest.raises(UserError, match=r"(?s)status 1.*step:2/4 val_loss.*no memory.*log.txt.unfinished"):
+        run(*machine)
+    assert not (tmp_path / "log.txt").exists()
+    assert len((tmp_path / "log.txt.unfinished").read_text().splitlines()) == 2 + 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--torch-repo", "/nowhere"], "must be a checkout"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--stop-after", "4"], "use 1 to 3"),
+        (["--steps", "6"], "of which 2,359,296 are needed"),
+        (["--val-tokens", "1000"], "multiple of 131072"),
+        (["--start", "/nowhere.pt"], "is missing"),
+        (["--save-start", "/nowhere/start.pt"], "no folder /nowhere"),
+        (["--log", str(SCRIPT)], "exists already"),
+        (["--torch-python", "/nowhere"], "cannot be started"),
+    ],
+)
+def test_what_cannot_work_is_said_first(machine, flags, message):
+    with pytest.raises(UserError, match=message):
+        run(*machine, *flags)
