@@ -197,7 +197,9 @@ def test_without_network_whole_shards_are_kept_without_checksums(hub, download, 
 def test_an_interrupted_download_is_continued_by_the_next_run(hub, download, tmp_path):
     """Ctrl-C in the middle of a shard: what had come is on the disk, and is not fetched again."""
     hub.stall_at[TRAIN_1] = 30_000
-    with download.start("1", code=SMALL_CHUNKS) as process:
+    # A suite in the background of a shell ignores SIGINT, and so would all that it starts.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    with download.start("1", code=f"{SMALL_CHUNKS}\n{heed}") as process:
         wait_for(lambda: sum(path.stat().st_size for path in tmp_path.glob(f"shards/.{TRAIN_1}.*")))
         process.send_signal(signal.SIGINT)
         hub.stall_at.clear()
