@@ -35,7 +35,7 @@ from senano_jax.presets import preset
 
 SHIPPED, BEST, OURS = "torch as shipped", "torch best", "ours"
 VARIANTS = {"shipped": SHIPPED, "best": BEST, "ours": OURS}
-LAST_LINES = 15  # of a program that failed
+LAST_LINES = 60  # of a program that failed; torchrun adds about 34 to the program's own
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.batch_tokens, args.profile_flags = preset("recurrent").batch_tokens, list(profile_flags)
     args.train_files = os.path.abspath(args.train_files)
+    if os.sep in args.torch_python:  # it is started in another folder
+        args.torch_python = os.path.abspath(args.torch_python)
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
     if args.steps <= args.warmup or args.warmup < 0 or args.rounds < 1:

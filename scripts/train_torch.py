@@ -5,7 +5,8 @@
     python -m senano_jax.train recurrent --steps 200 --val-every 25 --init-from start.pt --run-dir logs/same-start
     python -m senano_jax.compare torch.txt logs/same-start --out same_start.png
 
-Two runs from the same weights differ by rounding alone, so that far smaller differences show than between seeds.
+If the programs are equal, two runs from the same weights differ by rounding alone, so that far smaller differences
+show than between seeds.
 
 One GPU. What is changed in a copy of the file: names and lengths; a loader that reads all shards as one stream and
 leaves nothing out (the original drops a micro-batch a step and the tails of shards); the loss of every step is printed;
@@ -28,7 +29,7 @@ from senano_jax.interop.torch_program import FASTEST, Patch, apply_patches, data
 from senano_jax.presets import preset
 
 SYSTEMS = ("recurrent", "no-value-embeddings")
-LAST_LINES = 15  # of a program that failed
+LAST_LINES = 60  # of a program that failed; torchrun adds about 34 to the program's own
 
 
 def patches(args: argparse.Namespace) -> list[Patch]:
@@ -131,12 +132,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--val-tokens", type=int, default=data.val_tokens, help="tokens of a validation")
     parser.add_argument("--val-every", type=int, default=25, help="steps between validations (default: 25)")
     parser.add_argument("--steps", type=int, default=200, help="length of the schedules (default: 200)")
-    parser.add_argument("--stop-after", type=int, default=0, help="end after this many steps of them")
+    parser.add_argument(
+        "--stop-after", type=int, default=0, help="end after this many steps of them, without a last validation"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the program's own first weights (default: 0)")
     parser.add_argument("--start", type=Path, help="weights to begin with, from --save-start or export_torch.py")
     parser.add_argument("--save-start", type=Path, help="file for the weights it begins with; must not exist")
     parser.add_argument("--torch-python", default=sys.executable, help="Python that has PyTorch")
     args = parser.parse_args(argv)
+    if os.sep in args.torch_python:  # it is started in another folder
+        args.torch_python = os.path.abspath(args.torch_python)
     args.train_files, args.val_files = os.path.abspath(args.train_files), os.path.abspath(args.val_files)
     for name in ("log", "start", "save_start"):
         if path := getattr(args, name):
@@ -158,7 +163,7 @@ def _check(args: argparse.Namespace) -> None:
         if path and not path.parent.is_dir():
             raise UserError(f"{flag}: there is no folder {path.parent}; make it first")
     if args.start and not args.start.is_file():
-        raise UserError(f"--start: {args.start} is missing")
+        raise UserError(f"--start: {args.start} is missing; make it with --save-start or export_torch.py")
     source_file = args.torch_repo / "train_gpt.py"
     if not source_file.is_file():
         raise UserError(f"{source_file} is missing; --torch-repo must be a checkout of the PyTorch project")

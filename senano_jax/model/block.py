@@ -73,10 +73,10 @@ class Block(nn.Module):
     def __call__(self, x_BTD, skip, x0_BTD, other_v_BTHK, rotary, intervals: Intervals):
         """Applies the layer; returns the new residual stream and the layer's values (raw ones in position 0).
 
-        The stream comes back as the float32 sum of what was last added: what keeps it rounds it, and what goes on from
-        it does not. `skip` is None or (weight, output of an earlier position), added first. `x0_BTD` is the normalised
-        embedding, `other_v_BTHK` the values that the layer's attention mixes in. A layer without attention returns no
-        values.
+        The stream comes back in float32, its sum with the MLP's output not rounded; callers round what they store.
+        `x_BTD` may be of either type. `skip` is None or (weight, output of an earlier position), added first. `x0_BTD`
+        is the normalised embedding, `other_v_BTHK` the values that the layer's attention mixes in. A layer without
+        attention returns no values.
         """
         lambdas = self.param("lambdas", lambda key: jnp.array([1.0, 0.0]))
         skips = [] if skip is None else [(lambdas[0] * skip[0], skip[1])]

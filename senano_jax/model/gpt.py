@@ -35,6 +35,8 @@ def apply_layer(block: Block, x: Float[Array, "B T D"], skip, around: Surroundin
     values."""
     c = block.config
     table = c.value_table(block.layer)
+    if c.remat != "none":  # the layer's input is kept
+        x = x.astype(around.x0.dtype)
     other_v = around.first_v if table is None else around.value_embeddings[table]
     return block(x, skip, around.x0, other_v, around.rotary, around.windows[c.layers.has_long_window(block.layer)])
 

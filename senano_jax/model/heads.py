@@ -60,10 +60,10 @@ def prepare_heads(
     With value_residual w, values are (1 - w) v + w first_v. Without `first_v` they are v itself: the first layer finds
     here what later layers take as `first_v`.
 
-    `fused` runs two Pallas kernels for NVIDIA GPUs, which round once where `plain` rounds after each step, and which
-    give the rotary tables no gradient. It takes lengths that are multiples of its tokens per program and heads whose
-    width is a power of two from 16 up. `auto` takes it on a GPU wherever it can. `interpret` runs the kernels in plain
-    XLA, the default where there is no GPU.
+    `fused` runs two Pallas kernels for NVIDIA GPUs, which round once where `plain` rounds q and k after each step, and
+    which give the rotary tables no gradient. It takes lengths that are multiples of its tokens per program and heads
+    whose width is a power of two from 16 up. `auto` takes it on a GPU wherever it can. `interpret` runs the kernels in
+    plain XLA, the default where there is no GPU.
     """
     length, width = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
     fits = (
