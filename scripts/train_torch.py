@@ -84,7 +84,7 @@ def train(args: argparse.Namespace) -> None:
     """Runs the changed file; its step lines go to the terminal and, with a heading, to `args.log`."""
     source_file = args.torch_repo / "train_gpt.py"
     source = apply_patches(source_file.read_text(), patches(args), str(source_file))
-    unfinished = args.log.with_name(args.log.name + ".unfinished")
+    unfinished = _unfinished(args.log)
     with tempfile.TemporaryDirectory(prefix="train-torch-") as folder, unfinished.open("w") as log:
         (Path(folder) / "train_gpt.py").write_text(source)
         print(_heading(args), file=log, flush=True)
@@ -101,15 +101,24 @@ def train(args: argparse.Namespace) -> None:
             )
         except OSError as error:
             raise UserError(f"{args.torch_python} cannot be started ({error.strerror or error})") from None
-        for line in program.stdout:
-            last = [*last[1 - LAST_LINES :], line.rstrip()]
-            if re.match(r"step:\d", line):
-                print(line, end="", flush=True)
-                print(line, end="", file=log, flush=True)
+        try:
+            for line in program.stdout:
+                last = [*last[1 - LAST_LINES :], line.rstrip()]
+                if re.match(r"step:\d", line):
+                    print(line, end="", flush=True)
+                    print(line, end="", file=log, flush=True)
+        except KeyboardInterrupt:
+            program.terminate()  # it would keep the GPU
+            program.wait()
+            raise UserError(f"interrupted; the steps it made are in {unfinished}") from None
         if program.wait():
             what = f"the PyTorch program failed with status {program.returncode}; its last lines:\n" + "\n".join(last)
             raise UserError(f"{what}\nthe steps it made are in {unfinished}")
     unfinished.rename(args.log)
+
+
+def _unfinished(log: Path) -> Path:
+    return log.with_name(log.name + ".unfinished")
 
 
 def _heading(args: argparse.Namespace) -> str:
@@ -156,8 +165,10 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; use 1 or more")
     if not 0 <= args.stop_after < args.steps:
-        raise UserError(f"--stop-after is {args.stop_after}; use 1 to {args.steps - 1}, or leave it out")
-    for flag, path in (("--log", args.log), ("--save-start", args.save_start)):
+        raise UserError(f"--stop-after is {args.stop_after}; use less than the {args.steps} --steps, or leave it out")
+    if args.log == args.save_start:
+        raise UserError(f"--log and --save-start are both {args.log}; choose two names")
+    for flag, path in (("--log", args.log), ("--log", _unfinished(args.log)), ("--save-start", args.save_start)):
         if path and path.exists():
             raise UserError(f"{flag}: {path} exists already; choose another name, or delete it")
         if path and not path.parent.is_dir():

@@ -190,6 +190,8 @@ def test_a_failing_program_shows_its_last_lines_and_keeps_its_steps(machine, tmp
         run(*machine)
     assert not (tmp_path / "log.txt").exists()
     assert len((tmp_path / "log.txt.unfinished").read_text().splitlines()) == 2 + 4
+    with pytest.raises(UserError, match=r"log\.txt\.unfinished exists already"):
+        run(*machine)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,8 @@ def test_a_failing_program_shows_its_last_lines_and_keeps_its_steps(machine, tmp
     [
         (["--torch-repo", "/nowhere"], "must be a checkout"),
         (["--steps", "0"], "--steps is 0"),
-        (["--stop-after", "4"], "use 1 to 3"),
+        (["--stop-after", "4"], "less than the 4 --steps"),
+        (["--log", "/tmp/same.pt", "--save-start", "/tmp/same.pt"], "choose two names"),
         (["--steps", "6"], "of which 2,359,296 are needed"),
         (["--val-tokens", "1000"], "multiple of 131072"),
         (["--start", "/nowhere.pt"], "is missing"),
