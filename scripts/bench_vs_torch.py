@@ -30,12 +30,19 @@ from pathlib import Path
 from senano_jax.data.shards import find_shards, open_shard
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.files import write_atomically
-from senano_jax.interop.torch_program import FASTEST, Patch, apply_patches, data_and_steps
+from senano_jax.interop.torch_program import (
+    FASTEST,
+    LAST_LINES,
+    Patch,
+    apply_patches,
+    data_and_steps,
+    launch_command,
+    program_file,
+)
 from senano_jax.presets import preset
 
 SHIPPED, BEST, OURS = "torch as shipped", "torch best", "ours"
 VARIANTS = {"shipped": SHIPPED, "best": BEST, "ours": OURS}
-LAST_LINES = 60  # of a program that failed; torchrun adds about 34 to the program's own
 
 
 @dataclass(frozen=True)
@@ -125,14 +132,13 @@ def format_rows(rows: Sequence[Row], programs: Sequence[str]) -> str:
 
 def run_torch(variant: str, args: argparse.Namespace, round_: int) -> Run:
     """Runs a patched copy of the PyTorch file in a folder of its own."""
-    source_file = args.torch_repo / "train_gpt.py"
+    source_file = program_file(args.torch_repo)
     source = source_file.read_text()
     changes = patches(args.train_files, args.windows, args.steps, best=variant == "best")
     source = apply_patches(source, changes, str(source_file))
     with tempfile.TemporaryDirectory(prefix="bench-torch-") as folder:
         (Path(folder) / "train_gpt.py").write_text(source)
-        command = [args.torch_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-        output, seconds = _run([*command, "train_gpt.py"], folder, VARIANTS[variant])
+        output, seconds = _run(launch_command(args.torch_python), folder, VARIANTS[variant])
     times = parse_torch_log(output)
     if len(times) != args.steps * len(args.windows):
         raise UserError(f"{VARIANTS[variant]}: {len(times)} step times found; last lines:\n{_tail(output)}")
@@ -199,8 +205,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.batch_tokens, args.profile_flags = preset("recurrent").batch_tokens, list(profile_flags)
     args.train_files = os.path.abspath(args.train_files)
-    if os.sep in args.torch_python:  # it is started in another folder
-        args.torch_python = os.path.abspath(args.torch_python)
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
     if args.steps <= args.warmup or args.warmup < 0 or args.rounds < 1:
@@ -219,9 +223,7 @@ def _check_machine(args: argparse.Namespace) -> None:
     if {"shipped", "best"} & set(args.variants):
         if args.torch_repo is None:
             raise UserError("give --torch-repo, a checkout of https://github.com/lapp0/sample-efficient-nanogpt")
-        source = args.torch_repo / "train_gpt.py"
-        if not source.is_file():
-            raise UserError(f"{source} is missing; --torch-repo must be a checkout of the PyTorch project")
+        source = program_file(args.torch_repo)
         for best in (False, True):
             changes = patches(args.train_files, args.windows, args.steps, best=best)
             apply_patches(source.read_text(), changes, str(source))

@@ -25,11 +25,19 @@ from pathlib import Path
 
 from senano_jax.data.shards import find_shards, open_shard
 from senano_jax.errors import UserError, one_line_errors
-from senano_jax.interop.torch_program import FASTEST, Patch, apply_patches, data_and_steps, literal
+from senano_jax.interop.torch_program import (
+    FASTEST,
+    LAST_LINES,
+    Patch,
+    apply_patches,
+    data_and_steps,
+    launch_command,
+    literal,
+    program_file,
+)
 from senano_jax.presets import preset
 
 SYSTEMS = ("recurrent", "no-value-embeddings")
-LAST_LINES = 60  # of a program that failed; torchrun adds about 34 to the program's own
 
 
 def patches(args: argparse.Namespace) -> list[Patch]:
@@ -82,17 +90,15 @@ def patches(args: argparse.Namespace) -> list[Patch]:
 
 def train(args: argparse.Namespace) -> None:
     """Runs the changed file; its step lines go to the terminal and, with a heading, to `args.log`."""
-    source_file = args.torch_repo / "train_gpt.py"
-    source = apply_patches(source_file.read_text(), patches(args), str(source_file))
+    source = _changed_source(args)
     unfinished = _unfinished(args.log)
     with tempfile.TemporaryDirectory(prefix="train-torch-") as folder, unfinished.open("w") as log:
         (Path(folder) / "train_gpt.py").write_text(source)
         print(_heading(args), file=log, flush=True)
-        command = [args.torch_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
         last: list[str] = []
         try:
             program = subprocess.Popen(
-                [*command, "train_gpt.py"],
+                launch_command(args.torch_python),
                 cwd=folder,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
                 stdout=subprocess.PIPE,
@@ -115,6 +121,11 @@ def train(args: argparse.Namespace) -> None:
             what = f"the PyTorch program failed with status {program.returncode}; its last lines:\n" + "\n".join(last)
             raise UserError(f"{what}\nthe steps it made are in {unfinished}")
     unfinished.rename(args.log)
+
+
+def _changed_source(args: argparse.Namespace) -> str:
+    file = program_file(args.torch_repo)
+    return apply_patches(file.read_text(), patches(args), str(file))
 
 
 def _unfinished(log: Path) -> Path:
@@ -149,8 +160,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--save-start", type=Path, help="file for the weights it begins with; must not exist")
     parser.add_argument("--torch-python", default=sys.executable, help="Python that has PyTorch")
     args = parser.parse_args(argv)
-    if os.sep in args.torch_python:  # it is started in another folder
-        args.torch_python = os.path.abspath(args.torch_python)
     args.train_files, args.val_files = os.path.abspath(args.train_files), os.path.abspath(args.val_files)
     for name in ("log", "start", "save_start"):
         if path := getattr(args, name):
@@ -175,10 +184,7 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"{flag}: there is no folder {path.parent}; make it first")
     if args.start and not args.start.is_file():
         raise UserError(f"--start: {args.start} is missing; make it with --save-start or export_torch.py")
-    source_file = args.torch_repo / "train_gpt.py"
-    if not source_file.is_file():
-        raise UserError(f"{source_file} is missing; --torch-repo must be a checkout of the PyTorch project")
-    apply_patches(source_file.read_text(), patches(args), str(source_file))
+    _changed_source(args)
     config = preset(args.system)
     _require("--train-files", args.train_files, (args.stop_after or args.steps) * config.batch_tokens)
     _require("--val-files", args.val_files, args.val_tokens)

@@ -19,7 +19,7 @@ _spec = importlib.util.spec_from_file_location("train_torch", SCRIPT)
 script = sys.modules["train_torch"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(script)
 
-MICRO_BATCHES, MICRO_BATCH_TOKENS = 16, 24_576
+MICRO_BATCH_TOKENS = 24_576
 
 # The lines that the substitutions look for. Shards are lists of numbers; a micro-batch of number n has a loss of n a
 # token, so that the losses of the steps tell which micro-batches they were made from.

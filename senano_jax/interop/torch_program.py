@@ -1,10 +1,14 @@
 """The PyTorch project's own training file, changed in a few lines so that it can be run beside this program."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from senano_jax.errors import UserError
+
+LAST_LINES = 60  # shown of a run that failed; torchrun adds about 34 to the program's own
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,20 @@ def apply_patches(source: str, to_apply: Sequence[Patch], name: str) -> str:
                 "check out the revision with the 668.47M-token record"
             )
     return source
+
+
+def program_file(repository: Path) -> Path:
+    """The training file in a checkout. Raises UserError if it is not there."""
+    file = repository / "train_gpt.py"
+    if not file.is_file():
+        raise UserError(f"{file} is missing; --torch-repo must be a checkout of the PyTorch project")
+    return file
+
+
+def launch_command(python: str) -> list[str]:
+    """Starts train_gpt.py of the working directory, which may be another than ours, on one GPU."""
+    python = os.path.abspath(python) if os.sep in python else python
+    return [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "train_gpt.py"]
 
 
 def literal(text: str) -> str:
