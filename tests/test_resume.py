@@ -129,7 +129,7 @@ def damage(run_dir, step, how):
         file.write_bytes(content)
 
 
-@pytest.mark.parametrize(("signalled", "stopped"), [(0, 2), (3, 5)])
+@pytest.mark.parametrize(("signalled", "stopped"), [(0, 2), (2, 3), (3, 5)])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(signalled, stopped, undisturbed, tmp_path, signal_at, capsys):
     """Whether it stops where an evaluation is due or in between; its folder is all that it takes."""
     signal_at(signalled)
