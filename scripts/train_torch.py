@@ -15,12 +15,14 @@ substitution must match exactly once.
 """
 
 import argparse
+import hashlib
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 from senano_jax.data.shards import find_shards, open_shard
@@ -32,8 +34,8 @@ from senano_jax.interop.torch_program import (
     apply_patches,
     data_and_steps,
     launch_command,
-    literal,
     program_file,
+    shards,
 )
 from senano_jax.presets import preset
 
@@ -42,6 +44,9 @@ SYSTEMS = ("recurrent", "no-value-embeddings")
 
 def patches(args: argparse.Namespace) -> list[Patch]:
     """What to change in the PyTorch file; paths in `args` are absolute."""
+    train_shards = _needed_shards("--train-files", args.train_files, _train_tokens(args))
+    val_shards = _needed_shards("--val-files", args.val_files, args.val_tokens)
+    needed = max(len(train_shards), len(val_shards))  # no more of them, since the stream is in memory
     others, stops = args.system != "recurrent", args.stop_after > 0
     weights = []
     if args.start:
@@ -52,10 +57,15 @@ def patches(args: argparse.Namespace) -> list[Patch]:
     return [
         *FASTEST,
         *data_and_steps(args.train_files, args.steps),
-        Patch("validation files", r"^( +val_files = ).*$", rf"\g<1>{literal(args.val_files)}"),
+        shards("val", args.val_files),
         Patch("validation tokens", r"^( +val_tokens = ).*$", rf"\g<1>{args.val_tokens}"),
         Patch("steps between validations", r"^( +val_loss_every = ).*$", rf"\g<1>{args.val_every}"),
         Patch("digits of the validation loss", r"\{val_loss:\.4f\}", "{val_loss:.5f}"),
+        Patch(
+            "versions",
+            r'^(print0\(f"Running PyTorch .*)$',
+            r'\1\nprint(f"# PyTorch {torch.__version__}, {torch.cuda.get_device_name()}", flush=True)',
+        ),
         *([Patch("schedule", r"^( +self\.layer_seq = ).*$", r"\1list(range(12))")] * others),
         Patch("seed", r"^(model: nn\.Module = GPT\()", rf"torch.manual_seed({args.seed})\n\1"),
         Patch(
@@ -66,7 +76,7 @@ def patches(args: argparse.Namespace) -> list[Patch]:
         Patch(
             "all shards as one stream",
             r"^    tokens, pos = _load_data_shard\(next\(file_iter\)\), 0$",
-            r"    tokens, pos = torch.cat([_load_data_shard(file) for file in file_iter]), 0",
+            rf"    tokens, pos = torch.cat([_load_data_shard(file) for file, _ in zip(file_iter, range({needed}))]), 0",
         ),
         # The loop asks for the next micro-batch when it has used one, and once more before it: one is dropped.
         Patch(
@@ -110,7 +120,7 @@ def train(args: argparse.Namespace) -> None:
         try:
             for line in program.stdout:
                 last = [*last[1 - LAST_LINES :], line.rstrip()]
-                if re.match(r"step:\d", line):
+                if re.match(r"step:\d|# PyTorch ", line):
                     print(line, end="", flush=True)
                     print(line, end="", file=log, flush=True)
         except KeyboardInterrupt:
@@ -133,9 +143,11 @@ def _unfinished(log: Path) -> Path:
 
 
 def _heading(args: argparse.Namespace) -> str:
+    digest = hashlib.sha256(program_file(args.torch_repo).read_bytes()).hexdigest()
     start = f"weights from {args.start.name}" if args.start else f"its own first weights, seed {args.seed}"
     return (
         f"# The PyTorch program (github.com/lapp0/sample-efficient-nanogpt), {args.system}, {start}\n"
+        f"# {date.today()}, train_gpt.py of SHA-256 {digest}\n"
         f"# its loader mended: every sequence once, in order; train_loss is the mean over the step"
     )
 
@@ -185,17 +197,26 @@ def _check(args: argparse.Namespace) -> None:
     if args.start and not args.start.is_file():
         raise UserError(f"--start: {args.start} is missing; make it with --save-start or export_torch.py")
     _changed_source(args)
-    config = preset(args.system)
-    _require("--train-files", args.train_files, (args.stop_after or args.steps) * config.batch_tokens)
-    _require("--val-files", args.val_files, args.val_tokens)
-    if args.val_tokens % config.data.val_seq_len:
-        raise UserError(f"--val-tokens is {args.val_tokens}; use a multiple of {config.data.val_seq_len}")
+    val_seq_len = preset(args.system).data.val_seq_len
+    if args.val_tokens % val_seq_len:
+        raise UserError(f"--val-tokens is {args.val_tokens}; use a multiple of {val_seq_len}")
 
 
-def _require(flag: str, pattern: str, tokens: int) -> None:
-    available = sum(len(open_shard(file)) for file in find_shards(pattern))
+def _train_tokens(args: argparse.Namespace) -> int:
+    return (args.stop_after or args.steps) * preset(args.system).batch_tokens
+
+
+def _needed_shards(flag: str, pattern: str, tokens: int) -> list[Path]:
+    """The first shards that match, as many as hold `tokens` and what the loader wants behind them."""
+    files, available = [], 0
+    for file in find_shards(pattern):
+        if available >= tokens + 2:
+            break
+        files.append(file)
+        available += len(open_shard(file))
     if available < tokens + 2:
         raise UserError(f"{flag} {pattern}: {available:,} tokens, of which {tokens:,} are needed; give more shards")
+    return files
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The script that trains the PyTorch file: what a stand-in of that file does after the substitutions."""
 
+import hashlib
 import importlib.util
 import json
 import sys
@@ -28,6 +29,9 @@ STAND_IN = textwrap.dedent(
     import glob, json, os
     told = {}
     class torch:
+        __version__ = "2.0"
+        class cuda:
+            get_device_name = staticmethod(lambda: "an H100")
         cat = staticmethod(lambda shards: sum(shards, []))
         manual_seed = staticmethod(lambda seed: told.update(seed=seed))
         load = staticmethod(lambda path: json.load(open(path)))
@@ -64,6 +68,7 @@ STAND_IN = textwrap.dedent(
         def __call__(self, inputs, targets, window):
             return Tensor(24576 * inputs)
     def _load_data_shard(file):
+        told.setdefault("shards", []).append(os.path.basename(file))
         return [int(file.split("_")[-2])] * 40
     def generator(pattern):
         files = [file for file in sorted(glob.glob(pattern))]
@@ -77,6 +82,7 @@ STAND_IN = textwrap.dedent(
     args, console = Data(), True
     def print0(s, console):
         print(s)
+    print0(f"Running PyTorch {torch.__version__}", console=True)
     def get_window_size_blocks(step):
         return 1
     def loader(pattern):
@@ -147,6 +153,9 @@ def test_every_micro_batch_is_trained_on_once_across_shards(machine, tmp_path, c
     assert [(point.step, point.val_loss) for point in log.points] == [(0, 3.25), (2, 3.25), (4, 3.25)]
     assert log.complete and not list(tmp_path.glob("*.unfinished"))
     assert capsys.readouterr().out.count("train_loss") == 4
+    digest = hashlib.sha256(STAND_IN.encode()).hexdigest()
+    assert f"train_gpt.py of SHA-256 {digest}\n" in (tmp_path / "log.txt").read_text()
+    assert "# PyTorch 2.0, an H100\n" in (tmp_path / "log.txt").read_text()
 
 
 def test_weights_are_kept_and_given_back(machine, tmp_path):
@@ -158,8 +167,11 @@ def test_weights_are_kept_and_given_back(machine, tmp_path):
 
 
 def test_the_program_is_told_system_seed_and_validation(machine, tmp_path):
+    """And of a shard that is not needed, it is told nothing."""
+    write_shard(tmp_path / "shards" / "train_3_.bin", np.zeros(131_074, np.int64))
     run(*machine, "--system", "no-value-embeddings", "--seed", "5")
     assert json.loads((tmp_path / "told.json").read_text()) == {
+        "shards": ["train_1_.bin", "train_2_.bin"],
         "seed": 5,
         "schedule": list(range(12)),
         "files": f"{tmp_path}/shards/val_*.bin",
@@ -189,7 +201,7 @@ def test_a_failing_program_shows_its_last_lines_and_keeps_its_steps(machine, tmp
     with pytest.raises(UserError, match=r"(?s)status 1.*step:2/4 val_loss.*no memory.*log.txt.unfinished"):
         run(*machine)
     assert not (tmp_path / "log.txt").exists()
-    assert len((tmp_path / "log.txt.unfinished").read_text().splitlines()) == 2 + 4
+    assert len((tmp_path / "log.txt.unfinished").read_text().splitlines()) == 4 + 4
     with pytest.raises(UserError, match=r"log\.txt\.unfinished exists already"):
         run(*machine)
 
@@ -212,3 +224,9 @@ def test_a_failing_program_shows_its_last_lines_and_keeps_its_steps(machine, tmp
 def test_what_cannot_work_is_said_first(machine, flags, message):
     with pytest.raises(UserError, match=message):
         run(*machine, *flags)
+
+
+@pytest.mark.parametrize("flag", ["--train-files", "--val-files"])
+def test_a_glob_that_the_program_reads_in_another_way_is_refused(machine, tmp_path, flag):
+    with pytest.raises(UserError, match=r"reads \*\* as \*"):
+        run(*machine, flag, f"{tmp_path}/**/*_.bin")

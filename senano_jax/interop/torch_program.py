@@ -29,11 +29,18 @@ FASTEST = (
 
 
 def data_and_steps(train_files: str, steps: int) -> tuple[Patch, ...]:
-    """The shards that match an absolute glob, and the length of the run."""
+    """The shards that match an absolute glob, and the length of the run. Raises UserError as `shards` does."""
     return (
-        Patch("training files", r"^( +train_files = ).*$", rf"\g<1>{literal(train_files)}"),
+        shards("train", train_files),
         Patch("number of steps", r"^( +num_iterations = ).*$", rf"\g<1>{steps}"),
     )
+
+
+def shards(kind: str, pattern: str) -> Patch:
+    """The "train" or "val" shards are those that match an absolute glob. Raises UserError for a glob with `**`."""
+    if "**" in pattern:
+        raise UserError(f"{pattern}: the PyTorch program reads ** as *; name the folder of the shards")
+    return Patch(f"{kind} files", rf"^( +{kind}_files = ).*$", rf"\g<1>{literal(pattern)}")
 
 
 def apply_patches(source: str, to_apply: Sequence[Patch], name: str) -> str:
