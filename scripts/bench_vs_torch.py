@@ -32,12 +32,12 @@ from senano_jax.errors import UserError, one_line_errors
 from senano_jax.files import write_atomically
 from senano_jax.interop.torch_program import (
     FASTEST,
-    LAST_LINES,
     Patch,
-    apply_patches,
     data_and_steps,
+    last_lines,
     launch_command,
-    program_file,
+    output_of,
+    patched_program,
 )
 from senano_jax.presets import preset
 
@@ -132,16 +132,16 @@ def format_rows(rows: Sequence[Row], programs: Sequence[str]) -> str:
 
 def run_torch(variant: str, args: argparse.Namespace, round_: int) -> Run:
     """Runs a patched copy of the PyTorch file in a folder of its own."""
-    source_file = program_file(args.torch_repo)
-    source = source_file.read_text()
     changes = patches(args.train_files, args.windows, args.steps, best=variant == "best")
-    source = apply_patches(source, changes, str(source_file))
+    source = patched_program(args.torch_repo, changes)
     with tempfile.TemporaryDirectory(prefix="bench-torch-") as folder:
         (Path(folder) / "train_gpt.py").write_text(source)
-        output, seconds = _run(launch_command(args.torch_python), folder, VARIANTS[variant])
+        start = time.perf_counter()
+        output = output_of(launch_command(args.torch_python), folder, VARIANTS[variant])
+        seconds = time.perf_counter() - start
     times = parse_torch_log(output)
     if len(times) != args.steps * len(args.windows):
-        raise UserError(f"{VARIANTS[variant]}: {len(times)} step times found; last lines:\n{_tail(output)}")
+        raise UserError(f"{VARIANTS[variant]}: {len(times)} step times found; last lines:\n{last_lines(output)}")
     counted = [
         StepTime(args.windows[i // args.steps], ms) for i, ms in enumerate(times) if i % args.steps >= args.warmup
     ]
@@ -157,7 +157,9 @@ def run_ours(args: argparse.Namespace, round_: int) -> Run:
         command += ["--window-blocks", first, *(["--sweep", *others] if others else [])]
         command += ["--warmup", str(args.warmup), "--profile-steps", str(args.steps - args.warmup)]
         command += ["--json", str(report_file), *args.profile_flags]
-        _, seconds = _run(command, str(Path(__file__).resolve().parents[1]), OURS)
+        start = time.perf_counter()
+        output_of(command, Path(__file__).resolve().parents[1], OURS)
+        seconds = time.perf_counter() - start
         report = json.loads(report_file.read_text())["report"]
     return Run(OURS, round_, seconds, tuple(parse_report(report)))
 
@@ -223,30 +225,12 @@ def _check_machine(args: argparse.Namespace) -> None:
     if {"shipped", "best"} & set(args.variants):
         if args.torch_repo is None:
             raise UserError("give --torch-repo, a checkout of https://github.com/lapp0/sample-efficient-nanogpt")
-        source = program_file(args.torch_repo)
         for best in (False, True):
-            changes = patches(args.train_files, args.windows, args.steps, best=best)
-            apply_patches(source.read_text(), changes, str(source))
+            patched_program(args.torch_repo, patches(args.train_files, args.windows, args.steps, best=best))
         if _ask([args.torch_python, "-c", "import torch; print(torch.cuda.is_available())"]) != "True":
             raise UserError(f"{args.torch_python} has no PyTorch that sees a GPU; give another --torch-python")
     if not _ask(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]):
         raise UserError("no NVIDIA GPU here (nvidia-smi does not answer); run this on a machine with one")
-
-
-def _run(command: Sequence[str], folder: str, name: str) -> tuple[str, float]:
-    """Output of a program and its seconds. Raises UserError with the last lines of one that fails."""
-    start = time.perf_counter()
-    try:
-        done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    except OSError as error:
-        raise UserError(f"{name}: {command[0]} cannot be started ({error.strerror or error})") from None
-    if done.returncode:
-        raise UserError(f"{name} failed with status {done.returncode}; its last lines:\n{_tail(done.stdout)}")
-    return done.stdout, time.perf_counter() - start
-
-
-def _tail(output: str) -> str:
-    return "\n".join(output.splitlines()[-LAST_LINES:])
 
 
 def _environment(args: argparse.Namespace) -> dict[str, str]:

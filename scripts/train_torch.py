@@ -21,7 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -30,16 +30,16 @@ from senano_jax.errors import UserError, one_line_errors
 from senano_jax.interop.torch_program import (
     FASTEST,
     LAST_LINES,
+    SYSTEMS,
     Patch,
-    apply_patches,
     data_and_steps,
     launch_command,
-    program_file,
+    patched_program,
+    read_program,
+    schedule,
     shards,
 )
 from senano_jax.presets import preset
-
-SYSTEMS = ("recurrent", "no-value-embeddings")
 
 
 def patches(args: argparse.Namespace) -> list[Patch]:
@@ -47,7 +47,6 @@ def patches(args: argparse.Namespace) -> list[Patch]:
     train_shards = _needed_shards("--train-files", args.train_files, _train_tokens(args))
     val_shards = _needed_shards("--val-files", args.val_files, args.val_tokens)
     needed = max(len(train_shards), len(val_shards))  # no more of them, since the stream is in memory
-    others, stops = args.system != "recurrent", args.stop_after > 0
     weights = []
     if args.start:
         weights.append(f'model.load_state_dict(torch.load({str(args.start)!r})["model"])')
@@ -66,7 +65,7 @@ def patches(args: argparse.Namespace) -> list[Patch]:
             r'^(print0\(f"Running PyTorch .*)$',
             r'\1\nprint(f"# PyTorch {torch.__version__}, {torch.cuda.get_device_name()}", flush=True)',
         ),
-        *([Patch("schedule", r"^( +self\.layer_seq = ).*$", r"\1list(range(12))")] * others),
+        *schedule(args.system),
         Patch("seed", r"^(model: nn\.Module = GPT\()", rf"torch.manual_seed({args.seed})\n\1"),
         Patch(
             "weights",
@@ -94,7 +93,11 @@ def patches(args: argparse.Namespace) -> list[Patch]:
             r'^( +print0\(f"step:\{step\+1\}/\{train_steps\} )(train_time)',
             rf"\1train_loss:{{step_loss.item() / {preset(args.system).batch_tokens}:.5f}} \2",
         ),
-        *([Patch("end", r"^(    # -+ TRAINING SECTION)", rf"    if step == {args.stop_after}: break\n\1")] * stops),
+        *(
+            [Patch("end", r"^(    # -+ TRAINING SECTION)", rf"    if step == {args.stop_after}: break\n\1")]
+            if args.stop_after
+            else []
+        ),
     ]
 
 
@@ -102,40 +105,54 @@ def train(args: argparse.Namespace) -> None:
     """Runs the changed file; its step lines go to the terminal and, with a heading, to `args.log`."""
     source = _changed_source(args)
     unfinished = _unfinished(args.log)
-    with tempfile.TemporaryDirectory(prefix="train-torch-") as folder, unfinished.open("w") as log:
-        (Path(folder) / "train_gpt.py").write_text(source)
-        print(_heading(args), file=log, flush=True)
-        last: list[str] = []
-        try:
-            program = subprocess.Popen(
-                launch_command(args.torch_python),
-                cwd=folder,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        except OSError as error:
-            raise UserError(f"{args.torch_python} cannot be started ({error.strerror or error})") from None
-        try:
-            for line in program.stdout:
-                last = [*last[1 - LAST_LINES :], line.rstrip()]
+    steps = 0
+    try:
+        with tempfile.TemporaryDirectory(prefix="train-torch-") as folder, unfinished.open("w") as log:
+            (Path(folder) / "train_gpt.py").write_text(source)
+            print(_heading(args), file=log, flush=True)
+            for line in _lines_of(launch_command(args.torch_python), folder):
                 if re.match(r"step:\d|# PyTorch ", line):
                     print(line, end="", flush=True)
                     print(line, end="", file=log, flush=True)
-        except KeyboardInterrupt:
-            program.terminate()  # it would keep the GPU
-            program.wait()
-            raise UserError(f"interrupted; the steps it made are in {unfinished}") from None
-        if program.wait():
-            what = f"the PyTorch program failed with status {program.returncode}; its last lines:\n" + "\n".join(last)
-            raise UserError(f"{what}\nthe steps it made are in {unfinished}")
+                    steps += line.startswith("step:")
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        kept = f"the lines of its steps are in {unfinished}" if steps else "it made no step"
+        if not steps:
+            unfinished.unlink(missing_ok=True)
+        what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+        raise UserError(f"{what}\n{kept}" if "\n" in what else f"{what}; {kept}") from None
     unfinished.rename(args.log)
 
 
+def _lines_of(command: Sequence[str], folder: str) -> Iterator[str]:
+    """What a program prints, line by line. Raises UserError with the last ones of one that fails; ends with us."""
+    last: list[str] = []
+    try:
+        program = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    except OSError as error:
+        raise UserError(f"{command[0]} cannot be started ({error.strerror or error})") from None
+    try:
+        for line in program.stdout:
+            last = [*last[1 - LAST_LINES :], line.rstrip()]
+            yield line
+    except BaseException:
+        program.terminate()  # it would keep the GPU
+        program.wait()
+        raise
+    if program.wait():
+        lines = "\n".join(last)
+        raise UserError(f"the PyTorch program failed with status {program.returncode}; its last lines:\n{lines}")
+
+
 def _changed_source(args: argparse.Namespace) -> str:
-    file = program_file(args.torch_repo)
-    return apply_patches(file.read_text(), patches(args), str(file))
+    return patched_program(args.torch_repo, patches(args))
 
 
 def _unfinished(log: Path) -> Path:
@@ -143,7 +160,7 @@ def _unfinished(log: Path) -> Path:
 
 
 def _heading(args: argparse.Namespace) -> str:
-    digest = hashlib.sha256(program_file(args.torch_repo).read_bytes()).hexdigest()
+    digest = hashlib.sha256(read_program(args.torch_repo).encode()).hexdigest()
     start = f"weights from {args.start.name}" if args.start else f"its own first weights, seed {args.seed}"
     return (
         f"# The PyTorch program (github.com/lapp0/sample-efficient-nanogpt), {args.system}, {start}\n"

@@ -12,6 +12,7 @@ import pytest
 
 from senano_jax.data.shards import write_shard
 from senano_jax.errors import UserError
+from senano_jax.interop.torch_program import apply_patches
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_vs_torch.py"
 _spec = importlib.util.spec_from_file_location("bench_vs_torch", SCRIPT)
@@ -58,7 +59,7 @@ STAND_IN = textwrap.dedent(
 
 
 def patched(best: bool, train_files: str = "/shards/*.bin", source: str = STAND_IN) -> str:
-    return bench.apply_patches(source, bench.patches(train_files, (1, 14), 20, best=best), "train_gpt.py")
+    return apply_patches(source, bench.patches(train_files, (1, 14), 20, best=best), "train_gpt.py")
 
 
 def test_as_shipped_changes_only_files_steps_windows_validation_and_loader():

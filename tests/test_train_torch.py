@@ -3,8 +3,12 @@
 import hashlib
 import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +210,31 @@ def test_a_failing_program_shows_its_last_lines_and_keeps_its_steps(machine, tmp
         run(*machine)
 
 
+def test_an_interrupted_run_leaves_no_process_and_keeps_its_steps(machine, tmp_path):
+    source = STAND_IN.replace(
+        "    approx_training",
+        '    if step == 2: open(os.environ["TOLD"], "w").write(str(os.getpid())); __import__("time").sleep(600)\n'
+        "    approx_training",
+    )
+    (tmp_path / "repo" / "train_gpt.py").write_text(source)
+    script_process = subprocess.Popen([sys.executable, SCRIPT, *machine], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "told.json").exists() or not (tmp_path / "told.json").read_text():
+        assert script_process.poll() is None
+        time.sleep(0.05)
+    script_process.send_signal(signal.SIGINT)
+    assert "interrupted; the lines of its steps are in" in script_process.communicate(timeout=60)[1]
+    assert script_process.returncode == 2
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "told.json").read_text()), 0)
+    assert "step:2/4 train_loss" in (tmp_path / "log.txt.unfinished").read_text()
+
+
+def test_a_file_that_is_no_text_is_refused(machine, tmp_path):
+    (tmp_path / "repo" / "train_gpt.py").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="no UTF-8 text"):
+        run(*machine)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -218,12 +247,14 @@ def test_a_failing_program_shows_its_last_lines_and_keeps_its_steps(machine, tmp
         (["--start", "/nowhere.pt"], "is missing"),
         (["--save-start", "/nowhere/start.pt"], "no folder /nowhere"),
         (["--log", str(SCRIPT)], "exists already"),
-        (["--torch-python", "/nowhere"], "cannot be started"),
+        (["--torch-python", "/nowhere"], "cannot be started.*it made no step"),
+        (["--torch-python", "/bin/false"], "(?s)status 1.*it made no step"),
     ],
 )
-def test_what_cannot_work_is_said_first(machine, flags, message):
+def test_what_cannot_work_is_said_first(machine, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
         run(*machine, *flags)
+    assert not list(tmp_path.glob("log.txt*"))
 
 
 @pytest.mark.parametrize("flag", ["--train-files", "--val-files"])

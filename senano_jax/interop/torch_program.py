@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,23 @@ class Patch:
     replacement: str
 
 
-# The fastest we could make it: nothing recomputed, FlexAttention's own choice of tiles.
+DEFAULT_TILES = Patch("default kernel options", r"^ +kernel_options=\{[^}]*\},?\n", "")  # FlexAttention's own choice
+# The fastest we could make it: nothing recomputed.
 FASTEST = (
     Patch("checkpointing off", r"^( +)(x, v1 = checkpoint\(.*)$", r"\1# \2"),
     Patch("direct call", r"^( +)# (x, v1 = self\.blocks\[.*)$", r"\1\2"),
-    Patch("default kernel options", r"^ +kernel_options=\{[^}]*\},?\n", ""),
+    DEFAULT_TILES,
 )
+
+
+SYSTEMS = ("recurrent", "no-value-embeddings")  # that the file can be
+
+
+def schedule(system: str) -> tuple[Patch, ...]:
+    """The order of the layers of `system`, one of SYSTEMS."""
+    if system == "recurrent":
+        return ()
+    return (Patch("schedule", r"^( +self\.layer_seq = ).*$", r"\1list(range(12))"),)
 
 
 def data_and_steps(train_files: str, steps: int) -> tuple[Patch, ...]:
@@ -55,12 +67,36 @@ def apply_patches(source: str, to_apply: Sequence[Patch], name: str) -> str:
     return source
 
 
-def program_file(repository: Path) -> Path:
-    """The training file in a checkout. Raises UserError if it is not there."""
+def read_program(repository: Path) -> str:
+    """The training file in a checkout. Raises UserError if it is not there or cannot be read."""
     file = repository / "train_gpt.py"
     if not file.is_file():
         raise UserError(f"{file} is missing; --torch-repo must be a checkout of the PyTorch project")
-    return file
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no UTF-8 text"
+        raise UserError(f"{file} cannot be read ({reason}); check out the PyTorch project again") from None
+
+
+def patched_program(repository: Path, to_apply: Sequence[Patch]) -> str:
+    """The changed training file. Raises UserError as the two functions above do."""
+    return apply_patches(read_program(repository), to_apply, f"{repository}/train_gpt.py")
+
+
+def output_of(command: Sequence[str | Path], folder: str | Path, what: str) -> str:
+    """What a program prints, run in `folder`. Raises UserError with the last lines of one that fails."""
+    try:
+        done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise UserError(f"{what}: {command[0]} cannot be started ({error.strerror or error})") from None
+    if done.returncode:
+        raise UserError(f"{what} failed with status {done.returncode}; its last lines:\n{last_lines(done.stdout)}")
+    return done.stdout
+
+
+def last_lines(output: str) -> str:
+    return "\n".join(output.splitlines()[-LAST_LINES:])
 
 
 def launch_command(python: str) -> list[str]:

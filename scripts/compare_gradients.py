@@ -1,0 +1,248 @@
+"""How far this program's bfloat16 gradients, and those of the PyTorch program, are from float32 ones.
+
+    git clone https://github.com/lapp0/sample-efficient-nanogpt torch_repo
+    python scripts/compare_gradients.py --torch-repo torch_repo --weights logs/<run-id> \
+        --train-files 'data/fineweb10B/fineweb_train_*.bin'
+
+Same weights, same sequences. Rounding to bfloat16 errs in every program; a program that errs more than PyTorch, or by
+the same factor for all tokens, trains to another loss. The reference is this program in float32. PyTorch in float32
+must agree with it, which shows that both compute the same function.
+
+The PyTorch model is that of the project's own file. Compiled, it is the fastest we could make it (nothing recomputed,
+FlexAttention's own tiles); not compiled, it has its checkpointing. One GPU, or a CPU with --seq-len 512 or so, where
+PyTorch's attention is dense and compiling takes minutes. The weights should be some steps into a training: at the start
+the head is zero, and with it all other gradients.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt16
+
+from senano_jax.attention import BLOCK
+from senano_jax.config import Config, check_config
+from senano_jax.data.shards import check_tokens, find_shards, open_shard
+from senano_jax.errors import UserError, check_counts, one_line_errors
+from senano_jax.files import write_atomically
+from senano_jax.interop.torch_checkpoint import to_torch
+from senano_jax.interop.torch_program import (
+    DEFAULT_TILES,
+    FASTEST,
+    SYSTEMS,
+    Patch,
+    output_of,
+    patched_program,
+    schedule,
+)
+from senano_jax.presets import preset
+from senano_jax.training.mesh import make_mesh
+from senano_jax.training.state import Params, abstract_params, make_model
+from senano_jax.training.weights import load_weights
+
+TORCH_MODES = {"float32": "PyTorch, float32", "eager": "PyTorch, not compiled", "compiled": "PyTorch, compiled"}
+OURS = "this program"
+SAME_FUNCTION = 1e-3  # largest error of a float32 gradient; a mistake makes far more, rounding 2e-5
+DRIVER = Path(__file__).resolve().with_name("torch_gradients.py")
+
+Gradients = Mapping[str, np.ndarray]  # by PyTorch's names, in its layout, float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Deviation:
+    """Of the gradients of one kind of parameter from the reference; an entry a layer, None where that is zero."""
+
+    program: str
+    kind: str
+    relative_error: list[float | None]  # length of the difference over the length of the reference
+    projection: list[float | None]  # on the reference, over its length
+
+
+def model_patches(system: str, mode: str) -> list[Patch]:
+    """Leaves the model of the PyTorch file, with `system`'s schedule, importable without a GPU."""
+    return [
+        *(FASTEST if mode == "compiled" else [DEFAULT_TILES]),
+        *schedule(system),
+        Patch("first use of the GPU", r"^torch\.empty\(1, device=\"cuda\".*$", r"if torch.cuda.is_available(): \g<0>"),
+        Patch("data and training", r"(?s)^# -+\n# Our own simple Distributed Data Loader.*\Z", ""),
+    ]
+
+
+def our_gradients(
+    config: Config, weights: Params, tokens: UInt16[np.ndarray, "S T+1"], window_blocks: int
+) -> tuple[Gradients, float]:
+    """Gradients of the loss summed over all sequences, and the mean loss, one sequence after the other.
+
+    As in a training step, but that it rounds the sum to the type of the parameter.
+    """
+    model = make_model(config)
+
+    @jax.jit
+    def add(total, params, sequence):
+        def loss(params):
+            return model.apply({"params": params}, sequence[None, :-1], sequence[None, 1:], window_blocks)
+
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params))
+
+    params32 = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), weights)
+    total = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params32))
+    for sequence in tokens.astype(np.int32):
+        total = add(total, params32, sequence)
+    loss, gradients = total
+    return to_torch(gradients, config.model), float(loss) / (tokens.size - len(tokens))
+
+
+def torch_gradients(
+    sources: Mapping[str, str],
+    python: str,
+    weights: Gradients,
+    tokens: UInt16[np.ndarray, "S T+1"],
+    window_blocks: int,
+) -> Iterator[tuple[str, Gradients, float]]:
+    """(mode, gradients, mean loss) of the model in each of `sources`, by mode.
+
+    Raises UserError if the model fails, or if there is no room for the weights.
+    """
+    with tempfile.TemporaryDirectory(prefix="compare-gradients-") as place:
+        folder = Path(place)
+        named = {f"weights/{name}": array.astype(np.float32) for name, array in weights.items()}
+        try:
+            np.savez(folder / "given.npz", tokens=tokens, window_blocks=window_blocks, **named)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror or error}); set TMPDIR") from None
+        for mode, source in sources.items():
+            (folder / "model.py").write_text(source, encoding="utf-8")
+            output_of([python, DRIVER, folder, mode], folder, TORCH_MODES[mode])
+            with np.load(folder / f"{mode}.npz") as arrays:
+                gradients = dict(arrays)
+            (folder / f"{mode}.npz").unlink()
+            yield mode, gradients, float(gradients.pop("loss"))
+
+
+def deviations(program: str, gradients: Gradients, reference: Gradients) -> list[Deviation]:
+    """How far `gradients` are from `reference`, by kind of parameter."""
+    of_kind: dict[str, Deviation] = {}
+    for name, expected in reference.items():
+        kind = re.sub(r"^blocks\.\d+\.", "", name)
+        found = of_kind.setdefault(kind, Deviation(program, kind, [], []))
+        expected, given = (array.astype(np.float64).ravel() for array in (expected, gradients[name]))
+        squared = float(expected @ expected)
+        found.relative_error.append(float(np.linalg.norm(given - expected)) / squared**0.5 if squared else None)
+        found.projection.append(float(given @ expected) / squared if squared else None)
+    return list(of_kind.values())
+
+
+def format_table(rows: Sequence[Deviation]) -> str:
+    """Markdown: a row for each kind and program."""
+    lines = ["| gradient of | program | relative error, median (range) | projection, median |", "|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: row.kind):
+        errors = [error for error in row.relative_error if error is not None]
+        if errors:
+            spread = f" ({min(errors):.2g} to {max(errors):.2g})" if len(errors) > 1 else ""
+            projection = np.median([length for length in row.projection if length is not None])
+            lines.append(f"| {row.kind} | {row.program} | {np.median(errors):.2g}{spread} | {projection:.4f} |")
+    return "\n".join(lines)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Prints the table, and writes `args.json`. Raises UserError for what cannot work, or if float32 disagrees."""
+    config = _config(args)
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
+    sources = {mode: patched_program(args.torch_repo, model_patches(args.system, mode)) for mode in TORCH_MODES}
+    tokens = _tokens(args.train_files, args.sequences, args.seq_len)
+    output_of([args.torch_python, "-c", "import numpy, torch"], Path.cwd(), f"--torch-python {args.torch_python}")
+    weights = load_weights(args.weights, config.model, abstract_params(make_model(config)), make_mesh(1))
+    results: dict[str, Gradients] = {}
+
+    def told(program: str, gradients: Gradients, loss: float) -> Gradients:
+        print(f"{program}: mean loss {loss:.6f}", flush=True)
+        return gradients
+
+    # PyTorch first: what JAX has taken of a GPU's memory it keeps.
+    host_weights = to_torch(jax.tree.map(np.asarray, weights), config.model)
+    for mode, gradients, loss in torch_gradients(sources, args.torch_python, host_weights, tokens, args.window_blocks):
+        results[TORCH_MODES[mode]] = told(TORCH_MODES[mode], gradients, loss)
+    results[OURS] = told(OURS, *our_gradients(config, weights, tokens, args.window_blocks))
+    exact_model = dataclasses.replace(config.model, attention="banded", remat="full")
+    exact = dataclasses.replace(config, dtype="float32", model=exact_model)
+    with jax.default_matmul_precision("highest"):
+        reference = told(f"{OURS}, float32", *our_gradients(exact, weights, tokens, args.window_blocks))
+
+    rows = [row for program, gradients in results.items() for row in deviations(program, gradients, reference)]
+    print(format_table(rows))
+    if args.json:
+        write_atomically(args.json, json.dumps([dataclasses.asdict(row) for row in rows], indent=1).encode())
+    for row in rows:
+        worst = max((error for error in row.relative_error if error is not None), default=0)
+        if row.program == TORCH_MODES["float32"] and not worst <= SAME_FUNCTION:
+            raise UserError(
+                f"the float32 gradients of {row.kind} differ by {worst:.2g} of their length: the programs compute "
+                f"different functions of --weights {args.weights}; is --system {args.system} the right one?"
+            )
+
+
+def _config(args: argparse.Namespace) -> Config:
+    base = preset(args.system)
+    check_counts({"--seq-len": args.seq_len, "--sequences": args.sequences, "--window-blocks": args.window_blocks}, 1)
+    config = dataclasses.replace(
+        base,
+        seq_len=args.seq_len,
+        batch_tokens=args.seq_len,
+        final_window_tokens=min(base.final_window_tokens, args.seq_len),
+    )
+    check_config(config)
+    if args.window_blocks > args.seq_len // BLOCK:
+        raise UserError(
+            f"--window-blocks {args.window_blocks} of {BLOCK} tokens are longer than --seq-len {args.seq_len}; "
+            f"use at most {args.seq_len // BLOCK}"
+        )
+    return config
+
+
+def _tokens(pattern: str, sequences: int, length: int) -> UInt16[np.ndarray, "S T+1"]:
+    """Consecutive sequences from the start of the first shard."""
+    file = find_shards(pattern)[0]
+    shard = open_shard(file)
+    needed = sequences * length + 1
+    if len(shard) < needed:
+        raise UserError(
+            f"{file}: {len(shard):,} tokens, of which {needed:,} are needed; lower --sequences or --seq-len"
+        )
+    check_tokens(file, shard[:needed], 0)
+    return np.stack([shard[k * length : (k + 1) * length + 1] for k in range(sequences)])
+
+
+def main(argv: Sequence[str]) -> None:
+    base = preset("recurrent")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torch-repo", type=Path, required=True, help="checkout of the PyTorch project")
+    parser.add_argument("--weights", required=True, help="checkpoint of the PyTorch program (.pt), or a run folder")
+    parser.add_argument("--train-files", default=base.data.train_files, help="glob of shards; the first one is read")
+    parser.add_argument("--system", choices=SYSTEMS, default="recurrent", help="default: recurrent")
+    parser.add_argument("--seq-len", type=int, default=base.seq_len, help=f"default: {base.seq_len}")
+    parser.add_argument("--sequences", type=int, default=1, help="their gradients are added (default: 1)")
+    parser.add_argument("--window-blocks", type=int, default=6, help="long window, blocks of 128 (default: 6)")
+    parser.add_argument("--torch-python", default=sys.executable, help="Python that has PyTorch and NumPy")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
+    args = parser.parse_args(argv)
+    if os.sep in args.torch_python:
+        args.torch_python = os.path.abspath(args.torch_python)
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # PyTorch shares the GPU
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else gigabytes stay in the temporary folder
+    with one_line_errors():
+        compare(args)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
