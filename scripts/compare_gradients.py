@@ -162,7 +162,7 @@ def compare(args: argparse.Namespace) -> None:
     sources = {mode: patched_program(args.torch_repo, model_patches(args.system, mode)) for mode in TORCH_MODES}
     tokens = _tokens(args.train_files, args.sequences, args.seq_len)
     output_of([args.torch_python, "-c", "import numpy, torch"], Path.cwd(), f"--torch-python {args.torch_python}")
-    weights = load_weights(args.weights, config.model, abstract_params(make_model(config)), make_mesh(1))
+    weights, _ = load_weights(args.weights, config.model, abstract_params(make_model(config)), make_mesh(1))
     results: dict[str, Gradients] = {}
 
     def told(program: str, gradients: Gradients, loss: float) -> Gradients:

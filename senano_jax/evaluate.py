@@ -23,15 +23,18 @@ from senano_jax.training.weights import load_weights
 
 @dataclass(frozen=True)
 class Arguments:
-    """Prints val_loss:<6 decimals> tokens:<n> for the newest checkpoint of a run or for PyTorch weights."""
+    """Prints val_loss:<6 decimals> tokens:<n> for a checkpoint of a run, or for PyTorch weights."""
 
     source: Annotated[str, tyro.conf.Positional]
     """Folder of a run, or a PyTorch checkpoint (.pt)."""
     data: DataConfig
     preset: str = "recurrent"
     """System that a PyTorch checkpoint holds; a run folder knows its own."""
+    step: int | None = None
+    """Checkpoint of a run; the newest by default."""
     window_blocks: int | None = None
-    """Long attention window in blocks of 128 tokens; that of the end of the run by default."""
+    """Long attention window in blocks of 128 tokens; by default that of the checkpoint's step, or of the end of the
+    run for a PyTorch checkpoint."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the activations and of the embedding table."""
     attention: Literal["auto", "flash", "banded", "dense"] = "auto"
@@ -62,8 +65,10 @@ def main(arguments: Sequence[str]) -> float:
     mesh = make_mesh(config.devices)
     model = make_model(config)
     evaluate = make_evaluator(config, model, mesh)
-    params = load_weights(args.source, config.model, abstract_params(model), mesh)
-    window = args.window_blocks or window_blocks(config.steps, config.steps, config.final_window_tokens)
+    params, step = load_weights(args.source, config.model, abstract_params(model), mesh, args.step)
+    step = config.steps if step is None else step
+    at_step = window_blocks(step, config.steps, config.final_window_tokens, config.initial_window_tokens)
+    window = at_step if args.window_blocks is None else args.window_blocks
     loss = evaluate(params, window)
     print(f"val_loss:{loss:.6f} tokens:{evaluate.tokens}")
     return loss

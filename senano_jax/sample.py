@@ -21,9 +21,8 @@ from senano_jax.model.sampling import generate
 from senano_jax.optim.schedules import window_blocks
 from senano_jax.presets import preset
 from senano_jax.train import configure_jax, with_dashes
-from senano_jax.training.checkpoint import load_params
 from senano_jax.training.mesh import make_mesh
-from senano_jax.training.state import Model, Params, abstract_params, make_model
+from senano_jax.training.state import abstract_params, make_model
 from senano_jax.training.weights import load_weights
 
 if TYPE_CHECKING:
@@ -71,7 +70,8 @@ def main(arguments: Sequence[str]) -> list[str]:
         )
     configure_jax(config.dtype, config.compilation_cache)
     model = make_model(config)
-    params, step = _load(args, config, model)
+    params, step = load_weights(args.source, config.model, abstract_params(model), make_mesh(1), args.step)
+    step = config.steps if step is None else step
     window = window_blocks(step, config.steps, config.final_window_tokens, config.initial_window_tokens)
 
     texts = []
@@ -113,8 +113,6 @@ def _check(args: Arguments) -> None:
         raise UserError(f"--temperature is {args.temperature}; use 0 or more")
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed is {args.seed}; it must not be negative and fit into 31 bits")
-    if args.source.endswith(".pt") and args.step is not None:
-        raise UserError(f"--step {args.step} chooses a checkpoint of a run, but {args.source} holds one state; drop it")
 
 
 def _config(args: Arguments) -> Config:
@@ -126,14 +124,6 @@ def _config(args: Arguments) -> Config:
     if args.top_k is not None and args.top_k > config.model.vocab_size:
         raise UserError(f"--top-k {args.top_k} is more than the {config.model.vocab_size} tokens there are; drop it")
     return config
-
-
-def _load(args: Arguments, config: Config, model: Model) -> tuple[Params, int]:
-    """The weights, and the steps they were trained for."""
-    mesh, abstract = make_mesh(1), abstract_params(model)
-    if args.source.endswith(".pt"):
-        return load_weights(args.source, config.model, abstract, mesh), config.steps
-    return load_params(Path(args.source), abstract, mesh, args.step)
 
 
 if __name__ == "__main__":

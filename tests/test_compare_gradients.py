@@ -149,7 +149,7 @@ def arguments(tmp_path, monkeypatch, true_gradients) -> list[str]:
     params = random_params(make_model(CONFIG))
     weights = to_torch(params, MODEL)
     monkeypatch.setattr(script, "preset", lambda name: CONFIG)
-    monkeypatch.setattr(script, "load_weights", lambda *_: from_torch(weights, MODEL, params, "weights.pt"))
+    monkeypatch.setattr(script, "load_weights", lambda *_: (from_torch(weights, MODEL, params, ""), None))
     (tmp_path / "train_gpt.py").write_text(STAND_IN)
     write_shard(tmp_path / "train.bin", tokens)
     np.savez(tmp_path / "true.npz", **gradients)

@@ -39,9 +39,10 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """A finished run with a checkpoint in the middle."""
+    """A finished run that saved every step and kept steps 2 and 4 beside the newest."""
     path = tmp_path_factory.mktemp("runs") / "run"
-    return train.main(["demo", *SMALL, "--checkpoint-every=3", f"--run-dir={path}"])
+    kept = ["--checkpoint-every=1", "--checkpoint-keep=1", "--checkpoint-keep-every=2"]
+    return train.main(["demo", *SMALL, *kept, f"--run-dir={path}"])
 
 
 def records(run_dir):
@@ -92,6 +93,14 @@ def test_evaluate_gives_the_final_validation_loss_again(run_dir, capsys):
     assert capsys.readouterr().out.strip() == f"val_loss:{loss:.6f} tokens:1024"
 
 
+def test_an_earlier_checkpoint_is_evaluated_at_the_window_of_its_step(run_dir):
+    logged = {record["step"]: record for record in records(run_dir)[1]}
+    assert logged[2]["window"] == 1 != logged[STEPS]["window"]
+    assert evaluate.main([str(run_dir), "--step=2"]) == pytest.approx(logged[2]["val_loss"], rel=1e-6)
+    with pytest.raises(UserError, match="no checkpoint of this step; it holds: 2, 4, 5"):
+        evaluate.main([str(run_dir), "--step=3"])
+
+
 def test_weights_can_be_evaluated_in_another_type_than_they_were_trained_in(run_dir):
     exact, rounded = evaluate.main([str(run_dir)]), evaluate.main([str(run_dir), "--dtype=bfloat16"])
     assert rounded != exact
@@ -132,7 +141,7 @@ def test_weights_of_another_model_are_refused(run_dir):
 
 def test_the_newest_checkpoints_are_kept(run_dir):
     with Checkpoints(run_dir / "checkpoints") as checkpoints:
-        assert checkpoints.steps() == [STEPS, 3]
+        assert checkpoints.steps() == [STEPS, 4, 2]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_last_checkpoint(tmp_path):
@@ -184,7 +193,7 @@ def test_an_exported_checkpoint_evaluates_to_the_loss_of_the_run(run_dir, tmp_pa
     config, _ = read_config(run_dir / "config.json")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="dense"))
     mesh, model = make_mesh(1), make_model(config)
-    params = load_weights(str(tmp_path / "state.pt"), config.model, abstract_params(model), mesh)
+    params, _ = load_weights(str(tmp_path / "state.pt"), config.model, abstract_params(model), mesh)
     window = window_blocks(STEPS, STEPS, config.final_window_tokens)
     final = records(run_dir)[1][-1]["val_loss"]
     assert make_evaluator(config, model, mesh)(params, window) == pytest.approx(final, rel=1e-6)

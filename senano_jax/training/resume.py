@@ -89,7 +89,8 @@ def begin_or_resume(
         state = init_state(model, optimizer, config.seed, mesh)
         position = Position(0, 0, 0.0, evaluated=False, run_folder={"metrics": 0, "log": 0})
         if config.init_from is not None:
-            state = with_params(state, load_weights(config.init_from, config.model, abstract.params, mesh), mesh)
+            params, _ = load_weights(config.init_from, config.model, abstract.params, mesh)
+            state = with_params(state, params, mesh)
     with together():
         if config.resume is None:  # only now: a run that could not begin leaves no folder that looks like one
             data_record.start()
