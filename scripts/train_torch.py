@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 
+from senano_jax.data.identity import needed_shards
 from senano_jax.data.shards import find_shards, open_shard
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.interop.torch_program import (
@@ -225,12 +226,8 @@ def _train_tokens(args: argparse.Namespace) -> int:
 
 def _needed_shards(flag: str, pattern: str, tokens: int) -> list[Path]:
     """The first shards that match, as many as hold `tokens` and what the loader wants behind them."""
-    files, available = [], 0
-    for file in find_shards(pattern):
-        if available >= tokens + 2:
-            break
-        files.append(file)
-        available += len(open_shard(file))
+    files = needed_shards(find_shards(pattern), tokens + 1)
+    available = sum(len(open_shard(file)) for file in files)
     if available < tokens + 2:
         raise UserError(f"{flag} {pattern}: {available:,} tokens, of which {tokens:,} are needed; give more shards")
     return files

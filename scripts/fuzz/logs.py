@@ -7,8 +7,12 @@ from pathlib import Path
 
 from fuzz.damage import NAMES, change, damaged, deep
 from senano_jax.config_file import write_config
+from senano_jax.data.identity import ShardIdentity
 from senano_jax.presets import demo
+from senano_jax.runlog.data_record import FILE as DATA
+from senano_jax.runlog.data_record import PARTS, write_data
 from senano_jax.runlog.reader import read_log
+from senano_jax.runlog.track_rules import check_rules
 
 STEPS, TOKENS = 10, 4096
 
@@ -33,7 +37,8 @@ class RunFolders:
         (place / "config.json").write_text(json.dumps(config))
         (place / "environment.json").write_text('{"devices": [{"kind": "cpu"}]}')
         (place / "log.txt").write_text("step:0/10\n")
-        name = rng.choice(["config.json", "metrics.jsonl", "metrics.jsonl", "metrics.jsonl", "environment.json"])
+        write_data(place / DATA, {part: [ShardIdentity(f"{part}.bin", 3072, 1024, "0" * 64)] for part in PARTS})
+        name = rng.choice(["config.json", *["metrics.jsonl"] * 3, "environment.json", DATA])
         path = place / name
         how = rng.choice(["bytes", "value", "deep", "link", "gone", "folder", "lines"])
         if how == "bytes":
@@ -42,7 +47,8 @@ class RunFolders:
             lines = path.read_text().splitlines() if name == "metrics.jsonl" else [path.read_text()]
             at = rng.randrange(len(lines))
             document = json.loads(lines[at])
-            change(rng, document)
+            part = rng.choice([None, *PARTS]) if name == DATA else None
+            change(rng, document[part][0] if part else document)
             lines[at] = json.dumps(document)
             path.write_text("\n".join(lines) + "\n")
         elif how == "deep":
@@ -58,6 +64,8 @@ class RunFolders:
             elif how == "link":
                 path.symlink_to(rng.choice(["/dev/zero", "/etc/passwd", "/proc/self/mem", name, "../..", "/"]))
         read_log(rng.choice([place, place / "metrics.jsonl", place / "log.txt"]))
+        if name == DATA:
+            check_rules(place)
         return how
 
 
