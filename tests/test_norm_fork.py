@@ -15,16 +15,33 @@ def random(seed, width, dtype=jnp.float32):
 
 
 def gradient(implementation, x, dx, dy, **options):
-    _, pullback = jax.vjp(lambda x: norm_fork(x, implementation, **options), x)
+    _, pullback = jax.vjp(lambda x: norm_fork(x, None, implementation, **options), x)
     return pullback((dx, dy))[0]
 
 
 def test_both_outputs():
     x, _, _ = random(0, 48)
     for implementation in ("plain", "fused"):
-        same, normed = norm_fork(x, implementation)
+        same, normed = norm_fork(x, None, implementation)
         np.testing.assert_array_equal(same, x)
         np.testing.assert_allclose(normed, norm(np.asarray(x, np.float64)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["plain", "fused"])
+def test_a_sum_is_not_rounded_and_has_the_gradients_of_its_terms(implementation):
+    """bfloat16 terms of which one is too small for the other's digits. The gradients are those of float32, rounded."""
+    x, dx, dy = (array.astype(jnp.bfloat16) for array in random(4, 96))
+    added = (x[::-1] / 2048).astype(jnp.bfloat16)
+    (total, normed), pullback = jax.vjp(lambda *terms: norm_fork(*terms, implementation), x, added)
+    exact = x.astype(jnp.float32) + added.astype(jnp.float32)
+    assert np.any(exact != exact.astype(jnp.bfloat16)) and normed.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(total, exact)
+    np.testing.assert_allclose(normed.astype(jnp.float32), norm(np.asarray(exact, np.float64)), rtol=2**-8)
+    to_x, to_added = pullback((dx.astype(jnp.float32), dy))
+    assert to_x.dtype == to_added.dtype == jnp.bfloat16
+    expected = gradient("plain", exact, dx.astype(jnp.float32), dy.astype(jnp.float32))
+    for found in (to_x, to_added):
+        np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=2**-7, atol=1e-3)
 
 
 @pytest.mark.parametrize("width", [32, 96, 768])  # one part, three narrow ones, three wide ones
@@ -43,15 +60,22 @@ def test_rows_of_zeros_have_finite_gradients():
 
 def test_refuses_rows_it_cannot_hold():
     with pytest.raises(ValueError, match="no fused kernel"):
-        norm_fork(jnp.ones((1, 8, 24)), "fused")  # parts of 8
+        norm_fork(jnp.ones((1, 8, 24)), None, "fused")  # parts of 8
     with pytest.raises(ValueError, match="no fused kernel"):
-        norm_fork(jnp.ones((1, 3, 32)), "fused")  # 3 rows for programs of 4
+        norm_fork(jnp.ones((1, 3, 32)), None, "fused")  # 3 rows for programs of 4
 
 
 @pytest.mark.gpu
-def test_gradient_on_a_gpu():
+@pytest.mark.parametrize("terms", [1, 2])
+def test_gradient_on_a_gpu(terms):
     x, dx, dy = random(3, 768, jnp.bfloat16)
+    added = x[::-1] / 16 if terms == 2 else None
+    dx = dx if added is None else dx.astype(jnp.float32)
+
+    def gradient(implementation, x):
+        return jax.vjp(lambda x: norm_fork(x, added, implementation), x)[1]((dx, dy))[0]
+
     result, expected = (
-        np.asarray(jax.jit(gradient, static_argnums=0)(name, x, dx, dy), np.float64) for name in ("fused", "plain")
+        np.asarray(jax.jit(gradient, static_argnums=0)(name, x), np.float64) for name in ("fused", "plain")
     )
     assert np.linalg.norm(result - expected) <= 5e-3 * np.linalg.norm(expected)

@@ -73,7 +73,8 @@ class Block(nn.Module):
     def __call__(self, x_BTD, skip, x0_BTD, other_v_BTHK, rotary, intervals: Intervals):
         """Applies the layer; returns the new residual stream and the layer's values (raw ones in position 0).
 
-        The stream comes back in float32, its sum with the MLP's output not rounded; callers round what they store.
+        The stream is rounded once, after the weighted sum at the start. It comes back in float32, its sum with the
+        outputs of attention and MLP not rounded; callers round what they store.
         `x_BTD` may be of either type. `skip` is None or (weight, output of an earlier position), added first. `x0_BTD`
         is the normalised embedding, `other_v_BTHK` the values that the layer's attention mixes in. A layer without
         attention returns no values.
@@ -81,11 +82,10 @@ class Block(nn.Module):
         lambdas = self.param("lambdas", lambda key: jnp.array([1.0, 0.0]))
         skips = [] if skip is None else [(lambdas[0] * skip[0], skip[1])]
         x_BTD = weighted_sum((lambdas[0], x_BTD), *skips, (lambdas[1], x0_BTD), dtype=x0_BTD.dtype)
-        v_BTHK = None
+        y_BTD, v_BTHK = None, None
         if self.layer not in self.config.layers.no_attention:
             x_BTD, normed_BTD = norm_fork(x_BTD)
             y_BTD, v_BTHK = Attention(self.config, name="attention")(normed_BTD, other_v_BTHK, rotary, intervals)
-            x_BTD = x_BTD + y_BTD
-        x_BTD, normed_BTD = norm_fork(x_BTD)
+        x_BTD, normed_BTD = norm_fork(x_BTD, y_BTD)
         mlp_BTD = Mlp(self.config, name="mlp")(normed_BTD)
         return x_BTD.astype(jnp.float32) + mlp_BTD.astype(jnp.float32), v_BTHK

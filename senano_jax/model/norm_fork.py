@@ -36,12 +36,16 @@ DEFAULT_LAUNCH = Launch(rows=4, warps=4)
 
 def norm_fork(
     x: Float[Array, "B T D"],
+    added: Float[Array, "B T D"] | None = None,
     implementation: Implementation = "auto",
     *,
     launch: Launch = DEFAULT_LAUNCH,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-    """x and norm(x).
+    """x and norm(x); or the sum of x and `added`, in float32 and not rounded, and its norm, in x's type.
+
+    What a layer adds is small beside the stream, so that rounding the sum would lose much of it. The sum is not stored
+    either: the backward pass adds its terms again.
 
     The backward pass of `fused` is a Pallas kernel for NVIDIA GPUs that rounds the sum of both gradients once. It takes
     widths that are a power of two times at most 8. `auto` takes it on a GPU wherever it can; `interpret` runs it in
@@ -51,40 +55,44 @@ def norm_fork(
     part = width & -width  # the largest power of two that divides it
     fits = pallas_triton.fits(part) and width // part <= MOST_PARTS and rows % launch.rows == 0
     on_gpu = jax.default_backend() == "gpu"
+    terms = (x,) if added is None else (x, added)
     if implementation == "auto":
         implementation = "fused" if on_gpu and fits else "plain"
     if implementation == "plain":
-        return x, norm(x)
+        return _summed_and_normalised(terms)
     if not fits:
         raise ValueError(f"no fused kernel for {rows} rows of {width}")
-    return _fused(x, launch, not on_gpu if interpret is None else interpret)
+    return _fused(terms, launch, not on_gpu if interpret is None else interpret)
+
+
+def _summed_and_normalised(terms):
+    total = terms[0] if len(terms) == 1 else sum(term.astype(jnp.float32) for term in terms)
+    return total, norm(total).astype(terms[0].dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _fused(x, launch, interpret):
-    return _stored_and_normalised(x)
+def _fused(terms, launch, interpret):
+    return _fused_fwd(terms, launch, interpret)[0]
 
 
-def _fused_fwd(x, launch, interpret):
-    x, normed = _stored_and_normalised(x)
-    return (x, normed), x
+def _fused_fwd(terms, launch, interpret):
+    terms = lax.optimization_barrier(terms)  # or XLA reads all that x is the sum of a second time, to normalise it
+    return _summed_and_normalised(terms), terms
 
 
-def _stored_and_normalised(x):
-    x = lax.optimization_barrier(x)  # or XLA reads all that x is the sum of a second time, to normalise it
-    return x, norm(x)
-
-
-def _fused_bwd(launch, interpret, x, gradients):
-    return (backward(x, *gradients, launch=launch, interpret=interpret),)
+def _fused_bwd(launch, interpret, terms, gradients):
+    total = backward(terms, *gradients, launch=launch, interpret=interpret)
+    return ((total,) * len(terms),)
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)
 
 
 @functools.partial(jax.jit, static_argnames=("launch", "interpret"))  # lowered once for all layers
-def backward(x, dx, dy, *, launch: Launch, interpret: bool):
-    """dx + s dy - s^3 mean(x dy) x along the last axis, with s = (mean(x^2) + eps)^(-1/2)."""
+def backward(terms, dx, dy, *, launch: Launch, interpret: bool):
+    """dx + s dy - s^3 mean(x dy) x along the last axis, with x the sum of `terms` and s = (mean(x^2) + eps)^(-1/2), in
+    the type of the terms."""
+    x = terms[0]
     width = x.shape[-1]
     flat = (x.size // width, width)
     rows = pl.BlockSpec((launch.rows, width), lambda r: (r, 0))
@@ -92,20 +100,22 @@ def backward(x, dx, dy, *, launch: Launch, interpret: bool):
         _backward_kernel,
         name="norm_fork_backward",
         grid=(flat[0] // launch.rows,),
-        in_specs=[rows, rows, rows],
+        in_specs=[rows] * (len(terms) + 2),
         out_specs=rows,
         out_shape=jax.ShapeDtypeStruct(flat, x.dtype),
         tile=launch,
         interpret=interpret,
-    )(x.reshape(flat), dx.reshape(flat), dy.reshape(flat))
+    )(*(array.astype(x.dtype).reshape(flat) for array in (*terms, dx, dy)))
     return total.reshape(x.shape)
 
 
-def _backward_kernel(x_ref, dx_ref, dy_ref, total_ref):
-    width = x_ref.shape[1]
+def _backward_kernel(*refs):
+    *term_refs, dx_ref, dy_ref, total_ref = refs
+    width = total_ref.shape[1]
     size = width & -width
     parts = [pl.ds(start, size) for start in range(0, width, size)]
-    x, dx, dy = ([ref[:, part].astype(jnp.float32) for part in parts] for ref in (x_ref, dx_ref, dy_ref))
+    *terms, dx, dy = ([ref[:, part].astype(jnp.float32) for part in parts] for ref in (*term_refs, dx_ref, dy_ref))
+    x = [sum(of_part) for of_part in zip(*terms)]
     scale_R1 = lax.rsqrt(_mean(x, x) + NORM_EPSILON)
     along_R1 = scale_R1 * scale_R1 * _mean(x, dy)
     for part, x_RP, dx_RP, dy_RP in zip(parts, x, dx, dy):
