@@ -121,16 +121,18 @@ def test_error_and_length_of_each_layer_by_kind():
     """(3, 4) in place of (3, 3) is 1 / sqrt(18) off, and 21 / 18 long."""
     exact = {"head": np.array([1.0]), "blocks.0.w": np.array([3.0, 3.0]), "blocks.11.w": np.array([2.0, 0.0])}
     given = {"head": np.array([-1.0]), "blocks.0.w": np.array([3.0, 4.0]), "blocks.11.w": np.array([1.0, 0.0])}
-    head, w = script.deviations("p", given, exact)
+    torch = {"head": np.array([0.0]), "blocks.0.w": np.array([3.0, 2.0]), "blocks.11.w": np.array([2.0, 0.0])}
+    head, w = script.deviations("p", given, exact, torch)
+    assert (head.cosine, w.cosine) == ([1], [-1, None])  # None where PyTorch does not err
     assert (head.kind, head.relative_error, head.projection) == ("head", [2], [-1])
     assert w.kind == "w" and w.relative_error == pytest.approx([18**-0.5, 0.5])
     assert w.projection == pytest.approx([21 / 18, 0.5])
-    assert "| w | p | 0.37 (0.24 to 0.5) | 0.8333 |" in script.format_table([head, w])
+    assert "| w | p | 0.37 (0.24 to 0.5) | 0.8333 | -1.00 |" in script.format_table([head, w])
 
 
 def test_a_gradient_that_is_exactly_zero_has_no_relative_error():
-    (zero,) = script.deviations("p", {"head": np.ones(2)}, {"head": np.zeros(2)})
-    assert zero.relative_error == [None] and "head" not in script.format_table([zero])
+    (zero,) = script.deviations("p", {"head": np.ones(2)}, {"head": np.zeros(2)}, {"head": np.ones(2)})
+    assert zero.relative_error == zero.cosine == [None] and "head" not in script.format_table([zero])
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +185,7 @@ def test_all_programs_are_held_against_this_one_in_float32(arguments, tmp_path, 
             projection, error = (row[name][first_layer_mixes_no_values:] for name in ("projection", "relative_error"))
             assert projection == pytest.approx([scale] * len(projection), abs=1e-3)
             assert error == pytest.approx([scale - 1] * len(projection), abs=1e-3)
+    assert all(cosine > 0.999 for row in of_program["PyTorch, not compiled"] for cosine in row["cosine"] if cosine)
     # Ours is bfloat16, and the reference is not.
     errors = [row["relative_error"][0] for row in of_program["this program"] if row["kind"].endswith("weight")]
     assert all(1e-3 < error < 0.1 for error in errors)
