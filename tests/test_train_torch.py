@@ -218,15 +218,16 @@ def test_an_interrupted_run_leaves_no_process_and_keeps_its_steps(machine, tmp_p
     )
     (tmp_path / "repo" / "train_gpt.py").write_text(source)
     script_process = subprocess.Popen([sys.executable, SCRIPT, *machine], stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "told.json").exists() or not (tmp_path / "told.json").read_text():
+    told, log = tmp_path / "told.json", tmp_path / "log.txt.unfinished"
+    while not (told.exists() and told.read_text() and log.exists() and "step:2/" in log.read_text()):
         assert script_process.poll() is None
         time.sleep(0.05)
     script_process.send_signal(signal.SIGINT)
     assert "interrupted; the lines of its steps are in" in script_process.communicate(timeout=60)[1]
     assert script_process.returncode == 2
     with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "told.json").read_text()), 0)
-    assert "step:2/4 train_loss" in (tmp_path / "log.txt.unfinished").read_text()
+        os.kill(int(told.read_text()), 0)
+    assert "step:2/4 train_loss" in log.read_text()
 
 
 def test_a_file_that_is_no_text_is_refused(machine, tmp_path):
