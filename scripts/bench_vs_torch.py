@@ -29,7 +29,7 @@ from pathlib import Path
 
 from senano_jax.data.shards import find_shards, open_shard
 from senano_jax.errors import UserError, one_line_errors
-from senano_jax.files import write_atomically
+from senano_jax.files import check_output_file, write_atomically
 from senano_jax.interop.torch_program import (
     FASTEST,
     Patch,
@@ -207,8 +207,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.batch_tokens, args.profile_flags = preset("recurrent").batch_tokens, list(profile_flags)
     args.train_files = os.path.abspath(args.train_files)
-    if args.json and not args.json.parent.is_dir():
-        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
+    check_output_file("--json", args.json)
     if args.steps <= args.warmup or args.warmup < 0 or args.rounds < 1:
         raise UserError("give --rounds of at least 1, and more --steps than --warmup steps")
     if min(args.windows) < 1 or len(set(args.windows)) < len(args.windows):

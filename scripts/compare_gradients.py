@@ -27,21 +27,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt16
+from jaxtyping import Int32
 
 from senano_jax.attention import BLOCK
 from senano_jax.config import Config, check_config
-from senano_jax.data.shards import check_tokens, find_shards, open_shard
+from senano_jax.data.shards import find_shards
+from senano_jax.data.stream import SequenceSource
 from senano_jax.errors import UserError, check_counts, one_line_errors
-from senano_jax.files import write_atomically
+from senano_jax.files import check_output_file, write_atomically
 from senano_jax.interop.torch_checkpoint import to_torch
 from senano_jax.interop.torch_program import (
     DEFAULT_TILES,
     FASTEST,
     SYSTEMS,
     Patch,
+    from_anywhere,
     output_of,
     patched_program,
     schedule,
@@ -49,6 +50,7 @@ from senano_jax.interop.torch_program import (
 from senano_jax.presets import preset
 from senano_jax.training.mesh import make_mesh
 from senano_jax.training.state import Params, abstract_params, make_model
+from senano_jax.training.step import summed_gradients
 from senano_jax.training.weights import load_weights
 
 TORCH_MODES = {"float32": "PyTorch, float32", "eager": "PyTorch, not compiled", "compiled": "PyTorch, compiled"}
@@ -81,26 +83,12 @@ def model_patches(system: str, mode: str) -> list[Patch]:
 
 
 def our_gradients(
-    config: Config, weights: Params, tokens: UInt16[np.ndarray, "S T+1"], window_blocks: int
+    config: Config, weights: Params, tokens: Int32[np.ndarray, "S T+1"], window_blocks: int
 ) -> tuple[Gradients, float]:
-    """Gradients of the loss summed over all sequences, and the mean loss, one sequence after the other.
-
-    As in a training step, but that it rounds the sum to the type of the parameter.
-    """
-    model = make_model(config)
-
-    @jax.jit
-    def add(total, params, sequence):
-        def loss(params):
-            return model.apply({"params": params}, sequence[None, :-1], sequence[None, 1:], window_blocks)
-
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params))
-
-    params32 = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), weights)
-    total = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params32))
-    for sequence in tokens.astype(np.int32):
-        total = add(total, params32, sequence)
-    loss, gradients = total
+    """Gradients of the loss summed over all sequences, and the mean loss; a training step of as many micro-batches
+    has them before it rounds them to the types of the parameters."""
+    step = jax.jit(summed_gradients, static_argnums=0)
+    loss, gradients = step(make_model(config), weights, tokens[:, None], window_blocks)
     return to_torch(gradients, config.model), float(loss) / (tokens.size - len(tokens))
 
 
@@ -108,7 +96,7 @@ def torch_gradients(
     sources: Mapping[str, str],
     python: str,
     weights: Gradients,
-    tokens: UInt16[np.ndarray, "S T+1"],
+    tokens: Int32[np.ndarray, "S T+1"],
     window_blocks: int,
 ) -> Iterator[tuple[str, Gradients, float]]:
     """(mode, gradients, mean loss) of the model in each of `sources`, by mode.
@@ -124,7 +112,7 @@ def torch_gradients(
             raise UserError(f"{folder} cannot be written ({error.strerror or error}); set TMPDIR") from None
         for mode, source in sources.items():
             (folder / "model.py").write_text(source, encoding="utf-8")
-            output_of([python, DRIVER, folder, mode], folder, TORCH_MODES[mode])
+            output_of([from_anywhere(python), DRIVER, folder, mode], folder, TORCH_MODES[mode])
             with np.load(folder / f"{mode}.npz") as arrays:
                 gradients = dict(arrays)
             (folder / f"{mode}.npz").unlink()
@@ -168,8 +156,7 @@ def format_table(rows: Sequence[Deviation]) -> str:
 def compare(args: argparse.Namespace) -> None:
     """Prints the table, and writes `args.json`. Raises UserError for what cannot work, or if float32 disagrees."""
     config = _config(args)
-    if args.json and not args.json.parent.is_dir():
-        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
+    check_output_file("--json", args.json)
     sources = {mode: patched_program(args.torch_repo, model_patches(args.system, mode)) for mode in TORCH_MODES}
     tokens = _tokens(args.train_files, args.sequences, args.seq_len)
     output_of([args.torch_python, "-c", "import numpy, torch"], Path.cwd(), f"--torch-python {args.torch_python}")
@@ -222,17 +209,15 @@ def _config(args: argparse.Namespace) -> Config:
     return config
 
 
-def _tokens(pattern: str, sequences: int, length: int) -> UInt16[np.ndarray, "S T+1"]:
-    """Consecutive sequences from the start of the first shard."""
-    file = find_shards(pattern)[0]
-    shard = open_shard(file)
-    needed = sequences * length + 1
-    if len(shard) < needed:
+def _tokens(pattern: str, sequences: int, length: int) -> Int32[np.ndarray, "S T+1"]:
+    """The first sequences of the shards."""
+    source = SequenceSource(find_shards(pattern), length)
+    if len(source) < sequences:
         raise UserError(
-            f"{file}: {len(shard):,} tokens, of which {needed:,} are needed; lower --sequences or --seq-len"
+            f"{pattern}: {source.total_tokens:,} tokens, of which {sequences * length + 1:,} are needed; "
+            "lower --sequences or --seq-len"
         )
-    check_tokens(file, shard[:needed], 0)
-    return np.stack([shard[k * length : (k + 1) * length + 1] for k in range(sequences)])
+    return np.stack([source[k] for k in range(sequences)])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -240,7 +225,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch-repo", type=Path, required=True, help="checkout of the PyTorch project")
     parser.add_argument("--weights", required=True, help="checkpoint of the PyTorch program (.pt), or a run folder")
-    parser.add_argument("--train-files", default=base.data.train_files, help="glob of shards; the first one is read")
+    parser.add_argument("--train-files", default=base.data.train_files, help="glob of the shards")
     parser.add_argument("--system", choices=SYSTEMS, default="recurrent", help="default: recurrent")
     parser.add_argument("--seq-len", type=int, default=base.seq_len, help=f"default: {base.seq_len}")
     parser.add_argument("--sequences", type=int, default=1, help="their gradients are added (default: 1)")
@@ -248,8 +233,6 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--torch-python", default=sys.executable, help="Python that has PyTorch and NumPy")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     args = parser.parse_args(argv)
-    if os.sep in args.torch_python:
-        args.torch_python = os.path.abspath(args.torch_python)
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # PyTorch shares the GPU
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # else gigabytes stay in the temporary folder
     with one_line_errors():

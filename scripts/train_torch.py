@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
@@ -28,6 +29,7 @@ from pathlib import Path
 from senano_jax.data.identity import needed_shards
 from senano_jax.data.shards import find_shards, open_shard
 from senano_jax.errors import UserError, one_line_errors
+from senano_jax.files import check_output_file
 from senano_jax.interop.torch_program import (
     FASTEST,
     LAST_LINES,
@@ -104,12 +106,11 @@ def patches(args: argparse.Namespace) -> list[Patch]:
 
 def train(args: argparse.Namespace) -> None:
     """Runs the changed file; its step lines go to the terminal and, with a heading, to `args.log`."""
-    source = _changed_source(args)
     unfinished = _unfinished(args.log)
     steps = 0
     try:
         with tempfile.TemporaryDirectory(prefix="train-torch-") as folder, unfinished.open("w") as log:
-            (Path(folder) / "train_gpt.py").write_text(source)
+            (Path(folder) / "train_gpt.py").write_text(args.source)
             print(_heading(args), file=log, flush=True)
             for line in _lines_of(launch_command(args.torch_python), folder):
                 if re.match(r"step:\d|# PyTorch ", line):
@@ -127,7 +128,7 @@ def train(args: argparse.Namespace) -> None:
 
 def _lines_of(command: Sequence[str], folder: str) -> Iterator[str]:
     """What a program prints, line by line. Raises UserError with the last ones of one that fails; ends with us."""
-    last: list[str] = []
+    last: deque[str] = deque(maxlen=LAST_LINES)
     try:
         program = subprocess.Popen(
             command,
@@ -141,7 +142,7 @@ def _lines_of(command: Sequence[str], folder: str) -> Iterator[str]:
         raise UserError(f"{command[0]} cannot be started ({error.strerror or error})") from None
     try:
         for line in program.stdout:
-            last = [*last[1 - LAST_LINES :], line.rstrip()]
+            last.append(line.rstrip())
             yield line
     except BaseException:
         program.terminate()  # it would keep the GPU
@@ -150,10 +151,6 @@ def _lines_of(command: Sequence[str], folder: str) -> Iterator[str]:
     if program.wait():
         lines = "\n".join(last)
         raise UserError(f"the PyTorch program failed with status {program.returncode}; its last lines:\n{lines}")
-
-
-def _changed_source(args: argparse.Namespace) -> str:
-    return patched_program(args.torch_repo, patches(args))
 
 
 def _unfinished(log: Path) -> Path:
@@ -171,7 +168,7 @@ def _heading(args: argparse.Namespace) -> str:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, checked and with absolute paths."""
+    """The arguments, checked and with absolute paths; `source` is the changed file."""
     data = preset("recurrent").data
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch-repo", type=Path, required=True, help="checkout of the PyTorch project")
@@ -199,7 +196,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises UserError, before anything runs, for what would fail later."""
+    """Raises UserError, before anything runs, for what would fail later; leaves the changed file in `args.source`."""
     for name in ("steps", "val_every", "val_tokens"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; use 1 or more")
@@ -210,11 +207,10 @@ def _check(args: argparse.Namespace) -> None:
     for flag, path in (("--log", args.log), ("--log", _unfinished(args.log)), ("--save-start", args.save_start)):
         if path and path.exists():
             raise UserError(f"{flag}: {path} exists already; choose another name, or delete it")
-        if path and not path.parent.is_dir():
-            raise UserError(f"{flag}: there is no folder {path.parent}; make it first")
+        check_output_file(flag, path)
     if args.start and not args.start.is_file():
         raise UserError(f"--start: {args.start} is missing; make it with --save-start or export_torch.py")
-    _changed_source(args)
+    args.source = patched_program(args.torch_repo, patches(args))
     val_seq_len = preset(args.system).data.val_seq_len
     if args.val_tokens % val_seq_len:
         raise UserError(f"--val-tokens is {args.val_tokens}; use a multiple of {val_seq_len}")

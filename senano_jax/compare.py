@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from senano_jax.errors import UserError, one_line_errors
-from senano_jax.files import write_atomically
+from senano_jax.files import check_output_file, write_atomically
 from senano_jax.runlog.comparison import Group, Row, compare, notes, read_groups
 from senano_jax.runlog.html_report import html_report
 from senano_jax.runlog.plots import plot_image
@@ -87,10 +87,7 @@ def _check(arguments: Arguments) -> None:
             f"--out {arguments.out}: cannot write {arguments.out.suffix or 'this'}; use {', '.join(PLOT_SUFFIXES)}"
         )
     for flag, path in (("--out", arguments.out), ("--json", arguments.json)):
-        if path and not path.parent.is_dir():
-            raise UserError(f"{flag} {path}: there is no folder {path.parent}; make it first")
-        if path and path.is_dir():
-            raise UserError(f"{flag} {path}: is a folder; give a file in it")
+        check_output_file(flag, path)
 
 
 if __name__ == "__main__":

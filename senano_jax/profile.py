@@ -16,7 +16,7 @@ from rich.text import Text
 
 from senano_jax.config import Config, check_config
 from senano_jax.errors import UserError, one_line_errors
-from senano_jax.files import write_atomically
+from senano_jax.files import check_output_file, write_atomically
 from senano_jax.optim.schedules import window_blocks
 from senano_jax.presets import PRESETS, preset
 from senano_jax.profiling.measure import Plan, Report, measure, to_json
@@ -118,10 +118,7 @@ def _check(args: Arguments) -> None:
             raise UserError(f"{flag} is {value}; it must be at least 1")
     if args.warmup < 0:
         raise UserError(f"--warmup is {args.warmup}; it must not be negative")
-    if args.json and not args.json.parent.is_dir():
-        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
-    if args.json and args.json.is_dir():
-        raise UserError(f"--json {args.json}: is a folder; give a file in it")
+    check_output_file("--json", args.json)
     if args.trace_dir and args.trace_dir.exists() and not args.trace_dir.is_dir():
         raise UserError(f"--trace-dir {args.trace_dir}: is a file; give a folder")
 

@@ -140,7 +140,7 @@ def true_gradients():
     """In float32 at the weights of the tests below, and the sequences."""
     config = dataclasses.replace(CONFIG, dtype="float32")
     tokens = random_sequences(1, 600)[0]
-    sequences = np.stack([tokens[:257], tokens[256:513]]).astype(np.uint16)
+    sequences = np.stack([tokens[:257], tokens[256:513]])
     return tokens, script.our_gradients(config, random_params(make_model(CONFIG)), sequences, 2)[0]
 
 

@@ -99,10 +99,14 @@ def last_lines(output: str) -> str:
     return "\n".join(output.splitlines()[-LAST_LINES:])
 
 
+def from_anywhere(python: str) -> str:
+    """The name of a program as another working directory needs it."""
+    return os.path.abspath(python) if os.sep in python else python
+
+
 def launch_command(python: str) -> list[str]:
     """Starts train_gpt.py of the working directory, which may be another than ours, on one GPU."""
-    python = os.path.abspath(python) if os.sep in python else python
-    return [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "train_gpt.py"]
+    return [from_anywhere(python), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "train_gpt.py"]
 
 
 def literal(text: str) -> str:

@@ -19,6 +19,24 @@ class StepMetrics(NamedTuple):
     grad_norm: Float[Array, ""]  # of the summed loss, over all parameters
 
 
+def summed_gradients(
+    model: Model, params: Params, tokens_AST: Int[Array, "A S T+1"], window_blocks: Int[Array, ""] | int
+) -> tuple[Float[Array, ""], Params]:
+    """The loss summed over all tokens, one micro-batch after the other, and its gradients, all in float32."""
+    # A float32 view of a bfloat16 embedding makes its gradient accumulate in float32.
+    params32 = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+
+    def summed_loss(params, tokens_ST):
+        return model.apply({"params": params}, tokens_ST[:, :-1], tokens_ST[:, 1:], window_blocks)
+
+    def accumulate(total, tokens_ST):
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(summed_loss)(params32, tokens_ST)), None
+
+    zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params32))
+    total, _ = jax.lax.scan(accumulate, zeros, tokens_AST)
+    return total
+
+
 def make_train_step(
     model: Model, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, Int[Array, "A S T+1"], Int[Array, ""]], tuple[TrainState, StepMetrics]]:
@@ -33,17 +51,7 @@ def make_train_step(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step(state: TrainState, tokens_AST: Array, window_blocks: Array):
-        # A float32 view of a bfloat16 embedding makes its gradient accumulate in float32.
-        params32 = jax.tree.map(lambda p: p.astype(jnp.float32), state.params)
-
-        def summed_loss(params, tokens_ST):
-            return model.apply({"params": params}, tokens_ST[:, :-1], tokens_ST[:, 1:], window_blocks)
-
-        def accumulate(total, tokens_ST):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(summed_loss)(params32, tokens_ST)), None
-
-        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params32))
-        total, _ = jax.lax.scan(accumulate, zeros, tokens_AST)
+        total = summed_gradients(model, state.params, tokens_AST, window_blocks)
         with jax.named_scope("reduce"):
             loss, gradients = jax.lax.psum(total, DATA_AXIS)
 
