@@ -58,6 +58,8 @@ OURS = "this program"
 SAME_FUNCTION = 1e-3  # largest error of a float32 gradient; a mistake makes far more, rounding 2e-5
 DRIVER = Path(__file__).resolve().with_name("torch_gradients.py")
 
+SCALARS = 100  # numbers, at most, of an array that is shown one by one
+
 Gradients = Mapping[str, np.ndarray]  # by PyTorch's names, in its layout, float32
 
 
@@ -69,6 +71,8 @@ class Deviation:
     kind: str
     relative_error: list[float | None]  # length of the difference over the length of the reference
     projection: list[float | None]  # on the reference, over its length
+    wrong_sign: list[float]  # part of the numbers whose sign is not the reference's: Adam's first steps know only signs
+    values: list[list[float]] | None  # the gradients themselves, of scalars
     cosine: list[float | None]  # of the difference with that of compiled PyTorch: 1 if both err the same way
 
 
@@ -124,7 +128,8 @@ def deviations(program: str, gradients: Gradients, reference: Gradients, compile
     of_kind: dict[str, Deviation] = {}
     for name, expected in reference.items():
         kind = re.sub(r"^blocks\.\d+\.", "", name)
-        found = of_kind.setdefault(kind, Deviation(program, kind, [], [], []))
+        few = [] if expected.size <= SCALARS else None
+        found = of_kind.setdefault(kind, Deviation(program, kind, [], [], [], few, []))
         arrays = (expected, gradients[name], compiled[name])
         expected, given, other = (array.astype(np.float64).ravel() for array in arrays)
         squared = float(expected @ expected)
@@ -133,13 +138,17 @@ def deviations(program: str, gradients: Gradients, reference: Gradients, compile
         found.relative_error.append(float(np.linalg.norm(error)) / squared**0.5 if squared else None)
         found.cosine.append(float(error @ of_other) / lengths if squared and lengths else None)
         found.projection.append(float(given @ expected) / squared if squared else None)
+        found.wrong_sign.append(float(np.mean(np.sign(given) != np.sign(expected))))
+        if found.values is not None:
+            found.values.append(given.tolist())
     return list(of_kind.values())
 
 
 def format_table(rows: Sequence[Deviation]) -> str:
     """Markdown: a row for each kind and program."""
-    lines = ["| gradient of | program | relative error, median (range) | projection | cosine with compiled PyTorch's |"]
-    lines.append("|---|---|---|---|---|")
+    headers = ["gradient of", "program", "relative error, median (range)", "projection", "wrong sign"]
+    headers.append("cosine with compiled PyTorch's")
+    lines = [f"| {' | '.join(headers)} |", "|---" * len(headers) + "|"]
     for row in sorted(rows, key=lambda row: row.kind):
         errors, projections, cosines = (
             [number for number in numbers if number is not None]
@@ -148,7 +157,8 @@ def format_table(rows: Sequence[Deviation]) -> str:
         if errors:
             spread = f" ({min(errors):.2g} to {max(errors):.2g})" if len(errors) > 1 else ""
             cosine = f"{np.median(cosines):.2f}" if cosines else "-"
-            figures = f"{np.median(errors):.2g}{spread} | {np.median(projections):.4f} | {cosine}"
+            signs = f"{np.mean(row.wrong_sign):.1%}"
+            figures = f"{np.median(errors):.2g}{spread} | {np.median(projections):.4f} | {signs} | {cosine}"
             lines.append(f"| {row.kind} | {row.program} | {figures} |")
     return "\n".join(lines)
 
@@ -160,7 +170,7 @@ def compare(args: argparse.Namespace) -> None:
     sources = {mode: patched_program(args.torch_repo, model_patches(args.system, mode)) for mode in TORCH_MODES}
     tokens = _tokens(args.train_files, args.sequences, args.seq_len)
     output_of([args.torch_python, "-c", "import numpy, torch"], Path.cwd(), f"--torch-python {args.torch_python}")
-    weights, _ = load_weights(args.weights, config.model, abstract_params(make_model(config)), make_mesh(1))
+    weights, _ = load_weights(args.weights, config.model, abstract_params(make_model(config)), make_mesh(1), args.step)
     results: dict[str, Gradients] = {}
 
     def told(program: str, gradients: Gradients, loss: float) -> Gradients:
@@ -225,6 +235,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch-repo", type=Path, required=True, help="checkout of the PyTorch project")
     parser.add_argument("--weights", required=True, help="checkpoint of the PyTorch program (.pt), or a run folder")
+    parser.add_argument("--step", type=int, help="of the run folder's checkpoints, the one of this step")
     parser.add_argument("--train-files", default=base.data.train_files, help="glob of the shards")
     parser.add_argument("--system", choices=SYSTEMS, default="recurrent", help="default: recurrent")
     parser.add_argument("--seq-len", type=int, default=base.seq_len, help=f"default: {base.seq_len}")

@@ -16,6 +16,7 @@ substitution must match exactly once.
 
 import argparse
 import hashlib
+import itertools
 import os
 import re
 import subprocess
@@ -50,12 +51,15 @@ def patches(args: argparse.Namespace) -> list[Patch]:
     train_shards = _needed_shards("--train-files", args.train_files, _train_tokens(args))
     val_shards = _needed_shards("--val-files", args.val_files, args.val_tokens)
     needed = max(len(train_shards), len(val_shards))  # no more of them, since the stream is in memory
+    last = args.steps if args.stop_after is None else args.stop_after
     weights = []
     if args.start:
         weights.append(f'model.load_state_dict(torch.load({str(args.start)!r})["model"])')
+    at_end = [_saving(args.save_end, last)] if args.save_end else []
     if args.save_start:
-        arrays = "{name: tensor.cpu() for name, tensor in model.state_dict().items()}"
-        weights.append(f"torch.save(dict(step=0, model={arrays}), {str(args.save_start)!r})")
+        weights.append(_saving(args.save_start, 0))
+    if last == 0:
+        weights += [*at_end, "raise SystemExit"]
     return [
         *FASTEST,
         *data_and_steps(args.train_files, args.steps),
@@ -73,7 +77,7 @@ def patches(args: argparse.Namespace) -> list[Patch]:
         Patch(
             "weights",
             r"^(    dist\.broadcast\(param\.detach\(\), 0\))$",
-            "\\n".join([r"\1", *(line.replace("\\", r"\\") for line in weights)]),
+            "\\n".join([r"\1", *map(_escaped, weights)]),
         ),
         Patch(
             "all shards as one stream",
@@ -96,12 +100,19 @@ def patches(args: argparse.Namespace) -> list[Patch]:
             r'^( +print0\(f"step:\{step\+1\}/\{train_steps\} )(train_time)',
             rf"\1train_loss:{{step_loss.item() / {preset(args.system).batch_tokens}:.5f}} \2",
         ),
-        *(
-            [Patch("end", r"^(    # -+ TRAINING SECTION)", rf"    if step == {args.stop_after}: break\n\1")]
-            if args.stop_after
-            else []
-        ),
+        Patch("end", r"^    if last_step:$", "\\n        ".join([f"    if step == {last}:", *map(_escaped, at_end)])),
     ]
+
+
+def _saving(path: Path, step: int) -> str:
+    """A line of Python that keeps the weights, under the names that they have when the model is not compiled."""
+    arrays = '{name.removeprefix("_orig_mod."): tensor.cpu() for name, tensor in model.state_dict().items()}'
+    return f"torch.save(dict(step={step}, model={arrays}), {str(path)!r})"
+
+
+def _escaped(line: str) -> str:
+    """As the replacement of a regular expression."""
+    return line.replace("\\", r"\\")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -180,15 +191,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--val-every", type=int, default=25, help="steps between validations (default: 25)")
     parser.add_argument("--steps", type=int, default=200, help="length of the schedules (default: 200)")
     parser.add_argument(
-        "--stop-after", type=int, default=0, help="end after this many steps of them, without a last validation"
+        "--stop-after",
+        type=int,
+        help="end after this many steps of them, without a last validation; 0 makes the first weights alone",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the program's own first weights (default: 0)")
     parser.add_argument("--start", type=Path, help="weights to begin with, from --save-start or export_torch.py")
     parser.add_argument("--save-start", type=Path, help="file for the weights it begins with; must not exist")
+    parser.add_argument("--save-end", type=Path, help="file for the weights it ends with; must not exist")
     parser.add_argument("--torch-python", default=sys.executable, help="Python that has PyTorch")
     args = parser.parse_args(argv)
     args.train_files, args.val_files = os.path.abspath(args.train_files), os.path.abspath(args.val_files)
-    for name in ("log", "start", "save_start"):
+    for name in ("log", "start", "save_start", "save_end"):
         if path := getattr(args, name):
             setattr(args, name, path.resolve())
     _check(args)
@@ -200,11 +214,13 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("steps", "val_every", "val_tokens"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; use 1 or more")
-    if not 0 <= args.stop_after < args.steps:
+    if args.stop_after is not None and not 0 <= args.stop_after < args.steps:
         raise UserError(f"--stop-after is {args.stop_after}; use less than the {args.steps} --steps, or leave it out")
-    if args.log == args.save_start:
-        raise UserError(f"--log and --save-start are both {args.log}; choose two names")
-    for flag, path in (("--log", args.log), ("--log", _unfinished(args.log)), ("--save-start", args.save_start)):
+    files = [("--log", args.log), ("--save-start", args.save_start), ("--save-end", args.save_end)]
+    for (flag, path), (other, same) in itertools.combinations(files, 2):
+        if path and path == same:
+            raise UserError(f"{flag} and {other} are both {path}; choose two names")
+    for flag, path in [*files, ("--log", _unfinished(args.log))]:
         if path and path.exists():
             raise UserError(f"{flag}: {path} exists already; choose another name, or delete it")
         check_output_file(flag, path)
@@ -217,7 +233,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _train_tokens(args: argparse.Namespace) -> int:
-    return (args.stop_after or args.steps) * preset(args.system).batch_tokens
+    return (args.steps if args.stop_after is None else args.stop_after) * preset(args.system).batch_tokens
 
 
 def _needed_shards(flag: str, pattern: str, tokens: int) -> list[Path]:

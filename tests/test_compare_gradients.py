@@ -127,7 +127,11 @@ def test_error_and_length_of_each_layer_by_kind():
     assert (head.kind, head.relative_error, head.projection) == ("head", [2], [-1])
     assert w.kind == "w" and w.relative_error == pytest.approx([18**-0.5, 0.5])
     assert w.projection == pytest.approx([21 / 18, 0.5])
-    assert "| w | p | 0.37 (0.24 to 0.5) | 0.8333 | -1.00 |" in script.format_table([head, w])
+    assert (head.wrong_sign, w.wrong_sign) == ([1], [0, 0])
+    assert (head.values, w.values) == ([[-1]], [[3, 4], [1, 0]])
+    table = script.format_table([head, w])
+    assert "| w | p | 0.37 (0.24 to 0.5) | 0.8333 | 0.0% | -1.00 |" in table
+    assert "| head | p | 2 | -1.0000 | 100.0% | 1.00 |" in table
 
 
 def test_a_gradient_that_is_exactly_zero_has_no_relative_error():

@@ -191,10 +191,25 @@ def test_the_recurrent_schedule_is_the_program_s_own_and_nothing_is_recomputed(m
     compile(source, "train_gpt.py", "exec")
 
 
-def test_it_can_stop_early(machine, tmp_path):
-    run(*machine, "--stop-after", "2")
+def test_it_can_stop_early_and_keep_the_weights(machine, tmp_path):
+    run(*machine, "--stop-after", "2", "--save-end", str(tmp_path / "end.pt"))
     log = read_log(tmp_path / "log.txt")
     assert [point.step for point in log.points] == [0, 2] and not log.complete
+    assert [point.step for point in log.train_points] == [1, 2]
+    assert json.loads((tmp_path / "end.pt").read_text()) == {"step": 2, "model": {"w": 3}}
+
+
+def test_the_end_of_a_whole_run_is_kept(machine, tmp_path):
+    run(*machine, "--save-end", str(tmp_path / "end.pt"))
+    assert read_log(tmp_path / "log.txt").complete
+    assert json.loads((tmp_path / "end.pt").read_text()) == {"step": 4, "model": {"w": 3}}
+
+
+def test_the_first_weights_of_a_seed_are_made_without_a_step(machine, tmp_path):
+    run(*machine, "--seed", "1234", "--stop-after", "0", "--save-start", str(tmp_path / "start.pt"))
+    assert json.loads((tmp_path / "start.pt").read_text()) == {"step": 0, "model": {"w": 3}}
+    assert not (tmp_path / "told.json").exists()
+    assert all(line.startswith("#") for line in (tmp_path / "log.txt").read_text().splitlines())
 
 
 def test_a_failing_program_shows_its_last_lines_and_keeps_its_steps(machine, tmp_path):
@@ -242,7 +257,9 @@ def test_a_file_that_is_no_text_is_refused(machine, tmp_path):
         (["--torch-repo", "/nowhere"], "must be a checkout"),
         (["--steps", "0"], "--steps is 0"),
         (["--stop-after", "4"], "less than the 4 --steps"),
-        (["--log", "/tmp/same.pt", "--save-start", "/tmp/same.pt"], "choose two names"),
+        (["--log", "/tmp/same.pt", "--save-start", "/tmp/same.pt"], "--log and --save-start are both /tmp/same.pt"),
+        (["--save-start", "/tmp/same.pt", "--save-end", "/tmp/same.pt"], "choose two names"),
+        (["--stop-after", "-1"], "--stop-after is -1"),
         (["--steps", "6"], "of which 2,359,296 are needed"),
         (["--val-tokens", "1000"], "multiple of 131072"),
         (["--start", "/nowhere.pt"], "is missing"),
