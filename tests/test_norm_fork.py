@@ -44,6 +44,18 @@ def test_a_sum_is_not_rounded_and_has_the_gradients_of_its_terms(implementation)
         np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=2**-7, atol=1e-3)
 
 
+def test_a_float32_gradient_is_rounded_with_what_is_added_to_it_and_not_before():
+    """Else what a layer adds to the gradient is lost where it is less than half of the last digit: it errs by up to a
+    whole digit then, and for all tokens the same way where the gradient comes from a product with one weight."""
+    x, _, dy = (array.astype(jnp.bfloat16) for array in random(5, 96))
+    dx = 1.03 * random(6, 96)[0].astype(jnp.bfloat16).astype(jnp.float32)
+    exact = gradient("plain", x.astype(jnp.float32), dx, dy.astype(jnp.float32))
+    _, pullback = jax.vjp(lambda x, added: norm_fork(x, added, "fused"), x, jnp.zeros_like(x))
+    found = pullback((dx, dy))[0]
+    half_a_digit = jnp.exp2(jnp.floor(jnp.log2(jnp.abs(exact))) - 8)
+    assert jnp.max(jnp.abs(found.astype(jnp.float32) - exact) / half_a_digit) < 1.01
+
+
 @pytest.mark.parametrize("width", [32, 96, 768])  # one part, three narrow ones, three wide ones
 def test_gradient(width):
     x, dx, dy = random(1, width)

@@ -47,9 +47,10 @@ def norm_fork(
     What a layer adds is small beside the stream, so that rounding the sum would lose much of it. The sum is not stored
     either: the backward pass adds its terms again.
 
-    The backward pass of `fused` is a Pallas kernel for NVIDIA GPUs that rounds the sum of both gradients once. It takes
-    widths that are a power of two times at most 8. `auto` takes it on a GPU wherever it can; `interpret` runs it in
-    plain XLA, the default where there is no GPU.
+    The backward pass of `fused` is a Pallas kernel for NVIDIA GPUs that rounds the sum of both gradients once, and reads
+    them in the types that they come in: that of a float32 stream is a product with the next layer's weight, whose own
+    rounding would err the same way for all tokens. It takes widths that are a power of two times at most 8. `auto`
+    takes it on a GPU wherever it can; `interpret` runs it in plain XLA, the default where there is no GPU.
     """
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
     part = width & -width  # the largest power of two that divides it
@@ -91,7 +92,7 @@ _fused.defvjp(_fused_fwd, _fused_bwd)
 @functools.partial(jax.jit, static_argnames=("launch", "interpret"))  # lowered once for all layers
 def backward(terms, dx, dy, *, launch: Launch, interpret: bool):
     """dx + s dy - s^3 mean(x dy) x along the last axis, with x the sum of `terms` and s = (mean(x^2) + eps)^(-1/2), in
-    the type of the terms."""
+    the type of the terms. `dx` and `dy` may be of others."""
     x = terms[0]
     width = x.shape[-1]
     flat = (x.size // width, width)
@@ -105,7 +106,7 @@ def backward(terms, dx, dy, *, launch: Launch, interpret: bool):
         out_shape=jax.ShapeDtypeStruct(flat, x.dtype),
         tile=launch,
         interpret=interpret,
-    )(*(array.astype(x.dtype).reshape(flat) for array in (*terms, dx, dy)))
+    )(*(array.reshape(flat) for array in (*terms, dx, dy)))
     return total.reshape(x.shape)
 
 
