@@ -5,7 +5,8 @@
 
 The data are the published figures (senano_jax/runlog/published/records.json) and logs/. A run of ours is a record if
 it keeps the rules on loss, order, data and (rounded) parameters: `python -m senano_jax.rules` says which it keeps.
-Runs logs/SYSTEM-h200-200-steps-seedK/ stand beside PyTorch logs logs/torch-SYSTEM-h200-200-steps-seedK.txt.
+Runs logs/SYSTEM-GPU-200-steps-seedK/ stand beside PyTorch logs logs/torch-SYSTEM-GPU-200-steps-seedK.txt; GPU is h100
+or h200, which one a program ran on makes no difference to its losses but that of rounding.
 """
 
 import argparse
@@ -32,11 +33,11 @@ NONE_YET = """\
 **Not verified here:** a full FineWeb run of this JAX program. No claim is made that it reaches 3.28 until the log of
 such a run is in `logs/`. What is verified is below."""
 UNNAMED_RUN = re.compile(r".+-20\d{6}-\d{6}-[0-9a-f]{4}")  # a name that train made up; git ignores these folders
-COMPARISON = re.compile(r"(?P<torch>torch-)?(?P<system>.+)-h200-200-steps-seed-?\w+(?(torch)\.txt)")
+COMPARISON = re.compile(r"(?P<torch>torch-)?(?P<system>.+)-h[12]00-200-steps-seed-?\w+(?(torch)\.txt)")
 INTRODUCTION = """\
-Both programs on the same tokens in the same order: 200 steps of 393,216 tokens on one H200, English text in shards of
-the same format (not FineWeb); the PyTorch loader was mended so that it skips none. Validation loss, mean ± deviation
-over seeds:"""
+Both programs on the same tokens in the same order: 200 steps of 393,216 tokens on one H100 or H200, English text in
+shards of the same format (not FineWeb); the PyTorch loader was mended so that it skips none. Validation loss, mean ±
+deviation over seeds:"""
 BOUND, FINAL_BOUND = 0.05, 0.008  # on the difference of mean losses, before the last step and at it
 
 

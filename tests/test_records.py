@@ -38,7 +38,7 @@ def torch_log(logs, system, seed, losses):
 
 
 def our_run(logs, system, seed, losses, tokens_per_step=1000):
-    folder = logs / f"{system}-h200-200-steps-seed{seed}"
+    folder = logs / f"{system}-h100-200-steps-seed{seed}"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"preset": system, "steps": 10, "seed": seed}))
     lines = [
