@@ -47,10 +47,10 @@ def norm_fork(
     What a layer adds is small beside the stream, so that rounding the sum would lose much of it. The sum is not stored
     either: the backward pass adds its terms again.
 
-    The backward pass of `fused` is a Pallas kernel for NVIDIA GPUs that rounds the sum of both gradients once, and reads
-    them in the types that they come in: that of a float32 stream is a product with the next layer's weight, whose own
-    rounding would err the same way for all tokens. It takes widths that are a power of two times at most 8. `auto`
-    takes it on a GPU wherever it can; `interpret` runs it in plain XLA, the default where there is no GPU.
+    The backward pass of `fused` is a Pallas kernel for NVIDIA GPUs that rounds the sum of both gradients once, and
+    takes them in the types that they come in: that of a float32 stream is a product with the next layer's weight, whose
+    own rounding would err the same way for all tokens. Widths are a power of two times at most 8. `auto` means `fused`
+    on a GPU wherever it can; `interpret` runs it in plain XLA, the default where there is no GPU.
     """
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
     part = width & -width  # the largest power of two that divides it
