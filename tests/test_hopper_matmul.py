@@ -1,5 +1,7 @@
 """The product with an epilogue, on a Hopper GPU; elsewhere only what it refuses."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,17 @@ def test_refuses_sizes_that_are_no_whole_tiles(rows, depth, columns):
 
 def test_refuses_float32():
     assert not hopper_matmul.fits(128, 64, 256, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "runs"),
+    [((0, 11, 0), "9.0", True), ((0, 10, 2), "9.0", False), ((0, 11, 0), "8.0", False)],
+)
+def test_runs_on_hopper_with_a_jax_that_can_compile_it(monkeypatch, version, capability, runs):
+    monkeypatch.setattr(jax, "__version_info__", version)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    assert hopper_matmul.runs_here() == runs
 
 
 @pytest.mark.gpu

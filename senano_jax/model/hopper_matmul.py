@@ -34,11 +34,14 @@ class Tile:
 
 
 DEFAULT_TILE = Tile()
+FIRST_JAX = (0, 11)  # before it, Mosaic GPU had no square root, which the gradient of relu(x)^2 takes
 
 
 def runs_here() -> bool:
-    """Whether the default device is a Hopper GPU."""
-    return jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability == "9.0"
+    """Whether the default device is a Hopper GPU, and JAX new enough to compile for it."""
+    if jax.__version_info__ < FIRST_JAX or jax.default_backend() != "gpu":
+        return False
+    return jax.local_devices()[0].compute_capability == "9.0"
 
 
 def fits(rows: int, depth: int, columns: int, dtype, tile: Tile = DEFAULT_TILE) -> bool:
