@@ -40,6 +40,7 @@ from senano_jax.interop.torch_program import (
     launch_command,
     patched_program,
     read_program,
+    replacement,
     schedule,
     shards,
 )
@@ -77,7 +78,7 @@ def patches(args: argparse.Namespace) -> list[Patch]:
         Patch(
             "weights",
             r"^(    dist\.broadcast\(param\.detach\(\), 0\))$",
-            "\\n".join([r"\1", *map(_escaped, weights)]),
+            "\\n".join([r"\1", *map(replacement, weights)]),
         ),
         Patch(
             "all shards as one stream",
@@ -100,7 +101,9 @@ def patches(args: argparse.Namespace) -> list[Patch]:
             r'^( +print0\(f"step:\{step\+1\}/\{train_steps\} )(train_time)',
             rf"\1train_loss:{{step_loss.item() / {preset(args.system).batch_tokens}:.5f}} \2",
         ),
-        Patch("end", r"^    if last_step:$", "\\n        ".join([f"    if step == {last}:", *map(_escaped, at_end)])),
+        Patch(
+            "end", r"^    if last_step:$", "\\n        ".join([f"    if step == {last}:", *map(replacement, at_end)])
+        ),
     ]
 
 
@@ -108,11 +111,6 @@ def _saving(path: Path, step: int) -> str:
     """A line of Python that keeps the weights, under the names that they have when the model is not compiled."""
     arrays = '{name.removeprefix("_orig_mod."): tensor.cpu() for name, tensor in model.state_dict().items()}'
     return f"torch.save(dict(step={step}, model={arrays}), {str(path)!r})"
-
-
-def _escaped(line: str) -> str:
-    """As the replacement of a regular expression."""
-    return line.replace("\\", r"\\")
 
 
 def train(args: argparse.Namespace) -> None:

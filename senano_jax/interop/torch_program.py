@@ -111,4 +111,9 @@ def launch_command(python: str) -> list[str]:
 
 def literal(text: str) -> str:
     """A Python string literal that is safe as the replacement of a regular expression."""
-    return repr(text).replace("\\", "\\\\")
+    return replacement(repr(text))
+
+
+def replacement(text: str) -> str:
+    """What stands for `text` as the replacement of a regular expression."""
+    return text.replace("\\", "\\\\")
