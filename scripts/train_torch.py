@@ -49,10 +49,10 @@ from senano_jax.presets import preset
 
 def patches(args: argparse.Namespace) -> list[Patch]:
     """What to change in the PyTorch file; paths in `args` are absolute."""
-    train_shards = _needed_shards("--train-files", args.train_files, _train_tokens(args))
+    last = args.steps if args.stop_after is None else args.stop_after
+    train_shards = _needed_shards("--train-files", args.train_files, last * preset(args.system).batch_tokens)
     val_shards = _needed_shards("--val-files", args.val_files, args.val_tokens)
     needed = max(len(train_shards), len(val_shards))  # no more of them, since the stream is in memory
-    last = args.steps if args.stop_after is None else args.stop_after
     weights = []
     if args.start:
         weights.append(f'model.load_state_dict(torch.load({str(args.start)!r})["model"])')
@@ -228,10 +228,6 @@ def _check(args: argparse.Namespace) -> None:
     val_seq_len = preset(args.system).data.val_seq_len
     if args.val_tokens % val_seq_len:
         raise UserError(f"--val-tokens is {args.val_tokens}; use a multiple of {val_seq_len}")
-
-
-def _train_tokens(args: argparse.Namespace) -> int:
-    return (args.steps if args.stop_after is None else args.stop_after) * preset(args.system).batch_tokens
 
 
 def _needed_shards(flag: str, pattern: str, tokens: int) -> list[Path]:
