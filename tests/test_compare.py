@@ -138,6 +138,12 @@ def test_remarks_on_seeds_and_on_evaluations(tmp_path):
     assert "rare: evaluated at other token counts" in remarks[1]
 
 
+def test_runs_from_given_weights_are_no_seed_twice(tmp_path):
+    starts = ("a.pt", "b.pt", None)
+    runs = [run_folder(tmp_path / str(start), 5.0, 4.0, init_from=start) for start in starts]
+    assert notes(read_groups([f"x={','.join(runs)}"], None)) == []
+
+
 def test_the_first_row_may_not_have_reached(seeds, tmp_path):
     ours, _ = seeds
     never = torch_log(tmp_path / "never.txt", 6.0, 5.5)

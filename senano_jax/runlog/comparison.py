@@ -98,8 +98,9 @@ def notes(groups: Sequence[Group]) -> list[str]:
             found.append(
                 f"{group.name}: evaluated at other token counts than {groups[0].name}; differences are interpolated"
             )
-        seeds = [run.seed for run in group.runs if run.seed is not None]
-        if len(set(seeds)) < len(seeds):
+        # A seed says nothing of runs that began with given weights, whose configurations name them.
+        starts = [(run.seed, run.group_key) for run in group.runs if run.seed is not None]
+        if len(set(starts)) < len(starts):
             found.append(f"{group.name}: two runs have one seed; their spread is not the spread over seeds")
         done = sum(run.complete for run in group.runs)
         if 0 < done < len(group.runs):
