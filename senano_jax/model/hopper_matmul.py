@@ -131,11 +131,13 @@ def _kernel(
 
         lax.fori_loop(0, own_tiles, load_tile, None)
 
-        # Neither block of a cluster may end while the other one still signals to it.
-        def drain(s, _):
-            plgpu.barrier_wait(empty.at[lax.rem(own_tiles * depth_steps + s, tile.stages)])
+        # Neither block of a cluster may end while the other one still signals to it. A barrier that no load used gets
+        # no signal.
+        def drain(step, _):
+            plgpu.barrier_wait(empty.at[lax.rem(step, tile.stages)])
 
-        lax.fori_loop(0, lax.min(own_tiles * depth_steps, tile.stages), drain, None)
+        steps = own_tiles * depth_steps
+        lax.fori_loop(lax.max(steps - tile.stages, 0), steps, drain, None)
 
     @pl.when(warpgroup < WARPGROUPS)
     def multiply():
