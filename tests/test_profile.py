@@ -18,8 +18,9 @@ from senano_jax.errors import UserError
 from senano_jax.presets import preset
 from senano_jax.profile import main
 from senano_jax.profiling.compilation import compile_program, executed_work, planned_memory
-from senano_jax.profiling.timing import Spread
+from senano_jax.profiling.timing import Spread, StepRunner
 from senano_jax.profiling.tokens import MEAN_DOCUMENT, open_feed, synthetic_sequences
+from senano_jax.training.step import StepMetrics
 
 TINY_DEMO = [
     *("demo", "--devices", "1", "--model.dim", "32", "--seq-len", "256", "--batch-tokens", "512"),
@@ -178,3 +179,38 @@ def test_a_second_compilation_is_a_hit_of_the_persistent_cache(tmp_path):
 
 def test_a_spread_is_that_of_its_sample():
     assert Spread.of(range(11)) == Spread(median=5, min=0, p10=1, p90=9, max=10, n=11, times=tuple(range(11)))
+
+
+def test_times_back_to_back_are_those_of_a_device_that_takes_little_ahead(monkeypatch):
+    """Calls return when 30 ms of their step are left, as on a GPU whose queue of kernels is full until then."""
+    now, free = 0.0, 0.0  # seconds; `free` is when the device has done all that it was given
+
+    class Loss:
+        def __init__(self, ready):
+            self.ready = ready
+
+        def copy_to_host_async(self):
+            pass
+
+        def __float__(self):
+            nonlocal now
+            now = max(now, self.ready)
+            return 0.0
+
+    class Runner(StepRunner):
+        def __init__(self):
+            pass
+
+        def _place(self):
+            return None
+
+        def _queue(self, tokens, window):
+            nonlocal now, free
+            free = max(now, free) + 0.1
+            now = max(now, free - 0.03)
+            return StepMetrics(Loss(free), Loss(free))
+
+    monkeypatch.setattr("senano_jax.profiling.timing.time.perf_counter", lambda: now)
+    steps, host = Runner().pipelined(5, window=1)
+    assert steps.times == pytest.approx([100] * 5)
+    assert host.times == pytest.approx([70] + [100] * 6)

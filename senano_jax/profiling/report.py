@@ -29,7 +29,8 @@ def remarks(report: Report) -> list[str]:
     lines = [
         "Model FLOPs: matrix products of every layer application and the head, and attention over the visible pairs of "
         "one batch, forward and twice that backward; neither recomputation nor the optimiser.",
-        "Back to back: from one finished step to the next, the next one always queued, as in training.",
+        "Back to back: from one finished step to the next, the next one always queued, as in training. The host's "
+        "part: the next batch, its transfer, and the call, which waits where a GPU can be given no more kernels ahead.",
         "XLA's count is for one device; custom calls such as Pallas attention are left out, and a loop may count once.",
     ]
     if report.peak_flops is None:
