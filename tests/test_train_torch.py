@@ -232,7 +232,9 @@ def test_an_interrupted_run_leaves_no_process_and_keeps_its_steps(machine, tmp_p
         "    approx_training",
     )
     (tmp_path / "repo" / "train_gpt.py").write_text(source)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
     script_process = subprocess.Popen([sys.executable, SCRIPT, *machine], stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     told, log = tmp_path / "told.json", tmp_path / "log.txt.unfinished"
     while not (told.exists() and told.read_text() and log.exists() and "step:2/" in log.read_text()):
         assert script_process.poll() is None
