@@ -23,7 +23,7 @@ from senano_jax.runlog import published
 from senano_jax.runlog.curves import SAME_TOKENS, RunLog
 from senano_jax.runlog.data_record import read_data
 from senano_jax.runlog.reader import read_log
-from senano_jax.runlog.statistics import Sample
+from senano_jax.runlog.statistics import Sample, welch_test
 from senano_jax.runlog.tables import Table, format_time, format_tokens, to_markdown
 from senano_jax.runlog.track_rules import fineweb_rule, loss_rule, order_rule, parameter_rules
 
@@ -37,7 +37,7 @@ COMPARISON = re.compile(r"(?P<torch>torch-)?(?P<system>.+)-h[12]00-200-steps-see
 INTRODUCTION = """\
 Both programs on the same tokens in the same order: 200 steps of 393,216 tokens on one H100 or H200, English text in
 shards of the same format (not FineWeb); the PyTorch loader was mended so that it skips none. Validation loss, mean ±
-deviation over seeds:"""
+deviation over seeds, and how often equal programs would differ by as much (Welch's test):"""
 BOUND, FINAL_BOUND = 0.05, 0.008  # on the difference of mean losses, before the last step and at it
 
 
@@ -125,7 +125,7 @@ def record_of(folder: Path) -> RunLog | None:
 
 
 def same_tokens_block(logs: Path) -> str:
-    """For each system that both programs trained: mean ± sd of the loss at each evaluation, and the differences."""
+    """For each system that both programs trained: mean ± sd of the loss at each evaluation, and their differences."""
     systems = compared_systems(logs)
     if not systems:
         return ""
@@ -139,6 +139,8 @@ def same_tokens_block(logs: Path) -> str:
             rows.append((f"`{system}`", by, str(len(side)), trained, *(loss_cell(loss, len(side)) for loss in losses)))
         differences = [b.mean - a.mean if a and b else None for a, b in zip(torch, jax)]
         rows.append((f"`{system}`", "JAX - PyTorch", "", "", *("-" if d is None else f"{d:+.4f}" for d in differences)))
+        tests = [welch_test(a, b) if a and b else None for a, b in zip(torch, jax)]
+        rows.append((f"`{system}`", "Welch's p", "", "", *("-" if test is None else f"{test.p:.2f}" for test in tests)))
         broken += [f"{system} at step {k}" for k, d in zip(tokens, differences) if d is not None and abs(d) > bounds[k]]
     table = Table("", ("system", "by", "seeds", "tokens", *(f"step {step}" for step in tokens)), tuple(rows))
     within = f"{FINAL_BOUND} at step {max(tokens)} and {BOUND} before"

@@ -117,10 +117,12 @@ def test_what_is_no_record(tmp_path, fault):
 
 
 def test_programs_side_by_side(both):
-    torch, jax, difference = cells(records.same_tokens_block(both))
+    torch, jax, difference, p = cells(records.same_tokens_block(both))
     assert torch == ["`small`", "PyTorch", "2", "10,000", "5.2000 ± 0.1414", "4.0000 (n=1)"]
     assert jax == ["`small`", "JAX", "2", "10,000", "5.2100 ± 0.0141", "4.0060 ± 0.0014"]
     assert difference == ["`small`", "JAX - PyTorch", "", "", "+0.0100", "+0.0060"]
+    # t = 0.01 / sqrt(0.0101) with 1.02 degrees of freedom; at the end PyTorch has one seed.
+    assert p == ["`small`", "Welch's p", "", "", "0.94", "-"]
     assert "All differences are within 0.008 at step 10 and 0.05 before." in records.same_tokens_block(both)
 
 
