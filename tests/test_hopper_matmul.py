@@ -1,4 +1,4 @@
-"""The product with an epilogue, on a Hopper GPU; elsewhere only what it refuses."""
+"""The product with an epilogue: interpreted, on a Hopper GPU, and what it refuses."""
 
 from types import SimpleNamespace
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from senano_jax.model import hopper_matmul
 
@@ -50,14 +51,7 @@ def test_runs_on_hopper_with_a_jax_that_can_compile_it(monkeypatch, version, cap
     assert hopper_matmul.runs_here() == runs
 
 
-@pytest.mark.gpu
-# One tile; fewer tiles than clusters; a product shorter than the ring of loads; tiles that are left over at the end.
-@pytest.mark.parametrize(
-    ("rows", "depth", "columns"), [(128, 64, 256), (1024, 768, 512), (40960, 128, 256), (128 * 77, 768, 3072)]
-)
-def test_products(rows, depth, columns):
-    if not hopper_matmul.runs_here():
-        pytest.skip("needs a Hopper GPU")
+def check_products(rows, depth, columns):
     a, b, side = operands(rows, depth, columns)
     product = (a.astype(jnp.float32) @ b.astype(jnp.float32)).astype(jnp.bfloat16)
     # Sums in another order may round the other way: one unit in the last place.
@@ -67,3 +61,27 @@ def test_products(rows, depth, columns):
     ):
         result, expected = (np.asarray(x, np.float32) for x in (result, expected))
         np.testing.assert_allclose(result, expected, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="JAX 0.10 interprets no barriers of clusters")
+# One load; fewer loads than the ring; fewer tiles than clusters; tiles that are left over, and the ring gone round.
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"), [(128, 64, 256), (128, 192, 256), (128, 384, 256), (896, 192, 512)]
+)
+def test_products_interpreted(monkeypatch, capsys, rows, depth, columns):
+    """With barriers and copies simulated: a wait without a signal hangs, a signal that none waited for is an error."""
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(core_count=6)])
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        check_products(rows, depth, columns)
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+# One tile; fewer tiles than clusters; a product shorter than the ring of loads; tiles that are left over at the end.
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"), [(128, 64, 256), (1024, 768, 512), (40960, 128, 256), (128 * 77, 768, 3072)]
+)
+def test_products(rows, depth, columns):
+    if not hopper_matmul.runs_here():
+        pytest.skip("needs a Hopper GPU")
+    check_products(rows, depth, columns)
