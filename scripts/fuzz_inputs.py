@@ -23,7 +23,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import torch
+
+try:
+    import torch
+except ImportError:
+    sys.exit("error: PyTorch is missing, whose files are among the inputs; run pip install -e '.[torch]'")
 from fuzz.checkpoints import CheckpointFolders
 from fuzz.configs import Configs
 from fuzz.logs import RunFolders, TorchLogs

@@ -117,12 +117,17 @@ def test_figures_of_groups(seeds):
     assert (torch.tokens_saved, torch.final_loss_test, torch.difference_at_common) == (None, None, None)
 
 
+def test_a_name_without_logs_is_refused():
+    with pytest.raises(UserError, match="'A=,,' names no log; write NAME=LOG,LOG"):
+        read_groups(["A=,,"], None)
+
+
 def test_runs_that_are_not_complete_are_left_out_and_said_so(tmp_path):
     logs = [torch_log(tmp_path / "a.txt", 5.0, 4.0), torch_log(tmp_path / "b.txt", 5.0, total=2)]
     groups = read_groups([f"x={','.join(logs)}"], None)
     (row,) = compare(groups, target=3.28)
     assert (row.n, row.final_loss.mean, row.reached, row.tokens_to_target) == (1, 4.0, 0, None)
-    assert notes(groups) == ["x: 1 of 2 runs are not complete and left out"]
+    assert notes(groups) == ["x: 1 of 2 runs left out as not complete"]
     groups = read_groups([logs[1]], None)
     (row,) = compare(groups, target=3.28)
     assert (row.complete, row.p_below_target) == (False, None)

@@ -171,8 +171,8 @@ def test_csv(tmp_path):
         ("time:420ms", "time:-420ms", "line 10: train_time_ms is negative"),
         ("====", "\0", "line 5: a zero byte"),
         ("====", "=" * (MAX_LINE_BYTES + 1), "line 5: longer than"),
-        (LOG, "step by step, nothing\n", "no validation line"),
-        (LOG, "", "no validation line"),
+        (LOG, "step by step, nothing\n", "no validation loss"),
+        (LOG, "", "no validation loss"),
     ],
 )
 def test_damaged_torch_logs_say_where_and_why(tmp_path, old, new, reason):

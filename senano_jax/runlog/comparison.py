@@ -104,9 +104,7 @@ def notes(groups: Sequence[Group]) -> list[str]:
             found.append(f"{group.name}: two runs have one seed; their spread is not the spread over seeds")
         done = sum(run.complete for run in group.runs)
         if 0 < done < len(group.runs):
-            found.append(
-                f"{group.name}: {len(group.runs) - done} of {len(group.runs)} runs are not complete and left out"
-            )
+            found.append(f"{group.name}: {len(group.runs) - done} of {len(group.runs)} runs left out as not complete")
         elif not done:
             steps = ", ".join(f"{run.final.step} of {run.steps_total}" for run in group.runs)
             found.append(f"{group.name}: not complete (evaluated at step {steps}); its loss is not a final one")
@@ -151,7 +149,7 @@ def _row(group: Group, target: float, first: Group | None, first_row: Row | None
         reached=len(reached),
         tokens_to_target=to_target,
         train_time_ms=time,
-        tokens_per_s=1000 * evaluated / time if time else None,
+        tokens_per_s=1000 * evaluated / time if time and evaluated else None,
         p_below_target=p_mean_below(final_loss, target) if runs[0].complete else None,
         tokens_saved=saved,
         saved_fraction=fraction,
@@ -189,7 +187,10 @@ def _split_argument(argument: str) -> tuple[str | None, list[str]]:
     name, sources = match[1].strip(), match[2]
     if not name or not name.isprintable():
         raise UserError(f"{argument!r}: the name before '=' is empty or not printable; write NAME=LOG,LOG")
-    return name, [sources] if Path(sources).exists() else [source for source in sources.split(",") if source]
+    logs = [sources] if Path(sources).exists() else [source for source in sources.split(",") if source]
+    if not logs:
+        raise UserError(f"{argument!r} names no log; write NAME=LOG,LOG")
+    return name, logs
 
 
 def _named_groups(entries: Sequence[tuple[str | None, tuple[RunLog, ...]]]) -> list[Group]:

@@ -122,8 +122,5 @@ class PointCollector:
     def evaluations(self) -> tuple[ValidationPoint, ...]:
         """All of them; raises UserError if there is none."""
         if not self.validation:
-            raise UserError(
-                f"{self._path}: no validation line (step:N/TOTAL val_loss:X ...); "
-                "give the log of a run that has evaluated"
-            )
+            raise UserError(f"{self._path}: no validation loss in it; give the log of a run that has evaluated")
         return tuple(self.validation)
