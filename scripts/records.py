@@ -90,7 +90,7 @@ def published_row(entry: dict) -> tuple[str, ...]:
         entry["by"],
         f"{entry['parameters']:,}" + (f" ({note})" if note else ""),
         format_tokens(entry["tokens"]),
-        "≤ 3.28" if entry["val_loss"] is None else f"{entry['val_loss']:.4f}",
+        "not published" if entry["val_loss"] is None else f"{entry['val_loss']:g}",
         entry["cost"] or "-",
         f"[record table], {entry['date']}" + (f", [log]({log})" if log else ""),
     )
