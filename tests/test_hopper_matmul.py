@@ -70,6 +70,8 @@ def check_products(rows, depth, columns):
 )
 def test_products_interpreted(monkeypatch, capsys, rows, depth, columns):
     """With barriers and copies simulated: a wait without a signal hangs, a signal that none waited for is an error."""
+    if jax.default_backend() == "gpu":
+        pytest.skip("the kernel itself runs here")
     monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(core_count=6)])
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         check_products(rows, depth, columns)
