@@ -146,8 +146,8 @@ def deviations(program: str, gradients: Gradients, reference: Gradients, compile
 
 def format_table(rows: Sequence[Deviation]) -> str:
     """Markdown: a row for each kind and program."""
-    headers = ["gradient of", "program", "relative error, median (range)", "projection", "wrong sign"]
-    headers.append("cosine with compiled PyTorch's")
+    figures = ("relative error, median (range)", "projection", "wrong sign", "cosine with compiled PyTorch's")
+    headers = ("gradient of", "program", *figures)
     lines = [f"| {' | '.join(headers)} |", "|---" * len(headers) + "|"]
     for row in sorted(rows, key=lambda row: row.kind):
         errors, projections, cosines = (
@@ -158,8 +158,8 @@ def format_table(rows: Sequence[Deviation]) -> str:
             spread = f" ({min(errors):.2g} to {max(errors):.2g})" if len(errors) > 1 else ""
             cosine = f"{np.median(cosines):.2f}" if cosines else "-"
             signs = f"{np.mean(row.wrong_sign):.1%}"
-            figures = f"{np.median(errors):.2g}{spread} | {np.median(projections):.4f} | {signs} | {cosine}"
-            lines.append(f"| {row.kind} | {row.program} | {figures} |")
+            cells = f"{np.median(errors):.2g}{spread} | {np.median(projections):.4f} | {signs} | {cosine}"
+            lines.append(f"| {row.kind} | {row.program} | {cells} |")
     return "\n".join(lines)
 
 

@@ -117,6 +117,13 @@ def test_figures_of_groups(seeds):
     assert (torch.tokens_saved, torch.final_loss_test, torch.difference_at_common) == (None, None, None)
 
 
+def test_a_run_evaluated_only_before_training_has_no_speed(tmp_path):
+    log = tmp_path / "untrained.txt"
+    log.write_text("step:0/9 val_loss:10.8 train_time:3ms step_avg:nanms tokens:0.00M\n")
+    (row,) = compare(read_groups([str(log)], None), target=3.28)
+    assert row.tokens_per_s is None
+
+
 def test_a_name_without_logs_is_refused():
     with pytest.raises(UserError, match="'A=,,' names no log; write NAME=LOG,LOG"):
         read_groups(["A=,,"], None)
