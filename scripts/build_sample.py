@@ -16,7 +16,8 @@ from pathlib import Path
 
 from senano_jax.data.bpe import load_bpe
 from senano_jax.data.sample import TRAIN, VAL
-from senano_jax.data.shards import END_OF_TEXT, write_shard
+from senano_jax.data.shards import write_shard
+from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.errors import one_line_errors
 
 NOT_DOCUMENTATION = {"test", "idlelib", "lib2to3", "distutils", "turtledemo", "tkinter", "site-packages", "pydoc_data"}

@@ -47,9 +47,9 @@ from senano_jax.interop.torch_program import (
     patched_program,
     schedule,
 )
+from senano_jax.model.build import Params, abstract_params, make_model
 from senano_jax.presets import preset
 from senano_jax.training.mesh import make_mesh
-from senano_jax.training.state import Params, abstract_params, make_model
 from senano_jax.training.step import summed_gradients
 from senano_jax.training.weights import load_weights
 
@@ -92,7 +92,7 @@ def our_gradients(
     """Gradients of the loss summed over all sequences, and the mean loss; a training step of as many micro-batches
     has them before it rounds them to the types of the parameters."""
     step = jax.jit(summed_gradients, static_argnums=0)
-    loss, gradients = step(make_model(config), weights, tokens[:, None], window_blocks)
+    loss, gradients = step(make_model(config.model, config.dtype), weights, tokens[:, None], window_blocks)
     return to_torch(gradients, config.model), float(loss) / (tokens.size - len(tokens))
 
 
@@ -170,7 +170,9 @@ def compare(args: argparse.Namespace) -> None:
     sources = {mode: patched_program(args.torch_repo, model_patches(args.system, mode)) for mode in TORCH_MODES}
     tokens = _tokens(args.train_files, args.sequences, args.seq_len)
     output_of([args.torch_python, "-c", "import numpy, torch"], Path.cwd(), f"--torch-python {args.torch_python}")
-    weights, _ = load_weights(args.weights, config.model, abstract_params(make_model(config)), make_mesh(1), args.step)
+    weights, _ = load_weights(
+        args.weights, config.model, abstract_params(make_model(config.model, config.dtype)), make_mesh(1), args.step
+    )
     results: dict[str, Gradients] = {}
 
     def told(program: str, gradients: Gradients, loss: float) -> Gradients:

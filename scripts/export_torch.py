@@ -12,9 +12,9 @@ from pathlib import Path
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.interop.torch_checkpoint import to_torch, write_torch_checkpoint
+from senano_jax.model.build import abstract_params, make_model
 from senano_jax.training.checkpoint import load_params
 from senano_jax.training.mesh import make_mesh
-from senano_jax.training.state import abstract_params, make_model
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def export(run_dir: Path, out: Path, step: int | None = None) -> None:
     if out.exists():
         raise UserError(f"{out} exists already; choose another name, or delete it")
     config, _ = read_config(run_dir / "config.json")
-    params, step = load_params(run_dir, abstract_params(make_model(config)), make_mesh(1), step)
+    params, step = load_params(run_dir, abstract_params(make_model(config.model, config.dtype)), make_mesh(1), step)
     arrays = to_torch(params, config.model)
     write_torch_checkpoint(out, arrays, step)
     print(f"{out}: {sum(a.size for a in arrays.values()):,} parameters in {len(arrays)} tensors, after step {step}")

@@ -35,10 +35,11 @@ import numpy as np
 from senano_jax import train
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
+from senano_jax.model.build import make_model
 from senano_jax.optim.groups import make_optimizer
 from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.mesh import DATA_AXIS, make_mesh
-from senano_jax.training.state import abstract_state, make_model
+from senano_jax.training.state import abstract_state
 
 RUN = (
     "demo", "--model.dim=16", "--model.num-heads=2", "--model.layers.loop=0", "--model.layers.visits=0",
@@ -277,7 +278,9 @@ def records(run: Path) -> list[dict]:
 
 def final_state(run: Path) -> list[np.ndarray]:
     config, _ = read_config(run / "config.json")
-    abstract = abstract_state(make_model(config), make_optimizer(config.optimizer, config.steps, DATA_AXIS))
+    abstract = abstract_state(
+        make_model(config.model, config.dtype), make_optimizer(config.optimizer, config.steps, DATA_AXIS)
+    )
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
         state, _ = checkpoints.restore(config.steps, abstract, make_mesh(1))
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from senano_jax.data.bpe import load_bpe
-from senano_jax.data.shards import END_OF_TEXT, MAX_TOKENS, write_shard
+from senano_jax.data.shards import MAX_TOKENS, write_shard
+from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.errors import UserError, one_line_errors
 
 GROUP_CHARACTERS = 1_000_000  # encoded in one call, which spreads the documents over threads

@@ -3,8 +3,10 @@
 The field docstrings are the texts of `--help`. What distinguishes one system from another is in presets.py.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 from senano_jax.attention import BLOCK
 from senano_jax.errors import UserError, check_counts
@@ -20,16 +22,24 @@ __all__ = [
     "ModelConfig",
     "MuonAdamConfig",
     "TransformerConfig",
+    "changed",
     "check_config",
     "check_split",
+    "settings",
 ]
+
+Dataclass = TypeVar("Dataclass")
+
+# Of a field that may differ between the parts of one run, or between runs that are compared as seeds: it says where and
+# how something is computed, kept or watched, not what is computed.
+FREE = {"free": True}
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    train_files: str
+    train_files: str = field(metadata=FREE)
     """Glob of the training shards, read in the order of their names."""
-    val_files: str
+    val_files: str = field(metadata=FREE)
     """Glob of the validation shards."""
     val_tokens: int
     """Tokens of the validation stream that count, from its start."""
@@ -54,7 +64,7 @@ class Config:
     """Tokens of one training sequence."""
     final_window_tokens: int
     """The attention window grows linearly to this many tokens, in whole blocks of 128."""
-    val_every: int
+    val_every: int = field(metadata=FREE)
     """Steps between evaluations; 0 evaluates only at the end."""
     initial_window_tokens: int = 0
     """The attention window at step 0; never less than one block of 128."""
@@ -62,32 +72,69 @@ class Config:
     """Type of the activations and, except of GPT-2, of the embeddings; the other parameters are float32."""
     seed: int = 0
     """Seed of the initial weights."""
-    devices: int | None = None
+    devices: int | None = field(default=None, metadata=FREE)
     """Devices to use; all by default."""
-    micro_batches: int | None = None
+    micro_batches: int | None = field(default=None, metadata=FREE)
     """Micro-batches a step is split into on each device; by default the fewest that fit in memory."""
-    run_dir: str | None = None
+    run_dir: str | None = field(default=None, metadata=FREE)
     """Folder of the run; logs/<run-id> by default."""
-    resume: int | Literal["latest"] | None = None
+    resume: int | Literal["latest"] | None = field(default=None, metadata=FREE)
     """Go on with the run in --run-dir, from its newest checkpoint (no value) or from that of a step."""
-    checkpoint_every: int = 0
+    checkpoint_every: int = field(default=0, metadata=FREE)
     """Steps between checkpoints; 0 saves only the end of the run, and where a signal stops it."""
-    checkpoint_keep: int = 2
+    checkpoint_keep: int = field(default=2, metadata=FREE)
     """Newest checkpoints that are kept, beside the one with the best validation loss."""
-    checkpoint_keep_every: int = 0
+    checkpoint_keep_every: int = field(default=0, metadata=FREE)
     """Checkpoints of every so many steps are kept too; 0 keeps none of them."""
     init_from: str | None = None
     """Start from these weights: a PyTorch checkpoint (.pt) or a run folder."""
-    compilation_cache: str | None = "~/.cache/senano_jax/xla"
+    compilation_cache: str | None = field(default="~/.cache/senano_jax/xla", metadata=FREE)
     """Folder of compiled programs, kept between runs; None compiles anew. JAX_COMPILATION_CACHE_DIR goes before it."""
-    tensorboard: bool = False
+    tensorboard: bool = field(default=False, metadata=FREE)
     """Show the run's curves in TensorBoard too, from event files in its folder."""
-    wandb: bool = False
+    wandb: bool = field(default=False, metadata=FREE)
     """Show the run's curves in Weights & Biases too."""
 
     @property
     def batch_sequences(self) -> int:
         return self.batch_tokens // self.seq_len
+
+
+FREE_NAMES = frozenset(
+    f.name
+    for kind in (Config, DataConfig, ModelConfig, Gpt2Config)
+    for f in dataclasses.fields(kind)
+    if f.metadata.get("free")
+)
+
+
+def changed(config: Dataclass, differences: Mapping[str, Any]) -> Dataclass:
+    """A copy of a (nested) dataclass with other values, each named by its path: {"model.layers.loop": 0}.
+
+    Raises KeyError for a path that names no field.
+    """
+    for path, value in differences.items():
+        name, _, rest = path.partition(".")
+        if name not in {f.name for f in dataclasses.fields(config)}:
+            raise KeyError(f"{type(config).__name__} has no field {name!r}")
+        new = changed(getattr(config, name), {rest: value}) if rest else value
+        config = dataclasses.replace(config, **{name: new})
+    return config
+
+
+def settings(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of a (nested) dataclass by their paths, such as "model.layers.loop", but for those of free fields: two
+    configurations with equal settings compute the same."""
+    values = {}
+    for f in dataclasses.fields(config):
+        value, path = getattr(config, f.name), prefix + f.name
+        if f.metadata.get("free"):
+            continue
+        if dataclasses.is_dataclass(value):
+            values |= {path: type(value).__name__} | settings(value, path + ".")
+        else:
+            values[path] = value
+    return values
 
 
 def check_config(config: Config) -> None:

@@ -9,14 +9,13 @@ from typing import Any, Literal
 
 from senano_jax.config import Config
 from senano_jax.errors import UserError
-from senano_jax.files import write_atomically
+from senano_jax.files import read_json_object, write_atomically
 
-MAX_BYTES = 1 << 20
 _LARGEST_INT = 2**63  # a float holds it; JSON knows integers of thousands of digits
 
 
 def write_config(path: Path, config: Config, preset: str, parameters: int) -> None:
-    document = {"preset": preset, "parameters": parameters, **dataclasses.asdict(config)}
+    document = {"preset": preset, "parameters": parameters, **to_document(config)}
     write_atomically(path, (json.dumps(document, indent=2) + "\n").encode())
 
 
@@ -25,25 +24,52 @@ def read_config(path: Path) -> tuple[Config, str]:
 
     Raises UserError naming the file and the field that is missing, unknown or of another type.
     """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}); give the folder of a run") from None
-    try:
-        document = json.loads(raw) if len(raw) <= MAX_BYTES else None
-    except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict):
-        raise UserError(f"{path} is not the configuration of a run; restore the file that the run wrote")
+    document = read_json_object(path)
     preset = document.pop("preset", None)
     document.pop("parameters", None)
-    return parse(Config, document, path, ""), preset if isinstance(preset, str) else "unknown"
+    return parse(Config, upgraded(document), path, ""), preset if isinstance(preset, str) else "unknown"
+
+
+def to_document(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass, to be written as JSON. Where a field takes one of several classes, its value names its
+    own as `kind`."""
+    types = typing.get_type_hints(type(config))
+    return {f.name: _to_json(types[f.name], getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _to_json(kind: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return ({"kind": type(value).__name__} if _classes(kind) else {}) | to_document(value)
+    if isinstance(value, tuple):
+        kinds = _items(kind, len(value)) or [None] * len(value)
+        return [_to_json(item_kind, item) for item_kind, item in zip(kinds, value)]
+    return value
+
+
+def upgraded(document: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that an earlier version wrote, as this one would write it."""
+    model, optimizer = document.get("model"), document.get("optimizer")
+    if isinstance(model, dict) and "kind" not in model:
+        document = document | {"model": {"kind": "ModelConfig" if "layers" in model else "Gpt2Config"} | model}
+    if isinstance(optimizer, dict) and "kind" not in optimizer:
+        kind = "MuonAdamConfig" if "muon_lr" in optimizer else "AdamWConfig"
+        document = document | {"optimizer": {"kind": kind} | optimizer}
+    return document
 
 
 def parse(kind: Any, value: Any, path: Path, field: str) -> Any:
-    """`value` as an instance of `kind`: a dataclass, tuple of integers, plain type, Literal or a union of those."""
-    kind = _member(kind, value)
+    """`value` as an instance of `kind`: a dataclass, a tuple, a plain type, Literal or a union of those.
+
+    Raises UserError naming the file and the field that does not fit.
+    """
+    if isinstance(value, dict) and (classes := _classes(kind)):
+        name, value = value.get("kind"), {key: item for key, item in value.items() if key != "kind"}
+        if name not in classes:
+            raise UserError(
+                f"{path}: {_join(field, 'kind')} is {_text(name)[:60]!r}, not one of {', '.join(classes)}; "
+                "was it written by another version?"
+            )
+        kind = classes[name]
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise UserError(f"{path}: {field or 'the document'} is not an object; restore the file that the run wrote")
@@ -54,19 +80,31 @@ def parse(kind: Any, value: Any, path: Path, field: str) -> Any:
         if missing := sorted(needed - value.keys()):
             raise UserError(f"{path}: field {_join(field, missing[0])} is missing; was it written by another version?")
         return kind(**{name: parse(types[name], item, path, _join(field, name)) for name, item in value.items()})
+    if isinstance(value, list) and (kinds := _items(kind, len(value))) is not None:
+        return tuple(
+            parse(item_kind, item, path, f"{field}[{n}]") for n, (item_kind, item) in enumerate(zip(kinds, value))
+        )
     if _fits(kind, value):
-        if isinstance(value, list):
-            return tuple(value)
         return float(value) if kind is float else value
     raise UserError(f"{path}: {field} is {_text(value)[:60]!r}; restore the file that the run wrote")
 
 
-def _member(kind: Any, value: Any) -> Any:
-    """Of a union of dataclasses the one that most of an object's fields belong to; any other kind as it is."""
-    options = typing.get_args(kind)
-    if not (isinstance(value, dict) and options and all(map(dataclasses.is_dataclass, options))):
-        return kind
-    return max(options, key=lambda option: len(value.keys() & typing.get_type_hints(option).keys()))
+def _classes(kind: Any) -> dict[str, type]:
+    """The dataclasses of a union of several, by name; empty for any other kind."""
+    classes = {option.__name__: option for option in typing.get_args(kind) if dataclasses.is_dataclass(option)}
+    return classes if len(classes) > 1 else {}
+
+
+def _items(kind: Any, length: int) -> list[Any] | None:
+    """The kind of each item of a list, where `kind` is a tuple or a union with one; None if it takes no such list."""
+    for option in typing.get_args(kind) if typing.get_origin(kind) in (UnionType, typing.Union) else (kind,):
+        if typing.get_origin(option) is tuple:
+            kinds = typing.get_args(option)
+            if kinds[-1] is Ellipsis:
+                return [kinds[0]] * length
+            if len(kinds) == length:
+                return list(kinds)
+    return None
 
 
 def _fits(kind: Any, value: Any) -> bool:
@@ -75,8 +113,8 @@ def _fits(kind: Any, value: Any) -> bool:
         return isinstance(value, str) and value in typing.get_args(kind)
     if origin in (UnionType, typing.Union):
         return any(_fits(option, value) for option in typing.get_args(kind))
-    if origin is tuple:
-        return isinstance(value, list) and all(_fits(int, item) for item in value)
+    if origin is tuple:  # a list that fits is taken item by item
+        return False
     if kind is float:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return is_number and not (isinstance(value, int) and abs(value) > _LARGEST_INT)

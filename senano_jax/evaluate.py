@@ -12,12 +12,12 @@ import tyro
 from senano_jax.config import Config, DataConfig, check_config
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError, one_line_errors
-from senano_jax.optim.schedules import window_blocks
+from senano_jax.model.build import abstract_params, make_model
+from senano_jax.plan import window_blocks
 from senano_jax.presets import preset
 from senano_jax.train import configure_jax, value_of, with_dashes
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import make_mesh
-from senano_jax.training.state import abstract_params, make_model
 from senano_jax.training.weights import load_weights
 
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> float:
     check_config(config)
     configure_jax(config.dtype, config.compilation_cache)
     mesh = make_mesh(config.devices)
-    model = make_model(config)
+    model = make_model(config.model, config.dtype)
     evaluate = make_evaluator(config, model, mesh)
     params, step = load_weights(args.source, config.model, abstract_params(model), mesh, args.step)
     step = config.steps if step is None else step

@@ -1,10 +1,13 @@
-"""Files that appear whole or not at all."""
+"""Files that are written whole or not at all, and small ones that are not trusted when read."""
 
 import contextlib
+import json
 import os
 from pathlib import Path
 
 from senano_jax.errors import UserError
+
+MAX_JSON_BYTES = 1 << 20  # of a file that holds one object
 
 
 def check_output_file(flag: str, path: Path | None) -> None:
@@ -30,3 +33,21 @@ def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def read_json_object(path: Path) -> dict:
+    """The object in a file of a run folder. Raises UserError for a missing, damaged or very large one."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); give the folder of a run") from None
+    if len(raw) > MAX_JSON_BYTES:
+        raise UserError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB; restore the file that the run wrote")
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object; restore the file that the run wrote")
+    return value

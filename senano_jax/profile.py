@@ -17,7 +17,7 @@ from rich.text import Text
 from senano_jax.config import Config, check_config
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.files import check_output_file, write_atomically
-from senano_jax.optim.schedules import window_blocks
+from senano_jax.plan import window_blocks
 from senano_jax.presets import PRESETS, preset
 from senano_jax.profiling.measure import Plan, Report, measure, to_json
 from senano_jax.profiling.report import remarks, tables

@@ -15,11 +15,12 @@ from tiny import TINY, random_params, random_sequences
 
 from senano_jax.attention import document_start, window_intervals
 from senano_jax.config import LayerSchedule
-from senano_jax.data.shards import END_OF_TEXT, write_shard
+from senano_jax.data.shards import write_shard
+from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.interop.torch_checkpoint import from_torch, to_torch
 from senano_jax.interop.torch_program import apply_patches
+from senano_jax.model.build import make_model
 from senano_jax.presets import preset
-from senano_jax.training.state import make_model
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "compare_gradients.py"
 _spec = importlib.util.spec_from_file_location("compare_gradients", SCRIPT)
@@ -103,7 +104,7 @@ def test_the_model_alone_is_left_of_the_pytorch_file():
 
 def test_our_gradients_are_those_of_the_loss_summed_over_the_sequences():
     config = dataclasses.replace(CONFIG, model=SMALLEST, dtype="float32")
-    model = make_model(config)
+    model = make_model(config.model, config.dtype)
     weights = random_params(model)
     tokens = random_sequences(3, 256)
 
@@ -145,14 +146,14 @@ def true_gradients():
     config = dataclasses.replace(CONFIG, dtype="float32")
     tokens = random_sequences(1, 600)[0]
     sequences = np.stack([tokens[:257], tokens[256:513]])
-    return tokens, script.our_gradients(config, random_params(make_model(CONFIG)), sequences, 2)[0]
+    return tokens, script.our_gradients(config, random_params(make_model(CONFIG.model, CONFIG.dtype)), sequences, 2)[0]
 
 
 @pytest.fixture
 def arguments(tmp_path, monkeypatch, true_gradients) -> list[str]:
     """For a small model with random weights, a shard, and a stand-in of the PyTorch file and of its Python."""
     tokens, gradients = true_gradients
-    params = random_params(make_model(CONFIG))
+    params = random_params(make_model(CONFIG.model, CONFIG.dtype))
     weights = to_torch(params, MODEL)
     monkeypatch.setattr(script, "preset", lambda name: CONFIG)
     monkeypatch.setattr(script, "load_weights", lambda *_: (from_torch(weights, MODEL, params, ""), None))

@@ -11,6 +11,7 @@ from tiny import TINY, tiny_gpt2, tiny_model
 
 from senano_jax.attention import END_OF_TEXT
 from senano_jax.config import LayerSchedule
+from senano_jax.model.build import abstract_params
 from senano_jax.presets import preset
 from senano_jax.profiling.flops import (
     attention_flops_per_pair,
@@ -20,7 +21,6 @@ from senano_jax.profiling.flops import (
     visible_pairs,
 )
 from senano_jax.profiling.tokens import synthetic_sequences
-from senano_jax.training.state import abstract_params
 
 
 def dot_flops(jaxpr, turns: int = 1) -> int:

@@ -1,6 +1,5 @@
 """The model: its parameters, what may change in how it is computed, what a token can reach, and its formula."""
 
-import dataclasses
 import functools
 import math
 
@@ -13,9 +12,9 @@ from tiny import random_params, random_sequences, tiny_model
 
 from senano_jax.config import LayerSchedule
 from senano_jax.interop.torch_checkpoint import from_torch
+from senano_jax.model.build import abstract_params, count_parameters, make_model
 from senano_jax.model.gpt import Gpt
 from senano_jax.presets import preset
-from senano_jax.training.state import abstract_params, count_parameters, make_model
 
 FRESH = tiny_model("bfloat16", dim=64, vocab_size=50257, padded_vocab_size=50304)
 
@@ -26,11 +25,11 @@ FRESH = tiny_model("bfloat16", dim=64, vocab_size=50257, padded_vocab_size=50304
 def test_parameter_count_and_types(name, skips, count):
     """By shapes alone. 12 layers are stored however often they are visited; only the embedding has the run's dtype."""
     config = preset(name)
-    params = abstract_params(make_model(config))
+    params = abstract_params(make_model(config.model, config.dtype))
     assert count_parameters(params) == count == 50257 * 768 + 50304 * 768 + 12 * (12 * 768**2 + 3) + skips
     for path, leaf in jax.tree.leaves_with_path(params):
         assert leaf.dtype == (jnp.bfloat16 if path[-1].key == "embedding" else jnp.float32)
-    float32 = abstract_params(make_model(dataclasses.replace(config, dtype="float32")))
+    float32 = abstract_params(make_model(config.model, "float32"))
     assert {leaf.dtype for leaf in jax.tree.leaves(float32)} == {jnp.dtype("float32")}
 
 
@@ -38,7 +37,7 @@ def test_value_embeddings_count_as_parameters():
     """275.6M: four tables of 50,257 rows, the head, 11 attentions and 12 MLPs, and 52 scalars: two a layer, two an
     attention, six skips."""
     config = preset("value-embeddings")
-    params = abstract_params(make_model(config))
+    params = abstract_params(make_model(config.model, config.dtype))
     tables, squares = 4 * 50_257 * 768, (11 * 4 + 12 * 8) * 768**2
     assert count_parameters(params) == 275_598_388 == tables + 50_304 * 768 + squares + 12 * 2 + 11 * 2 + 6
     tables = [leaf for name, leaf in params.items() if "embedding" in name]
@@ -49,7 +48,7 @@ def test_value_embeddings_count_as_parameters():
 def test_matrices_are_counted_from_the_configuration(name):
     """All parameters but those of fewer than two dimensions."""
     model = preset(name).model
-    leaves = jax.tree.leaves(abstract_params(make_model(preset(name))))
+    leaves = jax.tree.leaves(abstract_params(make_model(preset(name).model, "bfloat16")))
     assert model.matrix_entries == sum(leaf.size for leaf in leaves if leaf.ndim >= 2)
 
 

@@ -1,6 +1,5 @@
 """GPT-2: its parameters, its formula and gradients, and what a token can reach."""
 
-import dataclasses
 import math
 
 import jax
@@ -12,16 +11,16 @@ from oracles import END_OF_TEXT, relative_error
 from tiny import random_params, random_sequences, tiny_gpt2
 
 from senano_jax.interop.torch_checkpoint import to_torch
+from senano_jax.model.build import abstract_params, count_parameters, make_model
 from senano_jax.model.gpt2 import Gpt2
 from senano_jax.presets import preset
-from senano_jax.training.state import abstract_params, count_parameters, make_model
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_parameter_count_and_types(dtype):
     """By shapes alone: 50,304 tokens and 1,024 positions of 768; in each of 12 layers twelve squares, their biases and
     two norms; a norm at the end. All float32, whatever the activations."""
-    params = abstract_params(make_model(dataclasses.replace(preset("llmc"), dtype=dtype)))
+    params = abstract_params(make_model(preset("llmc").model, dtype))
     layer = 12 * 768**2 + (3 + 1 + 4 + 1) * 768 + 2 * 2 * 768
     assert count_parameters(params) == 124_475_904 == (50_304 + 1024) * 768 + 12 * layer + 2 * 768
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
@@ -30,7 +29,7 @@ def test_parameter_count_and_types(dtype):
 def test_matrices_are_counted_from_the_configuration():
     """All parameters but those of fewer than two dimensions."""
     config = preset("llmc")
-    leaves = jax.tree.leaves(abstract_params(make_model(config)))
+    leaves = jax.tree.leaves(abstract_params(make_model(config.model, config.dtype)))
     assert config.model.matrix_entries == sum(leaf.size for leaf in leaves if leaf.ndim >= 2)
 
 

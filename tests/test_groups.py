@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from oracles import relative_error
 
+from senano_jax.model.build import abstract_params, make_model
 from senano_jax.optim.groups import make_optimizer, parameter_group
 from senano_jax.optim.schedules import learning_rate_factor
 from senano_jax.presets import preset
-from senano_jax.training.state import abstract_params, make_model
 
 OPTIMIZER = preset("recurrent").optimizer
 
@@ -23,7 +23,7 @@ def test_every_parameter_has_its_rule(name, muon, embed, scalar):
     lambdas and value residual of 12 layers, and the skip weights. With value embeddings there are three more tables,
     and one layer has no attention."""
     groups = {}
-    for path, leaf in jax.tree.leaves_with_path(abstract_params(make_model(preset(name)))):
+    for path, leaf in jax.tree.leaves_with_path(abstract_params(make_model(preset(name).model, "bfloat16"))):
         groups.setdefault(parameter_group(path, leaf), []).append((path[-1].key, leaf.ndim))
     assert {group: len(members) for group, members in groups.items()} == {
         "muon": muon,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from senano_jax.model import hopper_matmul
+from senano_jax.kernels import hopper_matmul
 
 
 def scaled_sum(product, side):

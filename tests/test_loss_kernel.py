@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from senano_jax.model.loss_kernel import Launch, fits, logsumexp_and_gradient
+from senano_jax.kernels.triton import RowLaunch
+from senano_jax.model.loss_kernel import fits, logsumexp_and_gradient
 
 CAP, SLOPE = 30.0, 0.01
 
@@ -28,7 +29,7 @@ def expected(z, targets):
 
 def test_against_numpy():
     z, targets = inputs(8, 384, jnp.float32)
-    for launch in (Launch(tokens=4, warps=4), Launch(tokens=8, warps=2)):
+    for launch in (RowLaunch(rows=4, warps=4), RowLaunch(rows=8, warps=2)):
         results = logsumexp_and_gradient(z, targets, cap=CAP, slope=SLOPE, launch=launch, interpret=True)
         for result, reference in zip(results, expected(z, targets)):
             np.testing.assert_allclose(result, reference, rtol=1e-4, atol=1e-6)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from oracles import norm
 
-from senano_jax.model.norm_fork import Launch, norm_fork
+from senano_jax.kernels.triton import RowLaunch
+from senano_jax.model.norm_fork import norm_fork
 
 
 def random(seed, width, dtype=jnp.float32):
@@ -61,7 +62,7 @@ def test_gradient(width):
     x, dx, dy = random(1, width)
     expected = gradient("plain", x, dx, dy)
     np.testing.assert_allclose(gradient("fused", x, dx, dy), expected, rtol=1e-4, atol=1e-5)
-    small = Launch(rows=2, warps=1)
+    small = RowLaunch(rows=2, warps=1)
     np.testing.assert_allclose(gradient("fused", x, dx, dy, launch=small), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -12,7 +12,8 @@ import reference
 
 from senano_jax.model.gpt import Gpt
 from senano_jax.optim.groups import make_optimizer
-from senano_jax.optim.schedules import learning_rate_factor, muon_momentum, window_blocks
+from senano_jax.optim.schedules import learning_rate_factor, muon_momentum
+from senano_jax.plan import window_blocks
 from senano_jax.presets import preset
 from senano_jax.training.mesh import DATA_AXIS, make_mesh, place_batch, replicated
 from senano_jax.training.state import TrainState

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from tiny import random_sequences, tiny_gpt2, tiny_model
 
-from senano_jax.training.state import abstract_params
+from senano_jax.model.build import abstract_params
 
 SUMS = {"reduce_sum", "scatter-add", "cumsum"}
 

@@ -230,7 +230,7 @@ def test_damaged_configuration(tmp_path):
     with pytest.raises(UserError, match=r"config.json: not a JSON object"):
         read_log(run)
     (run / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config.json: cannot be read"):
+    with pytest.raises(UserError, match=r"config.json cannot be read"):
         read_log(run)
 
 

@@ -10,10 +10,10 @@ import pytest
 from written_runs import write_run
 
 from senano_jax.errors import UserError
+from senano_jax.model.build import abstract_params, count_parameters, make_model
 from senano_jax.presets import PRESETS, preset
 from senano_jax.runlog import published
 from senano_jax.runlog.reader import read_log
-from senano_jax.training.state import abstract_params, count_parameters, make_model
 
 ROOT = Path(__file__).parents[1]
 _spec = importlib.util.spec_from_file_location("records", ROOT / "scripts" / "records.py")
@@ -66,7 +66,7 @@ def test_the_readme_is_what_the_data_say():
 @pytest.mark.parametrize("entry", [entry for entry in KNOWN if entry["preset"] in PRESETS], ids=lambda e: e["preset"])
 def test_published_systems_have_the_parameters_and_tokens_of_their_presets(entry):
     config = preset(entry["preset"])
-    assert entry["parameters"] == count_parameters(abstract_params(make_model(config)))
+    assert entry["parameters"] == count_parameters(abstract_params(make_model(config.model, config.dtype)))
     assert entry["tokens"] == config.steps * config.batch_tokens
 
 

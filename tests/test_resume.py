@@ -17,13 +17,14 @@ from senano_jax.config_file import read_config
 from senano_jax.data import sample
 from senano_jax.data.shards import open_shard, write_shard
 from senano_jax.errors import UserError
+from senano_jax.model.build import make_model
 from senano_jax.optim.groups import make_optimizer
 from senano_jax.runlog.writer import RunFolder
 from senano_jax.training import loop
 from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.mesh import DATA_AXIS, make_mesh
 from senano_jax.training.resume import restore
-from senano_jax.training.state import abstract_state, init_state, make_model
+from senano_jax.training.state import abstract_state, init_state
 
 STEPS, BATCH = 6, 2048
 SMALL = [
@@ -76,7 +77,9 @@ def records(run_dir):
 
 def abstract_of(run_dir):
     config, _ = read_config(run_dir / "config.json")
-    return abstract_state(make_model(config), make_optimizer(config.optimizer, config.steps, DATA_AXIS))
+    return abstract_state(
+        make_model(config.model, config.dtype), make_optimizer(config.optimizer, config.steps, DATA_AXIS)
+    )
 
 
 def state_of(run_dir, step=STEPS, devices=1):
@@ -351,7 +354,7 @@ def test_a_damaged_array_is_found_by_its_checksum(tmp_path, undisturbed):
 def init_state_of(run_dir):
     config, _ = read_config(run_dir / "config.json")
     optimizer = make_optimizer(config.optimizer, config.steps, DATA_AXIS)
-    return init_state(make_model(config), optimizer, 0, make_mesh(1)), {"step": 1}
+    return init_state(make_model(config.model, config.dtype), optimizer, 0, make_mesh(1)), {"step": 1}
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(copy, undisturbed, capsys):

@@ -10,12 +10,12 @@ from tiny import small_run
 from senano_jax import sample
 from senano_jax.config_file import read_config
 from senano_jax.data.bpe import load_bpe
-from senano_jax.data.shards import END_OF_TEXT
+from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.errors import UserError
 from senano_jax.interop.torch_checkpoint import to_torch, write_torch_checkpoint
+from senano_jax.model.build import abstract_params, make_model
 from senano_jax.training.checkpoint import load_params
 from senano_jax.training.mesh import make_mesh
-from senano_jax.training.state import abstract_params, make_model
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_pytorch_weights_write_the_same_text(write, run_dir, tmp_path, monkeypat
     """Under the preset they belong to."""
     pytest.importorskip("torch")
     config, _ = read_config(run_dir / "config.json")
-    params, step = load_params(run_dir, abstract_params(make_model(config)), make_mesh(1))
+    params, step = load_params(run_dir, abstract_params(make_model(config.model, config.dtype)), make_mesh(1))
     write_torch_checkpoint(tmp_path / "weights.pt", to_torch(params, config.model), step)
     monkeypatch.setattr(sample, "preset", {"demo": config}.__getitem__)
     assert write("--preset=demo", source=tmp_path / "weights.pt") == write()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from senano_jax.data.sample import TRAIN, VAL
-from senano_jax.data.shards import END_OF_TEXT, check_tokens, open_shard
+from senano_jax.data.shards import check_tokens, open_shard
+from senano_jax.data.vocabulary import END_OF_TEXT
 
 
 def documents(path):

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 from oracle_gpt2 import cosine_lr
 
-from senano_jax.optim.schedules import learning_rate_factor, muon_momentum, window_blocks
+from senano_jax.optim.schedules import learning_rate_factor, muon_momentum
+from senano_jax.plan import window_blocks
 from senano_jax.presets import preset
 
 OPTIMIZER = preset("recurrent").optimizer

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from senano_jax.data import shards
-from senano_jax.data.shards import HEADER_BYTES, MAGIC, VOCAB_SIZE, find_shards, open_shard, write_shard
+from senano_jax.data.shards import HEADER_BYTES, MAGIC, find_shards, open_shard, write_shard
 from senano_jax.data.stream import SequenceSource
+from senano_jax.data.vocabulary import VOCAB_SIZE
 from senano_jax.errors import UserError
 
 

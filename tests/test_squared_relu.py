@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from senano_jax.model import hopper_matmul
+from senano_jax.kernels import hopper_matmul
 from senano_jax.model.squared_relu import gradient_of_square_of_relu, square_of_relu, squared_relu_mlp
 
 

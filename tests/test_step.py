@@ -17,7 +17,7 @@ from tiny import random_params, random_sequences
 
 from senano_jax.config import LayerSchedule
 from senano_jax.optim.groups import make_optimizer
-from senano_jax.optim.schedules import window_blocks
+from senano_jax.plan import window_blocks
 from senano_jax.presets import preset
 from senano_jax.training.mesh import DATA_AXIS, make_mesh, place_batch, place_sequences, replicated
 from senano_jax.training.state import TrainState, init_state

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from senano_jax.data.bpe import load_bpe
-from senano_jax.data.shards import END_OF_TEXT, find_shards, open_shard
+from senano_jax.data.shards import find_shards, open_shard
+from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]

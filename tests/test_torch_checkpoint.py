@@ -14,7 +14,7 @@ from senano_jax.interop.torch_checkpoint import (
     torch_names,
     write_torch_checkpoint,
 )
-from senano_jax.training.state import abstract_params
+from senano_jax.model.build import abstract_params
 
 torch = pytest.importorskip("torch")
 

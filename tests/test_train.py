@@ -19,13 +19,13 @@ from senano_jax.config_file import read_config
 from senano_jax.data import sample
 from senano_jax.data.shards import open_shard, write_shard
 from senano_jax.errors import UserError
-from senano_jax.optim.schedules import window_blocks
+from senano_jax.model.build import abstract_params, make_model
+from senano_jax.plan import window_blocks
 from senano_jax.runlog.data_record import read_data
 from senano_jax.runlog.reader import read_log
 from senano_jax.training.checkpoint import Checkpoints, load_params
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import make_mesh
-from senano_jax.training.state import abstract_params, make_model
 from senano_jax.training.weights import load_weights
 
 EXPORT = Path(__file__).parents[1] / "scripts" / "export_torch.py"
@@ -192,7 +192,7 @@ def test_an_exported_checkpoint_evaluates_to_the_loss_of_the_run(run_dir, tmp_pa
     runpy.run_path(str(EXPORT))["export"](run_dir, tmp_path / "state.pt")
     config, _ = read_config(run_dir / "config.json")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="dense"))
-    mesh, model = make_mesh(1), make_model(config)
+    mesh, model = make_mesh(1), make_model(config.model, config.dtype)
     params, _ = load_weights(str(tmp_path / "state.pt"), config.model, abstract_params(model), mesh)
     window = window_blocks(STEPS, STEPS, config.final_window_tokens)
     final = records(run_dir)[1][-1]["val_loss"]

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from senano_jax.config import Gpt2Config, LayerSchedule, ModelConfig
+from senano_jax.model.build import Model, abstract_params, make_model
 from senano_jax.model.gpt import Gpt
 from senano_jax.model.gpt2 import Gpt2
 from senano_jax.presets import demo
 from senano_jax.runlog.writer import RunFolder
 from senano_jax.training.checkpoint import Checkpoints
-from senano_jax.training.state import Model, TrainState, abstract_params, make_model
+from senano_jax.training.state import TrainState
 
 TINY = ModelConfig(
     dim=32, num_heads=2, layers=LayerSchedule(1, 2, 2, 1), vocab_size=512, padded_vocab_size=640, attention="banded"
@@ -61,7 +62,7 @@ def small_run(path: Path, steps: tuple[int, ...]) -> Path:
     """The folder of a run that never ran: random weights, saved after each of `steps`, which skip_weights hold too."""
     model = dataclasses.replace(demo().model, dim=16, layers=LayerSchedule(2, 0, 0, 2))
     config = dataclasses.replace(demo(), model=model, steps=max(steps), compilation_cache=None)
-    params = random_params(make_model(config))
+    params = random_params(make_model(config.model, config.dtype))
     with RunFolder(path) as run, Checkpoints(path / "checkpoints") as checkpoints:
         run.start(config, "demo", 0)
         for step in steps:

@@ -2,14 +2,14 @@
 
 from typing import Literal
 
-import jax
 from jaxtyping import Array, Float
 
-from senano_jax.attention import pallas_triton
 from senano_jax.attention.banded import banded_attention
 from senano_jax.attention.dense import dense_attention
 from senano_jax.attention.flash import flash_attention
 from senano_jax.attention.intervals import BLOCK, END_OF_TEXT, Intervals, document_start, window_intervals
+from senano_jax.kernels import triton
+from senano_jax.kernels.choice import on_gpu
 
 __all__ = ["BLOCK", "END_OF_TEXT", "Intervals", "attend", "document_start", "window_intervals"]
 
@@ -30,7 +30,6 @@ def attend(
     128. `dense` needs O(T^2) memory and is the reference for the others; `auto` takes the fastest one that runs.
     """
     if implementation == "auto":
-        on_gpu = jax.default_backend() == "gpu" and pallas_triton.fits(q.shape[-1])
-        implementation = "flash" if on_gpu else "banded"
+        implementation = "flash" if on_gpu() and triton.fits(q.shape[-1]) else "banded"
     attention = {"flash": flash_attention, "banded": banded_attention, "dense": dense_attention}[implementation]
     return attention(q, k, v, intervals, scale)

@@ -23,9 +23,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from senano_jax.attention import pallas_triton
 from senano_jax.attention.intervals import BLOCK, Intervals
 from senano_jax.attention.tiles import Tile, Tiles, default_tiles
+from senano_jax.kernels import triton
 
 LOG2_E = math.log2(math.e)
 # The running maximum starts above scale * MASKED, so that a hidden score weighs exp2(scale * MASKED - LOWEST) = 0 even
@@ -53,7 +53,7 @@ def flash_attention(
     length, width = q.shape[1], q.shape[3]
     if length % BLOCK:
         raise ValueError(f"flash_attention needs a length that is a multiple of {BLOCK}, got {length}")
-    if not pallas_triton.fits(width):
+    if not triton.fits(width):
         raise ValueError(f"flash_attention needs heads whose width is a power of two from 16 up, got {width}")
     if not scale > 0:
         raise ValueError(f"flash_attention needs a positive scale, got {scale}")
@@ -91,14 +91,14 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 def forward(q, k, v, key_start_BT, scale: float, tile: Tile, interpret: bool):
     """out, like q, and the log-sum-exp of its scores, float32 [B, H, T] in units of log2."""
     tile_QD, all_TD, tile_Q, _, bounds_T = _block_specs(q, tile.queries)
-    return pallas_triton.call(
-        functools.partial(_forward_kernel, scale=scale, tile=tile, exp2=pallas_triton.scaled_exp2(interpret)),
+    return triton.call(
+        functools.partial(_forward_kernel, scale=scale, tile=tile, exp2=triton.scaled_exp2(interpret)),
         name="flash_forward",
         grid=_grid(q, tile.queries),
         in_specs=[tile_QD, all_TD, all_TD, bounds_T],
         out_specs=[tile_QD, tile_Q],
         out_shape=[_like(q), _per_query(q)],
-        tile=tile,
+        launch=tile,
         interpret=interpret,
     )(q, k, v, key_start_BT)
 
@@ -107,14 +107,14 @@ def forward(q, k, v, key_start_BT, scale: float, tile: Tile, interpret: bool):
 def backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale: float, tile: Tile, interpret: bool):
     """dQ, and delta = rowsum(dout * out), float32 [B, H, T], for `backward_keys`: here because dout is at hand."""
     tile_QD, all_TD, tile_Q, _, bounds_T = _block_specs(q, tile.queries)
-    return pallas_triton.call(
-        functools.partial(_queries_kernel, scale=scale, tile=tile, exp2=pallas_triton.scaled_exp2(interpret)),
+    return triton.call(
+        functools.partial(_queries_kernel, scale=scale, tile=tile, exp2=triton.scaled_exp2(interpret)),
         name="flash_backward_queries",
         grid=_grid(q, tile.queries),
         in_specs=[tile_QD, all_TD, all_TD, tile_QD, tile_QD, tile_Q, bounds_T],
         out_specs=[tile_QD, tile_Q],
         out_shape=[_like(q), _per_query(q)],
-        tile=tile,
+        launch=tile,
         interpret=interpret,
     )(q, k, v, out, dout, lse_BHT, key_start_BT)
 
@@ -123,14 +123,14 @@ def backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale: float, ti
 def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float, tile: Tile, interpret: bool):
     """dK and dV."""
     tile_KD, all_TD, _, all_T, bounds_T = _block_specs(k, tile.keys)
-    return pallas_triton.call(
-        functools.partial(_keys_kernel, scale=scale, tile=tile, exp2=pallas_triton.scaled_exp2(interpret)),
+    return triton.call(
+        functools.partial(_keys_kernel, scale=scale, tile=tile, exp2=triton.scaled_exp2(interpret)),
         name="flash_backward_keys",
         grid=_grid(k, tile.keys),
         in_specs=[all_TD, tile_KD, tile_KD, all_TD, all_T, all_T, bounds_T],
         out_specs=[tile_KD, tile_KD],
         out_shape=[_like(k), _like(v)],
-        tile=tile,
+        launch=tile,
         interpret=interpret,
     )(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT)
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from senano_jax.data.shards import END_OF_TEXT
+from senano_jax.data.vocabulary import END_OF_TEXT
 
 BLOCK = 128  # tokens; the unit of the window, from the PyTorch program's block mask
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from senano_jax.data.shards import END_OF_TEXT
+from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.errors import UserError
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import UInt16
 
+from senano_jax.data.vocabulary import VOCAB_SIZE
 from senano_jax.errors import UserError
 from senano_jax.files import write_atomically
 
@@ -24,8 +25,6 @@ HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 TOKEN_BYTES = 2
 MAX_TOKENS = 2**31 - 1  # a shard, because the header counts in int32
-VOCAB_SIZE = 50257
-END_OF_TEXT = 50256  # GPT-2's <|endoftext|>; stands in front of each document
 
 _FETCH_AGAIN = "delete it and download or tokenize it again"
 

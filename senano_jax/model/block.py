@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from senano_jax.attention import Intervals, attend
-from senano_jax.config import ModelConfig
+from senano_jax.model.config import ModelConfig
 from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.heads import prepare_heads
 from senano_jax.model.norm_fork import norm_fork

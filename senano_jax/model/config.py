@@ -1,11 +1,11 @@
 """What a model is told: two families of it, and the checks that refuse what cannot work."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from senano_jax.attention import pallas_triton
-from senano_jax.data.shards import VOCAB_SIZE
+from senano_jax.data.vocabulary import VOCAB_SIZE
 from senano_jax.errors import UserError, check_counts
+from senano_jax.kernels import triton
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,11 @@ class TransformerConfig:
     """Tokens that have an embedding."""
     padded_vocab_size: int = 50304
     """Columns of the head."""
-    attention: Literal["auto", "flash", "banded", "dense"] = "auto"
+    attention: Literal["auto", "flash", "banded", "dense"] = field(default="auto", metadata={"free": True})
     """Implementation of attention; auto takes the fastest one for the device."""
     remat: Literal["none", "attention", "full"] = "none"
-    """What the backward pass recomputes: nothing; each block except its attention; each block."""
+    """What the backward pass recomputes: nothing; each layer except its attention; each layer. Recomputed layers take a
+    residual stream that is rounded to the activations' type, so bfloat16 losses differ in the fourth digit."""
 
     @property
     def head_dim(self) -> int:
@@ -105,8 +106,9 @@ class ModelConfig(TransformerConfig):
     value_embeddings: int = 0
     """Tables of values by token, mixed into the attention of as many layers at the start and again, in the same order,
     at the end. 0: every layer mixes in the values of the first one instead."""
-    unroll: bool = False
-    """Unroll the scan over the loop's visits in the compiled program: faster on a GPU, slower to compile."""
+    unroll: bool = field(default=False, metadata={"free": True})
+    """Unroll the scan over the loop's visits in the compiled program: faster on a GPU, slower to compile. The demo
+    alone leaves it, to compile sooner."""
 
     def value_table(self, layer: int) -> int | None:
         """The value embedding that a layer mixes in, if any."""
@@ -178,7 +180,7 @@ def check_model(model: ModelConfig | Gpt2Config) -> None:
             f"--model.dim {model.dim} with --model.num-heads {model.num_heads} gives heads of {model.head_dim}; "
             "the rotary embedding needs a multiple of 4"
         )
-    if model.attention == "flash" and not pallas_triton.fits(model.head_dim):
+    if model.attention == "flash" and not triton.fits(model.head_dim):
         raise UserError(
             f"--model.attention flash takes heads whose width is a power of two from 16 up, not {model.head_dim} "
             "(--model.dim / --model.num-heads); change these, or use --model.attention banded"

@@ -12,8 +12,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from senano_jax.attention import Intervals, document_start, window_intervals
-from senano_jax.config import ModelConfig
 from senano_jax.model.block import Block
+from senano_jax.model.config import ModelConfig
 from senano_jax.model.elementwise import norm, rows_of
 from senano_jax.model.loss import soft_cap, soft_capped_cross_entropy
 from senano_jax.model.remat import rematerialised

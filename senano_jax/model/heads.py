@@ -9,7 +9,6 @@ Names end in their dimensions: R the tokens of a program, E the halves of a head
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +16,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from senano_jax.attention import pallas_triton
+from senano_jax.kernels import triton
+from senano_jax.kernels.choice import Implementation, on_gpu, takes_fused
 from senano_jax.model.elementwise import NORM_EPSILON, norm, weighted_sum
 from senano_jax.model.rotary import rotate
 
-Implementation = Literal["auto", "fused", "plain"]
 RotaryTables = tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]
 
 
@@ -66,17 +65,10 @@ def prepare_heads(
     plain XLA, the default where there is no GPU.
     """
     length, width = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
-    fits = (
-        pallas_triton.fits(width) and length % launches.forward.tokens == 0 and length % launches.backward.tokens == 0
-    )
-    on_gpu = jax.default_backend() == "gpu"
-    if implementation == "auto":
-        implementation = "fused" if on_gpu and fits else "plain"
-    if implementation == "plain":
+    fits = triton.fits(width) and length % launches.forward.tokens == 0 and length % launches.backward.tokens == 0
+    if not takes_fused(implementation, on_gpu(), fits, f"a length of {length} and heads of {width}"):
         return _plain(qkv, first_v, value_residual, rotary, num_heads)
-    if not fits:
-        raise ValueError(f"no fused kernel for a length of {length} and heads of {width}")
-    interpret = not on_gpu if interpret is None else interpret
+    interpret = not on_gpu() if interpret is None else interpret
     return _fused(qkv, first_v, value_residual, rotary, num_heads, launches, interpret)
 
 
@@ -120,14 +112,14 @@ def forward(qkv, first_v, value_residual, rotary, num_heads: int, launch: Launch
     grid, scalar, table, part, all_parts, _ = _blocks(qkv.shape, launch)
     mixed = first_v is not None
     heads = jax.ShapeDtypeStruct((*qkv.shape[:2], *qkv.shape[3:]), qkv.dtype)
-    return pallas_triton.call(
+    return triton.call(
         functools.partial(_forward_kernel, mixed=mixed),
         name="heads_forward",
         grid=grid,
         in_specs=[table, table, all_parts] + [part, scalar] * mixed,
         out_specs=[part, part, part],
         out_shape=[heads, heads, heads],
-        tile=launch,
+        launch=launch,
         interpret=interpret,
     )(*rotary, qkv, *([first_v, value_residual.reshape(1)] if mixed else []))
 
@@ -139,14 +131,14 @@ def backward(qkv, first_v, value_residual, rotary, dq, dk, dv, num_heads: int, l
     grid, scalar, table, part, all_parts, partial_sum = _blocks(qkv.shape, launch)
     mixed = first_v is not None
     partial_sums = jax.ShapeDtypeStruct(grid, jnp.float32)
-    dqkv, *rest = pallas_triton.call(
+    dqkv, *rest = triton.call(
         functools.partial(_backward_kernel, mixed=mixed),
         name="heads_backward",
         grid=grid,
         in_specs=[table, table, all_parts, part, part, part] + [part, scalar] * mixed,
         out_specs=[all_parts] + [partial_sum] * mixed,
         out_shape=[jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)] + [partial_sums] * mixed,
-        tile=launch,
+        launch=launch,
         interpret=interpret,
     )(*rotary, qkv, dq, dk, dv, *([first_v, value_residual.reshape(1)] if mixed else []))
     return dqkv.reshape(shape), jnp.sum(rest[0]) if mixed else None

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from senano_jax.kernels.choice import on_gpu
 from senano_jax.model import loss_kernel
 
 SOFT_CAP = 30.0
@@ -93,7 +94,7 @@ def _logsumexp(z_NV, dim, vocab_size):
 def _logsumexp_and_gradient(z_NV, targets_N, dim, vocab_size):
     """The logits' log-sum-exp (float32) and the gradient of z (its type)."""
     capped = vocab_size is None
-    if capped and jax.default_backend() == "gpu" and loss_kernel.fits(*z_NV.shape):
+    if capped and on_gpu() and loss_kernel.fits(*z_NV.shape):
         return loss_kernel.logsumexp_and_gradient(z_NV, targets_N, cap=SOFT_CAP, slope=1 / _scale(dim))
     logsumexp_N = _logsumexp(z_NV, dim, vocab_size)
     logits_NV = _logits(z_NV, dim, vocab_size)

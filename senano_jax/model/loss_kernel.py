@@ -7,7 +7,6 @@ logits, C columns at a time.
 
 import functools
 import math
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -15,23 +14,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from senano_jax.attention import pallas_triton
+from senano_jax.kernels import triton
 
 COLUMNS = 128
 
 
-@dataclass(frozen=True)
-class Launch:
-    tokens: int  # of a program
-    warps: int  # of 32 threads
-    stages: int = 1
+DEFAULT_LAUNCH = triton.RowLaunch(rows=4, warps=4)
 
 
-DEFAULT_LAUNCH = Launch(tokens=4, warps=4)
-
-
-def fits(tokens: int, logits: int, launch: Launch = DEFAULT_LAUNCH) -> bool:
-    return tokens % launch.tokens == 0 and logits % COLUMNS == 0
+def fits(tokens: int, logits: int, launch: triton.RowLaunch = DEFAULT_LAUNCH) -> bool:
+    return tokens % launch.rows == 0 and logits % COLUMNS == 0
 
 
 @functools.partial(jax.jit, static_argnames=("cap", "slope", "launch", "interpret"))
@@ -41,27 +33,27 @@ def logsumexp_and_gradient(
     *,
     cap: float,
     slope: float,
-    launch: Launch = DEFAULT_LAUNCH,
+    launch: triton.RowLaunch = DEFAULT_LAUNCH,
     interpret: bool = False,
 ) -> tuple[Float[Array, "N"], Float[Array, "N V"]]:
     """For logits = cap * sigmoid(slope * z): their log-sum-exp (float32) and the cross-entropy's gradient of z."""
     tokens, logits = z.shape
-    rows = pl.BlockSpec((launch.tokens, logits), lambda n: (n, 0))
-    of_token = pl.BlockSpec((launch.tokens,), lambda n: (n,))
-    return pallas_triton.call(
+    rows = pl.BlockSpec((launch.rows, logits), lambda n: (n, 0))
+    of_token = pl.BlockSpec((launch.rows,), lambda n: (n,))
+    return triton.call(
         functools.partial(_kernel, cap=cap, slope=slope, interpret=interpret),
         name="loss_and_gradient",
-        grid=(tokens // launch.tokens,),
+        grid=(tokens // launch.rows,),
         in_specs=[rows, of_token],
         out_specs=[of_token, rows],
         out_shape=[jax.ShapeDtypeStruct((tokens,), jnp.float32), jax.ShapeDtypeStruct(z.shape, z.dtype)],
-        tile=launch,
+        launch=launch,
         interpret=interpret,
     )(z, targets)
 
 
 def _kernel(z_ref, target_ref, logsumexp_ref, dz_ref, *, cap: float, slope: float, interpret: bool):
-    exp2, reciprocal = pallas_triton.scaled_exp2(interpret), pallas_triton.reciprocal(interpret)
+    exp2, reciprocal = triton.scaled_exp2(interpret), triton.reciprocal(interpret)
     tokens, logits = z_ref.shape
     binary_cap = cap * math.log2(math.e)
 

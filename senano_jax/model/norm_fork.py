@@ -7,8 +7,6 @@ Names end in their dimensions: R the rows of a program, P a part of a row whose 
 """
 
 import functools
-from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +14,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from senano_jax.attention import pallas_triton
+from senano_jax.kernels import triton
+from senano_jax.kernels.choice import Implementation, on_gpu, takes_fused
 from senano_jax.model.elementwise import NORM_EPSILON, norm
-
-Implementation = Literal["auto", "fused", "plain"]
 
 MOST_PARTS = 8  # of a row, all of which a program holds
 
 
-@dataclass(frozen=True)
-class Launch:
-    rows: int  # of a program
-    warps: int  # of 32 threads
-    stages: int = 1
-
-
-DEFAULT_LAUNCH = Launch(rows=4, warps=4)
+DEFAULT_LAUNCH = triton.RowLaunch(rows=4, warps=4)
 
 
 def norm_fork(
@@ -39,7 +29,7 @@ def norm_fork(
     added: Float[Array, "B T D"] | None = None,
     implementation: Implementation = "auto",
     *,
-    launch: Launch = DEFAULT_LAUNCH,
+    launch: triton.RowLaunch = DEFAULT_LAUNCH,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
     """x and norm(x); or the sum of x and `added`, in float32 and not rounded, and its norm, in x's type.
@@ -54,16 +44,11 @@ def norm_fork(
     """
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
     part = width & -width  # the largest power of two that divides it
-    fits = pallas_triton.fits(part) and width // part <= MOST_PARTS and rows % launch.rows == 0
-    on_gpu = jax.default_backend() == "gpu"
+    fits = triton.fits(part) and width // part <= MOST_PARTS and rows % launch.rows == 0
     terms = (x,) if added is None else (x, added)
-    if implementation == "auto":
-        implementation = "fused" if on_gpu and fits else "plain"
-    if implementation == "plain":
+    if not takes_fused(implementation, on_gpu(), fits, f"{rows} rows of {width}"):
         return _summed_and_normalised(terms)
-    if not fits:
-        raise ValueError(f"no fused kernel for {rows} rows of {width}")
-    return _fused(terms, launch, not on_gpu if interpret is None else interpret)
+    return _fused(terms, launch, not on_gpu() if interpret is None else interpret)
 
 
 def _summed_and_normalised(terms):
@@ -90,21 +75,21 @@ _fused.defvjp(_fused_fwd, _fused_bwd)
 
 
 @functools.partial(jax.jit, static_argnames=("launch", "interpret"))  # lowered once for all layers
-def backward(terms, dx, dy, *, launch: Launch, interpret: bool):
+def backward(terms, dx, dy, *, launch: triton.RowLaunch, interpret: bool):
     """dx + s dy - s^3 mean(x dy) x along the last axis, with x the sum of `terms` and s = (mean(x^2) + eps)^(-1/2), in
     the type of the terms. `dx` and `dy` may be of others."""
     x = terms[0]
     width = x.shape[-1]
     flat = (x.size // width, width)
     rows = pl.BlockSpec((launch.rows, width), lambda r: (r, 0))
-    total = pallas_triton.call(
+    total = triton.call(
         _backward_kernel,
         name="norm_fork_backward",
         grid=(flat[0] // launch.rows,),
         in_specs=[rows] * (len(terms) + 2),
         out_specs=rows,
         out_shape=jax.ShapeDtypeStruct(flat, x.dtype),
-        tile=launch,
+        launch=launch,
         interpret=interpret,
     )(*(array.reshape(flat) for array in (*terms, dx, dy)))
     return total.reshape(x.shape)

@@ -4,16 +4,13 @@ The fused version keeps a = relu(x up)^2 alone for the backward pass, which need
 and rounded to bfloat16 it is the very number that was squared (tests/test_squared_relu.py tries them all).
 """
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from senano_jax.model import hopper_matmul
-
-Implementation = Literal["auto", "fused", "plain"]
+from senano_jax.kernels import hopper_matmul
+from senano_jax.kernels.choice import Implementation
 
 
 def squared_relu_mlp(
@@ -27,9 +24,8 @@ def squared_relu_mlp(
     `fused` needs a Hopper GPU, bfloat16 and sizes that hopper_matmul.fits; `auto` takes it wherever it can.
     """
     tokens = x.shape[0] * x.shape[1]
-    if implementation == "auto":
-        implementation = "fused" if is_fused(tokens, *up.shape, x.dtype) else "plain"
-    if implementation == "plain":
+    automatic = implementation == "auto" and is_fused(tokens, *up.shape, x.dtype)
+    if not automatic and implementation != "fused":  # where told to, the product itself refuses other sizes
         return jnp.square(nn.relu(x @ up)) @ down
     return _fused(x.reshape(tokens, -1), up, down).reshape(x.shape)
 

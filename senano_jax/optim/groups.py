@@ -3,9 +3,9 @@
 import jax
 import optax
 
-from senano_jax.config import AdamWConfig, MuonAdamConfig
 from senano_jax.optim.adam import scale_by_float32_adam
 from senano_jax.optim.adamw import adamw
+from senano_jax.optim.config import AdamWConfig, MuonAdamConfig
 from senano_jax.optim.muon import scale_by_muon
 from senano_jax.optim.schedules import learning_rate_factor, muon_momentum
 

@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from senano_jax.attention import BLOCK
-from senano_jax.config import AdamWConfig, MuonAdamConfig
+from senano_jax.optim.config import AdamWConfig, MuonAdamConfig
 
 Step = Int[Array, ""] | int
 
@@ -33,13 +32,3 @@ def muon_momentum(step: Step, config: MuonAdamConfig) -> Float[Array, ""]:
     """Linear warm-up from `momentum_start` to `momentum_end`; float32."""
     progress = jnp.minimum(step / max(config.momentum_warmup_steps, 1), 1.0)
     return config.momentum_start + progress * (config.momentum_end - config.momentum_start)
-
-
-def window_blocks(step: int, steps: int, final_window_tokens: int, initial_window_tokens: int = 0) -> int:
-    """Long attention window in blocks of 128 tokens, one at least: linear in the step, rounded up.
-
-    Evaluated on the host in float64, with the PyTorch program's order of operations: the step at which a block is
-    added must not depend on rounding.
-    """
-    tokens = initial_window_tokens + (final_window_tokens - initial_window_tokens) * (step / steps)
-    return max(1, -int(-tokens // BLOCK))

@@ -16,6 +16,7 @@ from senano_jax.config import Config
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import validation_sequences
 from senano_jax.errors import UserError
+from senano_jax.model.build import Model, Params, abstract_params, count_parameters, make_model
 from senano_jax.optim.groups import make_optimizer
 from senano_jax.profiling.compilation import (
     Compilation,
@@ -34,7 +35,7 @@ from senano_jax.profiling.timing import Spread, StepRunner
 from senano_jax.profiling.tokens import open_feed, synthetic_sequences
 from senano_jax.training.evaluation import Evaluator, group_size
 from senano_jax.training.mesh import DATA_AXIS, choose_micro_batches, make_mesh, place_batch
-from senano_jax.training.state import Model, Params, abstract_params, count_parameters, init_state, make_model
+from senano_jax.training.state import init_state
 from senano_jax.training.step import make_train_step
 
 TRACED_STEPS = 2
@@ -114,7 +115,7 @@ def measure(config: Config, plan: Plan, say: Callable[[str], None]) -> Report:
     feed = open_feed(config, shards_required=plan.shards_required)
     with contextlib.closing(feed.batches):
         first_batch = next(feed.batches)
-        model = make_model(config)
+        model = make_model(config.model, config.dtype)
         optimizer = make_optimizer(config.optimizer, config.steps, DATA_AXIS)
         state = init_state(model, optimizer, config.seed, mesh)
 

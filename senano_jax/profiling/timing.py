@@ -8,9 +8,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from senano_jax.model.build import Params
 from senano_jax.profiling.tokens import Feed
 from senano_jax.training.mesh import place_batch
-from senano_jax.training.state import Params, TrainState
+from senano_jax.training.state import TrainState
 
 
 @dataclass(frozen=True)

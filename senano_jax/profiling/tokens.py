@@ -11,8 +11,9 @@ from jaxtyping import Int32
 
 from senano_jax.config import Config
 from senano_jax.data import sample
-from senano_jax.data.shards import END_OF_TEXT, find_shards, open_shard
+from senano_jax.data.shards import find_shards, open_shard
 from senano_jax.data.stream import TokenStream
+from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.errors import UserError
 
 MEAN_DOCUMENT = 720  # tokens, FineWeb's mean; the spread below is FineWeb's too

@@ -11,8 +11,7 @@ import jax
 from senano_jax.config_file import parse
 from senano_jax.data.identity import ShardIdentity, identify, sha256_of
 from senano_jax.errors import UserError
-from senano_jax.files import write_atomically
-from senano_jax.runlog.run_folder import read_json
+from senano_jax.files import read_json_object, write_atomically
 
 FILE = "data.json"
 PARTS = ("train", "val")
@@ -108,7 +107,7 @@ def read_data(folder: Path) -> Shards | None:
     file = folder / FILE
     if not file.exists():
         return None
-    document = read_json(file)
+    document = read_json_object(file)
     shards = {}
     for part in PARTS:
         if not isinstance(entries := document.get(part), list):

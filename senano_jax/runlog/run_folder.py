@@ -3,28 +3,17 @@
 import json
 from pathlib import Path
 
+from senano_jax.config import FREE_NAMES, settings
+from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
+from senano_jax.files import read_json_object
 from senano_jax.runlog.curves import RunLog, TrainPoint, ValidationPoint
 from senano_jax.runlog.log_lines import Line, PointCollector, read_lines
-
-MAX_CONFIG_BYTES = 1 << 20
-# What may differ between two seeds of one configuration: none of it changes what is computed.
-_NOT_CONFIGURATION = {
-    "seed",
-    "run_dir",
-    "run_id",
-    "resume",
-    "val_every",
-    "checkpoint_every",
-    "compilation_cache",
-    "tensorboard",
-    "wandb",
-}
 
 
 def read_run_folder(folder: Path, name: str | None = None) -> RunLog:
     """Reads one run; it is called `name`, or as its preset. Raises UserError for a damaged or empty one."""
-    config = read_json(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     steps_total = config.get("steps")
     if not _is_count(steps_total) or steps_total == 0:
         raise UserError(f"{folder / 'config.json'}: steps is {steps_total!r}, not a count; restore the file")
@@ -56,7 +45,7 @@ def read_run_folder(folder: Path, name: str | None = None) -> RunLog:
     return RunLog(
         name=name or (preset if isinstance(preset, str) and preset.strip() else folder.resolve().name),
         implementation="senano_jax",
-        group_key="config " + json.dumps(_configuration(config), sort_keys=True),
+        group_key="config " + json.dumps(_configuration(folder / "config.json", config), sort_keys=True, default=repr),
         points=points,
         train_points=tuple(collector.train),
         tokens_trained=trained,
@@ -83,10 +72,20 @@ def _record(line: Line) -> dict | None:
     return record
 
 
-def _configuration(value: object) -> object:
-    """`value` without the fields in which two seeds of one configuration may differ, at any depth."""
+def _configuration(path: Path, document: dict) -> dict:
+    """What two seeds of one configuration have in common, fields that `document` does not name at their defaults. Of a
+    configuration that this version cannot read it is what is written there."""
+    try:
+        config, _ = read_config(path)
+    except UserError:
+        return _without(document, {*FREE_NAMES, "seed"})
+    return {name: value for name, value in settings(config).items() if name != "seed"}
+
+
+def _without(value: object, names: set[str]) -> object:
+    """`value` without the fields of these names, at any depth."""
     if isinstance(value, dict):
-        return {key: _configuration(item) for key, item in value.items() if key not in _NOT_CONFIGURATION}
+        return {key: _without(item, names) for key, item in value.items() if key not in names}
     return value
 
 
@@ -94,31 +93,13 @@ def _hardware(path: Path) -> str | None:
     """The devices of environment.json in words, such as "8 x NVIDIA H100"; None if it does not say."""
     if not path.exists():
         return None
-    devices = read_json(path).get("devices")
+    devices = read_json_object(path).get("devices")
     if isinstance(devices, str):
         return devices
     if not isinstance(devices, list):
         return None
     kinds = [str(device.get("kind", "device") if isinstance(device, dict) else device) for device in devices]
     return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) or None
-
-
-def read_json(path: Path) -> dict:
-    """The object in a file of a run folder. Raises UserError for a missing, damaged or very large one."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); give a complete run folder") from None
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise UserError(f"{path}: larger than {MAX_CONFIG_BYTES >> 20} MiB; restore the file the run wrote")
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object; restore the file the run wrote")
-    return value
 
 
 def _is_count(value: object) -> bool:

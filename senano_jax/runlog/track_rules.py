@@ -8,11 +8,12 @@ from typing import Literal
 from senano_jax.config import Config, check_config
 from senano_jax.config_file import read_config
 from senano_jax.data.fineweb import DATASET, TRAINING_SHARD, VALIDATION_SHARD
+from senano_jax.files import read_json_object
+from senano_jax.model.build import abstract_params, count_parameters, make_model
 from senano_jax.runlog.curves import RunLog
 from senano_jax.runlog.data_record import PARTS, Shards, read_data
-from senano_jax.runlog.run_folder import read_json, read_run_folder
+from senano_jax.runlog.run_folder import read_run_folder
 from senano_jax.runlog.tables import format_time, format_tokens
-from senano_jax.training.state import abstract_params, count_parameters, make_model
 
 MAX_PARAMETERS = 162_000_000
 MAX_LOSS = 3.28
@@ -53,7 +54,7 @@ def check_rules(folder: Path) -> list[Verdict]:
 def parameter_rules(config: Config, run: RunLog) -> list[Verdict]:
     """Embeddings and inactive parameters count; the limit as the record reads it, 162M rounded, and strictly."""
     check_config(config)
-    count = count_parameters(abstract_params(make_model(config)))
+    count = count_parameters(abstract_params(make_model(config.model, config.dtype)))
     rounded, strict = "parameters, rounded as in the record: <= 162M", f"parameters, strictly: <= {MAX_PARAMETERS:,}"
     if run.parameters not in (None, count):
         figure = f"config.json describes a model of {count:,} and says that the run had {run.parameters:,}"
@@ -182,7 +183,7 @@ def _devices(path: Path, config: Config) -> list[str]:
     """The kinds of the devices that every part of the run used; none if it does not say, or if the parts differ."""
     if not path.exists():
         return []
-    document = read_json(path)
+    document = read_json_object(path)
     earlier = document.get("earlier")
     parts = [*(earlier if isinstance(earlier, list) else []), document]
     parts = [part.get("devices") for part in parts if isinstance(part, dict)]

@@ -20,9 +20,10 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
 from senano_jax.files import write_atomically
+from senano_jax.model.build import Params, abstract_params, make_model
 from senano_jax.training.mesh import replicated
 from senano_jax.training.processes import of_first_process, together
-from senano_jax.training.state import Params, TrainState, abstract_params, make_model
+from senano_jax.training.state import TrainState
 
 _LOSS = "metrics/metrics"  # where orbax keeps the validation loss of a checkpoint
 
@@ -209,8 +210,9 @@ def load_params(run_dir: Path, abstract: Params, mesh: Mesh, step: int | None = 
         elif step not in steps:
             there = ", ".join(map(str, reversed(steps)))
             raise UserError(f"--step {step}: {folder} holds no checkpoint of this step; it holds: {there}")
+        config, _ = read_config(run_dir / "config.json")
         # Read in the types they were saved in: the checksums are of those bits.
-        saved = abstract_params(make_model(read_config(run_dir / "config.json")[0]))
+        saved = abstract_params(make_model(config.model, config.dtype))
         if jax.tree.structure(saved) != jax.tree.structure(abstract):
             raise UserError(f"{run_dir} holds a run of another model; give that of the same preset and --model.layers")
         as_saved = jax.tree.map(lambda wanted, s: jax.ShapeDtypeStruct(wanted.shape, s.dtype), abstract, saved)

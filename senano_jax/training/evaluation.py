@@ -8,8 +8,8 @@ from jaxtyping import Int32
 from senano_jax.config import Config
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import validation_sequences
+from senano_jax.model.build import Model, Params
 from senano_jax.training.mesh import place_sequences
-from senano_jax.training.state import Model, Params
 from senano_jax.training.step import make_eval_step
 
 TOKENS_AT_A_TIME = 65_536  # on a device, unless one sequence is longer: short ones by themselves leave a GPU waiting

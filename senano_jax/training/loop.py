@@ -12,8 +12,9 @@ from senano_jax.data.identity import needed_shards
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import TokenStream, require_tokens
 from senano_jax.errors import UserError
+from senano_jax.model.build import count_parameters, make_model
 from senano_jax.optim.groups import make_optimizer
-from senano_jax.optim.schedules import window_blocks
+from senano_jax.plan import window_blocks
 from senano_jax.runlog.data_record import DataRecord
 from senano_jax.runlog.progress import Progress
 from senano_jax.runlog.sinks import Sinks
@@ -23,7 +24,6 @@ from senano_jax.training.mesh import DATA_AXIS, choose_micro_batches, make_mesh,
 from senano_jax.training.processes import StopVote, together
 from senano_jax.training.recorder import Recorder, RunningStep, wait_for_step
 from senano_jax.training.resume import Position, begin_or_resume, check_same_run, open_run
-from senano_jax.training.state import count_parameters, make_model
 from senano_jax.training.step import make_train_step
 from senano_jax.training.stop import StopRequest
 
@@ -48,7 +48,7 @@ def train(config: Config, preset: str) -> Path:
 
     mesh = make_mesh(config.devices)
     micro_batches = choose_micro_batches(config, mesh.size)
-    model = make_model(config)
+    model = make_model(config.model, config.dtype)
     with together():
         evaluate = make_evaluator(config, model, mesh)
     optimizer = make_optimizer(config.optimizer, config.steps, DATA_AXIS)

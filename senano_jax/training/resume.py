@@ -1,42 +1,23 @@
 """Beginning a run, or going on with one that was stopped: is it the same run, and from which checkpoint?"""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import optax
 from jax.sharding import Mesh
 
-from senano_jax.config import Config
+from senano_jax.config import Config, settings
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
+from senano_jax.model.build import Model, count_parameters
 from senano_jax.runlog.data_record import DataRecord
 from senano_jax.runlog.writer import RunFolder, new_run_dir
 from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.processes import together
-from senano_jax.training.state import Model, TrainState, abstract_state, count_parameters, init_state, with_params
+from senano_jax.training.state import TrainState, abstract_state, init_state, with_params
 from senano_jax.training.weights import load_weights
-
-# What may change between two parts of one run: where and how it is computed, not what.
-_FREE = (
-    "run_dir",
-    "resume",
-    "devices",
-    "micro_batches",
-    "compilation_cache",
-    "tensorboard",
-    "wandb",
-    "checkpoint_every",
-    "checkpoint_keep",
-    "checkpoint_keep_every",
-    "data.train_files",
-    "data.val_files",
-    "model.attention",
-    "model.remat",
-    "model.unroll",
-)
 
 
 class Position(NamedTuple):
@@ -109,12 +90,12 @@ def begin_or_resume(
 
 def check_same_run(config: Config, run_dir: Path) -> None:
     """Raises UserError naming the fields in which `config` differs from the run in `run_dir`."""
-    saved, given = (_flat(dataclasses.asdict(c)) for c in (read_config(run_dir / "config.json")[0], config))
-    different = [f"{name} {saved[name]} -> {given.get(name)}" for name in saved if saved[name] != given.get(name)]
-    different = [text for text in different if text.split()[0] not in _FREE]
+    saved, given = settings(read_config(run_dir / "config.json")[0]), settings(config)
+    different = [name for name in saved if saved[name] != given.get(name)]
     if different:
+        differences = ", ".join(f"{name} {saved[name]} -> {given.get(name)}" for name in different)
         raise UserError(
-            f"--resume: the run in {run_dir} has another configuration ({', '.join(different)}); "
+            f"--resume: the run in {run_dir} has another configuration ({differences}); "
             "drop these flags, or start a new run"
         )
 
@@ -155,10 +136,3 @@ def _restore_together(
                 "use its weights with --init-from"
             )
     return state, Position(*(record[name] for name in Position._fields))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

@@ -1,6 +1,6 @@
 """What a run carries from step to step."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +8,8 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from senano_jax.config import Config, Gpt2Config
-from senano_jax.model.gpt import Gpt
-from senano_jax.model.gpt2 import Gpt2
+from senano_jax.model.build import Model, Params, abstract_params
 from senano_jax.training.mesh import replicated
-
-Model = Gpt | Gpt2  # applied to (inputs, targets, window_blocks) it gives the summed loss
-Params = Any  # nested dictionary of arrays
 
 
 class TrainState(NamedTuple):
@@ -23,25 +18,10 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-def make_model(config: Config) -> Model:
-    kind = Gpt2 if isinstance(config.model, Gpt2Config) else Gpt
-    return kind(config.model, jnp.dtype(config.dtype))
-
-
-def abstract_params(model: Model) -> Params:
-    """Shapes and dtypes of the parameters; allocates nothing."""
-    tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)  # no parameter depends on the length
-    return jax.eval_shape(model.init, jax.random.key(0), tokens, tokens, 1)["params"]
-
-
 def abstract_state(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes and dtypes of a whole state; allocates nothing."""
     params = abstract_params(model)
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
-
-
-def count_parameters(params: Params) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def init_state(model: Model, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:

@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from senano_jax.model.build import Model, Params
 from senano_jax.training.mesh import DATA_AXIS
-from senano_jax.training.state import Model, Params, TrainState
+from senano_jax.training.state import TrainState
 
 
 class StepMetrics(NamedTuple):

@@ -8,9 +8,9 @@ from jax.sharding import Mesh
 from senano_jax.config import Gpt2Config, ModelConfig
 from senano_jax.errors import UserError
 from senano_jax.interop.torch_checkpoint import from_torch, read_torch_checkpoint
+from senano_jax.model.build import Params
 from senano_jax.training.checkpoint import load_params
 from senano_jax.training.mesh import replicated
-from senano_jax.training.state import Params
 
 
 def load_weights(

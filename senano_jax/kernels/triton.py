@@ -6,15 +6,31 @@ that Triton under Pallas is deprecated (for Mosaic GPU); our users can do nothin
 
 import struct
 import warnings
+from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from senano_jax.attention.tiles import Tile
-
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+
+
+class Launch(Protocol):
+    """How Triton compiles a kernel; each kernel's own class adds a program's share of the work."""
+
+    warps: int  # of 32 threads
+    stages: int  # depth of the software pipeline that loads the next tiles
+
+
+@dataclass(frozen=True)
+class RowLaunch:
+    """A launch whose programs own whole rows, with nothing to pipeline."""
+
+    rows: int  # of a program
+    warps: int  # of 32 threads
+    stages: int = 1
 
 
 def fits(width: int) -> bool:
@@ -22,7 +38,7 @@ def fits(width: int) -> bool:
     return width >= 16 and width & (width - 1) == 0
 
 
-def call(kernel, *, name, grid, in_specs, out_specs, out_shape, tile: Tile, interpret: bool):
+def call(kernel, *, name, grid, in_specs, out_specs, out_shape, launch: Launch, interpret: bool):
     return pl.pallas_call(
         kernel,
         name=name,
@@ -30,7 +46,7 @@ def call(kernel, *, name, grid, in_specs, out_specs, out_shape, tile: Tile, inte
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=out_shape,
-        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        compiler_params=plgpu.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
         interpret=interpret,
     )
 
