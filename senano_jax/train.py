@@ -1,12 +1,10 @@
 """python -m senano_jax.train [PRESET] [flags]: trains one system of the record table, or a variation of it."""
 
 import glob
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import tyro
 
 from senano_jax.config import Config
@@ -35,18 +33,8 @@ def main(arguments: Sequence[str]) -> Path:
         description=_DESCRIPTION.format(presets=", ".join(PRESETS), name=name),
         config=(tyro.conf.AvoidSubcommands,),
     )
-    configure_jax(config.dtype, config.compilation_cache)
     join_processes()
     return train(config, name)
-
-
-def configure_jax(dtype: str, compilation_cache: str | None) -> None:
-    """Settings of the whole process: exact float32 products if asked for, and the cache of compiled programs, unless
-    JAX_COMPILATION_CACHE_DIR names one."""
-    if dtype == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")  # GPUs would round to TF32
-    if compilation_cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path(compilation_cache).expanduser()))
 
 
 def _choose_defaults(arguments: list[str]) -> tuple[str, Config, list[str]]:

@@ -12,6 +12,7 @@ from senano_jax.data.identity import needed_shards
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import TokenStream, require_tokens
 from senano_jax.errors import UserError
+from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import count_parameters, make_model
 from senano_jax.optim.groups import make_optimizer
 from senano_jax.plan import window_blocks
@@ -32,8 +33,10 @@ def train(config: Config, preset: str) -> Path:
     """Runs `config` (derived from the preset of that name), or goes on with it, and returns its run folder.
 
     Raises UserError, before anything is allocated, for values, files or devices that cannot work; and, during the
-    run, for a loss that is no longer finite, bad tokens, or a folder that can no longer be written.
+    run, for a loss that is no longer finite, bad tokens, or a folder that can no longer be written. JAX's settings are changed for
+    the whole process.
     """
+    start_jax(config.dtype, config.compilation_cache)
     if jax.process_count() > 1 and config.run_dir is None:
         raise UserError("a run of several processes needs --run-dir, the same folder for all of them")
     with together():
