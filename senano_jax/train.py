@@ -13,6 +13,7 @@ from senano_jax.errors import one_line_errors
 from senano_jax.presets import PRESETS, preset
 from senano_jax.training.loop import train
 from senano_jax.training.processes import join_processes, leave_at_once_on_failure
+from senano_jax.training.stop import Stopped
 
 _DESCRIPTION = """Trains a preset, or a variation of it, on token shards and reports its validation loss.
 
@@ -34,7 +35,10 @@ def main(arguments: Sequence[str]) -> Path:
         config=(tyro.conf.AvoidSubcommands,),
     )
     join_processes()
-    return train(config, name)
+    try:
+        return train(config, name)
+    except Stopped as stopped:  # saved, and said so: that is success to whoever sent the signal
+        return stopped.run_dir
 
 
 def _choose_defaults(arguments: list[str]) -> tuple[str, Config, list[str]]:
@@ -84,5 +88,5 @@ def value_of(flag: str, arguments: list[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    with leave_at_once_on_failure(), one_line_errors():
+    with leave_at_once_on_failure(), one_line_errors(prints_result=False):
         main(sys.argv[1:])
