@@ -13,7 +13,7 @@ from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import TokenStream, require_tokens
 from senano_jax.errors import UserError
 from senano_jax.model.build import count_parameters, make_model
-from senano_jax.optim.groups import make_optimizer
+from senano_jax.optim.recipe import make_optimizer
 from senano_jax.plan import window_blocks
 from senano_jax.runlog.data_record import DataRecord
 from senano_jax.runlog.progress import Progress
