@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from senano_jax.errors import UserError, check_counts
+from senano_jax.optim.groups import GROUPS
 
 _FROM_0_TO_1 = {"most": 1}
 
@@ -70,6 +71,20 @@ class AdamRule:
 
 
 @dataclass(frozen=True)
+class TailAverage:
+    """Evaluation, samples and exports take the weights blended with their average over the end of the run."""
+
+    start: float = field(metadata=_FROM_0_TO_1)
+    """Part of the run after which the average begins, as a copy of the weights."""
+    horizon: float = field(metadata=_FROM_0_TO_1)
+    """Steps that the average looks back, as a part of the run."""
+    share: float = field(metadata=_FROM_0_TO_1)
+    """Weight of the average in the blend; the rest is that of the last weights."""
+    groups: tuple[str, ...]
+    """Groups of parameters that are averaged."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A rule for each group of parameters (senano_jax/optim/groups.py) and what all groups share.
 
@@ -95,6 +110,8 @@ class Recipe:
     """Divide gradients by the tokens of the step; otherwise they are sums over them."""
     clip_norm: float | None = None
     """Gradients whose norm over all parameters is larger are scaled down to it; None: never."""
+    average: TailAverage | None = None
+    """What is read out of the run; None: its last weights."""
 
     def leader(self, group: str) -> str:
         """The group whose rule updates `group`: itself or, as long as that has none, the one that it follows."""
@@ -109,6 +126,9 @@ _FOLLOWS = {"tables": "embeddings", "gates": "scalars"}
 def check_optimizer(recipe: Recipe) -> None:
     """Raises UserError at the first value that cannot work."""
     _check(recipe, "--optimizer")
+    for group in () if recipe.average is None else recipe.average.groups:
+        if group not in GROUPS:
+            raise UserError(f"--optimizer.average.groups names {group!r}; the groups are {', '.join(GROUPS)}")
 
 
 def _check(part: Any, flag: str) -> None:

@@ -1,5 +1,6 @@
 """A recipe as an optax transformation, and what a log records of it."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 
 from senano_jax.optim.adam import scale_by_float32_adam
+from senano_jax.optim.average import with_tail_average
 from senano_jax.optim.config import AdamRule, MuonRule, Recipe
 from senano_jax.optim.groups import GROUPS, parameter_group
 from senano_jax.optim.muon import scale_by_muon
@@ -30,8 +32,12 @@ def make_optimizer(recipe: Recipe, steps: int, axis_name: str | None = None) -> 
     rate. `steps` is the length of the run that schedules are stretched over; `axis_name` a mapped axis of devices with
     equal gradients (see `scale_by_muon`).
 
-    `init` raises ValueError for a parameter that belongs to no group, unless one rule updates them all.
+    An average is kept in the state, for `read_out` (average.py). `init` raises ValueError for a parameter that belongs
+    to no group, unless one rule updates them all.
     """
+    if recipe.average is not None:
+        inner = make_optimizer(dataclasses.replace(recipe, average=None), steps, axis_name)
+        return with_tail_average(inner, recipe.average, steps)
     leaders = dict.fromkeys(recipe.leader(group) for group in GROUPS)
     rules = {_STATES.get(group, group): _rule(getattr(recipe, group), recipe, steps, axis_name) for group in leaders}
     before = []
