@@ -9,6 +9,7 @@ from senano_jax.config import (
     Gpt2Config,
     LayerSchedule,
     ModelConfig,
+    changed,
 )
 from senano_jax.data import sample
 from senano_jax.errors import UserError
@@ -120,12 +121,18 @@ def demo() -> Config:
     )
 
 
+def polar_express() -> Config:
+    """The record with another orthogonalisation in Muon: Polar Express (Amsel et al., arXiv 2505.16932)."""
+    return changed(recurrent(), {"optimizer.matrices.iteration": "polar-express"})
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "recurrent": recurrent,
     "no-value-embeddings": no_value_embeddings,
     "value-embeddings": value_embeddings,
     "llmc": llmc,
     "demo": demo,
+    "polar-express": polar_express,
 }
 
 

@@ -7,7 +7,7 @@ The field docstrings are the texts of `--help`; a rule that is None takes no fla
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from senano_jax.errors import UserError, check_counts
 from senano_jax.optim.groups import GROUPS
@@ -52,6 +52,8 @@ class MuonRule:
     rate: float
     """Learning rate of Muon."""
     momentum: Ramp
+    iteration: Literal["newton-schulz", "polar-express", "six-step"] = "newton-schulz"
+    """How matrices are orthogonalised: the first leaves singular values in 0.7 to 1.2, the others nearer to 1."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from senano_jax.optim.newton_schulz import orthogonalize
+from senano_jax.optim.newton_schulz import Iteration, orthogonalize
 from senano_jax.optim.stacks import StackRule, update_stacks
 
 
@@ -21,7 +21,9 @@ class MuonState(NamedTuple):
     momentum: optax.Updates  # moving average of the gradients, like the parameters
 
 
-def scale_by_muon(momentum: Callable[[Array], Array], axis_name: str | None = None) -> optax.GradientTransformation:
+def scale_by_muon(
+    momentum: Callable[[Array], Array], iteration: Iteration, axis_name: str | None = None
+) -> optax.GradientTransformation:
     """Turns gradients of matrices [..., in, out] into orthogonal steps of unit learning rate.
 
         m <- mu m + (1 - mu) g
@@ -32,9 +34,10 @@ def scale_by_muon(momentum: Callable[[Array], Array], axis_name: str | None = No
 
     Args:
       momentum: mu as a function of the step.
+      iteration: how matrices are orthogonalised.
       axis_name: a mapped axis whose devices hold equal gradients and share the orthogonalisation (see stacks.py).
     """
-    rule = StackRule(lambda stack: (), lambda stack, kept: (orthogonalize(stack), kept))
+    rule = StackRule(lambda stack: (), lambda stack, kept: (orthogonalize(stack, iteration), kept))
 
     def init(params):
         return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
