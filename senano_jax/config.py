@@ -11,16 +11,15 @@ from typing import Any, Literal, TypeVar
 from senano_jax.attention import BLOCK
 from senano_jax.errors import UserError, check_counts
 from senano_jax.model.config import Gpt2Config, LayerSchedule, ModelConfig, TransformerConfig, check_model
-from senano_jax.optim.config import AdamWConfig, MuonAdamConfig, check_optimizer
+from senano_jax.optim.config import Recipe, check_optimizer
 
 __all__ = [
-    "AdamWConfig",
     "Config",
     "DataConfig",
     "Gpt2Config",
     "LayerSchedule",
     "ModelConfig",
-    "MuonAdamConfig",
+    "Recipe",
     "TransformerConfig",
     "changed",
     "check_config",
@@ -55,7 +54,7 @@ class Config:
 
     model: ModelConfig | Gpt2Config
     data: DataConfig
-    optimizer: MuonAdamConfig | AdamWConfig
+    optimizer: Recipe
     steps: int
     """Optimiser steps; every schedule is stretched over them."""
     batch_tokens: int

@@ -17,7 +17,7 @@ from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import validation_sequences
 from senano_jax.errors import UserError
 from senano_jax.model.build import Model, Params, abstract_params, count_parameters, make_model
-from senano_jax.optim.groups import make_optimizer
+from senano_jax.optim.recipe import make_optimizer
 from senano_jax.profiling.compilation import (
     Compilation,
     ExecutedWork,

@@ -14,7 +14,7 @@ from senano_jax.data.stream import TokenStream, require_tokens
 from senano_jax.errors import UserError
 from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import count_parameters, make_model
-from senano_jax.optim.groups import make_optimizer
+from senano_jax.optim.recipe import make_optimizer
 from senano_jax.output import lasting_output
 from senano_jax.plan import window_blocks
 from senano_jax.runlog.data_record import DataRecord

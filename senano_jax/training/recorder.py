@@ -6,11 +6,10 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
-from senano_jax.config import Config, MuonAdamConfig
+from senano_jax.config import Config
 from senano_jax.errors import UserError
-from senano_jax.optim.schedules import learning_rate_factor, muon_momentum
+from senano_jax.optim.recipe import schedule_values
 from senano_jax.runlog.progress import Progress
 from senano_jax.runlog.sinks import Sinks
 from senano_jax.runlog.writer import RunFolder
@@ -54,10 +53,8 @@ class Recorder:
         self._run, self._sinks, self._progress, self._clock, self._config = run, sinks, progress, clock, config
         self._newest_checkpoint = newest_checkpoint
         self._finished_ms = clock.milliseconds
-        steps = np.arange(config.steps)  # all at once: a scalar from the device would wait for the step it is running
-        self._schedules = {"lr": np.asarray(learning_rate_factor(steps, config.steps, config.optimizer))}
-        if isinstance(config.optimizer, MuonAdamConfig):
-            self._schedules["momentum"] = np.asarray(muon_momentum(steps, config.optimizer))
+        # all at once: a scalar from the device would wait for the step it is running
+        self._schedules = schedule_values(config.optimizer, config.steps)
 
     def say(self, line: str) -> None:
         self._run.log(line)
