@@ -7,9 +7,12 @@ import tempfile
 import jax
 import pytest
 
+from senano_jax.jax_settings import configure_jax
+
 # Most of the suite's time is compilation. LLVM's first level takes less time for the same XLA program, and many
 # tests compile the same. In the environment, so that the workers and the processes that tests start share both.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+configure_jax("bfloat16", None)  # and what the commands set, before the first device is looked for
 OWNS_CACHE = "PYTEST_XDIST_WORKER" not in os.environ
 if OWNS_CACHE:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="senano-jax-tests-")

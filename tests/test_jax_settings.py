@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from senano_jax import evaluate, train
@@ -29,6 +31,7 @@ OTHER_NUMBERS = {
     "JAX_DEBUG_INFS": "1",
     "JAX_TRANSFER_GUARD": "disallow",
     "JAX_ERROR_CHECKING_BEHAVIOR_NAN": "raise",
+    "JAX_NUM_CPU_DEVICES": "8",  # as in this process: the order of sums depends on a device's threads
 }
 
 
@@ -80,3 +83,13 @@ def test_values_that_jax_does_not_know_are_one_line():
     done = command("train", JAX_ENABLE_X64="maybe")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and "JAX_ENABLE_X64" in done.stderr
+
+
+def test_bfloat16_products_are_summed_in_float32():
+    """On a CPU too: rounding the sum once leaves 0.17%, sums in bfloat16 2%."""
+    keys = jax.random.split(jax.random.key(0))
+    a, b = (jax.random.normal(key, (2, 512, width), jnp.bfloat16) for key, width in zip(keys, (64, 256)))
+    over_both = (((0, 1), (0, 1)), ((), ()))
+    product = np.asarray(jax.jit(lambda a, b: jax.lax.dot_general(b, a, over_both).T)(a, b), np.float64)
+    exact = np.einsum("btd,btf->df", *(np.asarray(array, np.float64) for array in (a, b)))
+    assert np.linalg.norm(product - exact) < 3e-3 * np.linalg.norm(exact)
