@@ -21,23 +21,23 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from senano_jax.errors import one_line_errors
 from senano_jax.presets import PRESETS, preset
 
 END_OF_TEXT = 50_256
-STEPS = 4  # the whole run: warm-up, windows of 1, 1, 2 and 3 blocks, cooldown
+STEPS = 3  # the whole run: rising momentum, a growing window, falling learning rates
 TINY_LENGTH = 384
 TINY_SEQUENCES = 4  # in two micro-batches, so on one device or two
 TINY_DOCUMENT = 90  # tokens, on average
 FULL_DOCUMENT = 700
 FULL_MICRO_BATCH = 32_768  # tokens, at most: less than half of an H100's 80 GB in bfloat16
-FULL_STEPS = 3
 SEED = 0
 
 AS_IT_IS = "as it is"
@@ -63,7 +63,6 @@ class Case:
     variant: str
     config: Any = dataclasses.field(compare=False)
     document: int = dataclasses.field(compare=False)  # mean length, tokens
-    steps: int = dataclasses.field(compare=False)
 
 
 def from_first(name: str, *modules: str) -> Callable:
@@ -92,20 +91,22 @@ make_mesh, choose_micro_batches, place_batch, place_sequences = (
 
 
 def cases(name: str, *, full: bool, devices: int) -> Iterator[Case]:
-    """The preset as it is, or small ones in both types, some with the loop the other way or blocks computed again."""
+    """The preset as it is; or small, in both types, some with the loop the other way or with blocks computed again."""
     if full:
         config = preset(name)
         sequences = config.batch_sequences // devices
         size = math.gcd(sequences, max(1, FULL_MICRO_BATCH // config.seq_len))
-        config = dataclasses.replace(config, micro_batches=sequences // size)
-        yield Case(name, config.dtype, "full width", config, FULL_DOCUMENT, FULL_STEPS)
+        config = dataclasses.replace(config, steps=STEPS, micro_batches=sequences // size)
+        yield Case(name, config.dtype, "full width", config, FULL_DOCUMENT)
         return
     config = shrunk(preset(name))
     for dtype in ("float32", "bfloat16"):
         for variant, changes in VARIANTS.get(name, {AS_IT_IS: {}}).items():
+            if "remat" in changes and dtype == "float32":  # where it is of no use
+                continue
             model = dataclasses.replace(config.model, **changes)
             changed = dataclasses.replace(config, model=model, dtype=dtype)
-            yield Case(name, dtype, variant, changed, TINY_DOCUMENT, STEPS)
+            yield Case(name, dtype, variant, changed, TINY_DOCUMENT)
 
 
 def shrunk(config: Any) -> Any:
@@ -113,7 +114,7 @@ def shrunk(config: Any) -> Any:
     model = dataclasses.replace(config.model, dim=32, num_heads=2)
     if hasattr(model, "layers"):
         layers = model.layers
-        edge = 1 if layers.loop else 2
+        edge = 2 if model.value_embeddings else 1
         layers = dataclasses.replace(
             layers,
             prelude=edge,
@@ -126,7 +127,8 @@ def shrunk(config: Any) -> Any:
         model = dataclasses.replace(model, layers=layers, value_embeddings=min(model.value_embeddings, 1))
     else:
         model = dataclasses.replace(model, num_layers=2, max_length=TINY_LENGTH)
-    warmups = {name: 2 for name in ("warmup_steps", "momentum_warmup_steps") if hasattr(config.optimizer, name)}
+    warmups = {"warmup_steps": 1, "momentum_warmup_steps": 2}
+    warmups = {name: steps for name, steps in warmups.items() if hasattr(config.optimizer, name)}
     return dataclasses.replace(
         config,
         model=model,
@@ -134,7 +136,7 @@ def shrunk(config: Any) -> Any:
         steps=STEPS,
         seq_len=TINY_LENGTH,
         batch_tokens=TINY_SEQUENCES * TINY_LENGTH,
-        initial_window_tokens=min(config.initial_window_tokens, TINY_LENGTH),
+        initial_window_tokens=max(TINY_LENGTH // 2, min(config.initial_window_tokens, TINY_LENGTH)),
         final_window_tokens=TINY_LENGTH,
         micro_batches=2,
     )
@@ -143,42 +145,53 @@ def shrunk(config: Any) -> Any:
 def measure(case: Case, devices: int = 1) -> Measured:
     """What the package computes for `case`, on the host, along the path that training takes.
 
-    Weights of its own seed; then from drawn weights the loss of a sequence and its gradients, the validation loss of
-    as many sequences as devices, and training steps.
+    Weights of its own seed; then from drawn weights the validation loss of as many sequences as devices (once for all
+    ways to make gradients), training steps, and the gradients of the first one.
     """
     config = case.config
     mesh = make_mesh(devices)
     micro_batches = choose_micro_batches(config, mesh.size)
     model = make_model(config)
-    optimizer = make_optimizer(config.optimizer, config.steps, mesh.axis_names[0])
+    optimizer = keeping_gradients(make_optimizer(config.optimizer, config.steps, mesh.axis_names[0]))
     state = init_state(model, optimizer, config.seed, mesh)
     measured = {"initial weights": by_path(state.params)}
     state = state._replace(params=jax.tree.map_with_path(drawn, state.params))
+    batches = [sequences(config, case.document, SEED + n) for n in range(config.steps)]
 
-    widest = np.int32(window_blocks(config.steps, config.steps, config.final_window_tokens))
-    batches = [sequences(config, case.document, SEED + step) for step in range(case.steps)]
-    row = jax.device_put(batches[0][:1], mesh.devices.flat[0])
-    params = jax.device_put(state.params, mesh.devices.flat[0])
-    loss, gradients = jax.jit(jax.value_and_grad(lambda params: summed_loss(model, params, row, widest)))(params)
-    measured |= {"loss": {"": np.asarray(loss)}, "gradients": by_path(gradients)}
-    del params, gradients
-
-    rows = place_sequences(mesh, batches[0][:devices])
-    counted = place_sequences(mesh, np.ones(devices, np.float32))
-    validation = make_eval_step(model, mesh)(state.params, rows, counted, widest)
-    measured["validation"] = {"loss": np.asarray(validation)}
+    if config.model.remat == "none":
+        rows = place_sequences(mesh, batches[0][:devices])
+        counted = place_sequences(mesh, np.ones(devices, np.float32))
+        widest = window_blocks(config.steps, config.steps, config.final_window_tokens)
+        loss = make_eval_step(model, mesh)(state.params, rows, counted, np.int32(widest))
+        measured["validation"] = {"loss": np.asarray(loss)}
 
     step = make_train_step(model, optimizer, mesh)
     metrics = {}
     for n, batch in enumerate(batches):
         window = window_blocks(n, config.steps, config.final_window_tokens, config.initial_window_tokens)
         state, (loss, norm) = step(state, place_batch(mesh, batch, micro_batches), np.int32(window))
-        metrics |= {f"{n}/loss": np.asarray(loss), f"{n}/gradient norm": np.asarray(norm)}
+        metrics |= {f"{n} loss": np.asarray(loss), f"{n} gradient norm": np.asarray(norm)}
+        if n == 0:
+            measured["gradients"] = by_path(state.opt_state.gradients)
     return measured | {"steps": metrics, "weights after them": by_path(state.params)}
 
 
-def summed_loss(model: Any, params: Any, tokens: Any, window: Any) -> Any:
-    return model.apply({"params": params}, tokens[:, :-1], tokens[:, 1:], window)
+class Kept(NamedTuple):
+    state: optax.OptState
+    gradients: Any
+
+
+def keeping_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The same optimiser, whose state has the last gradients too. So one program gives them and the step."""
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(gradients, kept, params=None, **more):
+        updates, state = optimizer.update(gradients, kept.state, params, **more)
+        return updates, Kept(state, gradients)
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: Kept(optimizer.init(params), jax.tree.map(jnp.zeros_like, params)), update
+    )
 
 
 def sequences(config: Any, document: int, seed: int) -> np.ndarray:

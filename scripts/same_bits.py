@@ -4,10 +4,10 @@
     python scripts/same_bits.py BASE --full --twice        # on a GPU: the record system at its full width
 
 BASE is a revision of the repository, or the path of a checkout. Small versions of all presets, in float32 and bfloat16:
-initial weights, loss, gradients, validation loss, and what four training steps report and leave. Bits depend on the
+initial weights, validation loss, gradients of a training step, and what three steps report and leave. Bits depend on the
 processor and on XLA, so both trees are measured here and now, one after the other, each by its own copy of
 bits_probe.py; a base without one is measured by ours. Both share one cache of compiled programs, so what is the same
-program is compiled once and is the same.
+program is compiled once and is the same. Change neither tree meanwhile.
 
 Ends with status 1 if a bit differs, and says where first and by how much.
 """
@@ -17,11 +17,13 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ PROBE = "scripts/bits_probe.py"
 # Sums in one order, kernels not chosen by their time, every rounding where the program has it.
 FLAGS = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0 --xla_allow_excess_precision=false"
 TINY_FLAGS = "--xla_backend_optimization_level=1"  # half the time to compile; both trees alike
+TINY_PROCESSES = 2  # at a time: a process mostly traces and compiles, on one core
+KEYS = ("preset", "dtype", "variant")  # of a case
 
 Report = Mapping[str, Any]  # what bits_probe.py writes
 
@@ -76,9 +80,6 @@ def compare(base: Report, tree: Report, store: Path) -> list[Row]:
     return rows
 
 
-KEYS = ("preset", "dtype", "variant")
-
-
 def differences(what: str, base: Mapping, tree: Mapping, store: Path) -> Iterator[Difference]:
     for path in sorted({*base, *tree}):
         if path not in base or path not in tree:
@@ -108,11 +109,13 @@ def _load(array: Mapping, store: Path) -> np.ndarray:
 
 
 def format_report(rows: Sequence[Row]) -> str:
-    """A table with a line for each case and thing compared; below it the first and the largest difference of each."""
-    table = [("preset", "dtype", "variant", "what", "bits")]
+    """A line for each case and a column for each thing compared; below, what differs first and what most."""
+    columns = tuple(dict.fromkeys(what for row in rows for what in row.compared))
+    table = [(*KEYS, *columns)]
     for row in rows:
         different = {d.what for d in row.differences}
-        table += [(*row.case, what, "DIFFERENT" if what in different else "same") for what in row.compared]
+        cells = ("DIFFERENT" if what in different else "same" if what in row.compared else "-" for what in columns)
+        table.append((*row.case, *cells))
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
     for row in rows:
@@ -129,30 +132,36 @@ def _told(found: Difference) -> str:
 
 
 def measure(tree: Path, name: str, args: argparse.Namespace, folder: Path, cache: str = "cache") -> Report:
-    """Runs the probe of `tree`, or ours, on the package of `tree`. Raises UserError if it fails."""
+    """Runs the probe of `tree`, or ours, on its package, one process a preset. Raises UserError if one fails."""
     probe = tree / PROBE if (tree / PROBE).exists() else ROOT / PROBE
     print(f"{name}: {tree}{'' if probe.is_relative_to(tree) else ' (which has no probe of its own)'}", file=sys.stderr)
     flags = FLAGS if args.full else f"{FLAGS} {TINY_FLAGS}"
     environment = os.environ | {
         "PYTHONPATH": str(tree),
         "XLA_FLAGS": f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip(),
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "JAX_COMPILATION_CACHE_DIR": str(folder / cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    report = folder / "report.json"
-    options = [
-        "--store",
-        folder,
-        "--report",
-        report,
-        "--devices",
-        str(args.devices),
-        *(["--full"] if args.full else []),
-    ]
-    done = subprocess.run([sys.executable, probe, *options, *args.preset], env=environment, cwd=folder)
-    if done.returncode:
-        raise UserError(f"{name}: {probe} failed with status {done.returncode} on the package in {tree}; see above")
-    return json.loads(report.read_text())
+
+    started: list[subprocess.Popen] = []
+
+    def measured(preset: str) -> Report:
+        file = folder / f"{preset}.json"
+        options = ["--store", folder, "--report", file, "--devices", str(args.devices), *["--full"] * args.full]
+        process = subprocess.Popen([sys.executable, probe, *options, preset], env=environment, cwd=folder)
+        started.append(process)
+        if status := process.wait():
+            raise UserError(f"{name}: {probe} failed with status {status} on the package in {tree}; see above")
+        return json.loads(file.read_text())
+
+    with ThreadPoolExecutor(1 if args.full else TINY_PROCESSES) as pool:
+        try:
+            reports = list(pool.map(measured, args.preset))
+        finally:
+            for process in started:
+                process.terminate()
+    return {"device": reports[0]["device"], "cases": [case for report in reports for case in report["cases"]]}
 
 
 def checked_out(revision: str, folder: Path) -> Path:
@@ -176,11 +185,14 @@ def checked_out(revision: str, folder: Path) -> Path:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", metavar="BASE", help="revision, or path of a checkout")
-    parser.add_argument("--preset", action="append", help="may be repeated; default: all, with --full recurrent")
+    parser.add_argument(
+        "--preset", action="append", choices=PRESETS, help="may be repeated; default: all, with --full recurrent"
+    )
     parser.add_argument("--full", action="store_true", help="at full width, three steps: needs a GPU")
     parser.add_argument("--devices", type=int, default=1, help="that a step is spread over; 1 or 2 of a CPU")
     parser.add_argument("--twice", action="store_true", help="first measure the base twice, compiled anew")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else hundreds of megabytes stay in the temporary folder
     args.preset = args.preset or (["recurrent"] if args.full else list(PRESETS))
     with one_line_errors(), tempfile.TemporaryDirectory(prefix="same-bits-") as temporary:
         check_counts({"--devices": args.devices}, 1)
@@ -194,6 +206,8 @@ def main(argv: Sequence[str]) -> None:
                 raise UserError(f"{args.base} does not repeat its own bits here, so none can be compared")
         rows = compare(base, measure(ROOT, "working tree", args, folder), folder)
     print(format_report(rows))
+    for name in (name for name in args.preset if name not in {row.case[0] for row in rows}):
+        print(f"{name}: not compared, the base does not have it")
     different = sum(bool(row.differences) for row in rows)
     print(f"{base['device']}: {f'{different} of {len(rows)} cases DIFFERENT' if different else 'the same bits'}")
     sys.exit(1 if different else 0)
