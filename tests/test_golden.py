@@ -47,7 +47,13 @@ def test_the_deviation_is_the_largest_of_each_kind():
     assert golden.deviations(stored, lost)["gradients"] == (np.inf, "x")
     assert golden.deviations(stored, gained)["new"] == (np.inf, "y")
     assert golden.deviations(stored, moved)["gradients"][0] == np.inf
-    assert golden.deviations(stored, {**stored, "gradients": {"x": np.nan}})["gradients"][0] != 0
+    assert golden.deviations(stored, {**stored, "gradients": {"x": np.nan}})["gradients"] == (np.inf, "x")
+
+
+def test_a_gradient_that_cancels_is_held_to_the_size_of_the_others():
+    stored, found = ({what: {"x": 100.0, "y": y} for what in ("gradients", "steps")} for y in (0.1, 0.11))
+    gaps = golden.deviations(stored, found)
+    assert gaps == {"gradients": (pytest.approx(0.01), "y"), "steps": (pytest.approx(0.1), "y")}
 
 
 def report(store: Path, **items):
