@@ -52,8 +52,7 @@ def main(arguments: Arguments) -> None:
     )
     _check(arguments)
     groups = read_groups(arguments.logs, arguments.tokens_per_step)
-    rows = compare(groups, arguments.target)
-    remarks = [row.caution for row in rows if row.caution] + notes(groups)
+    rows, remarks = figures(groups, arguments.target)
     tables = comparison_tables(rows, arguments.target)
     if arguments.markdown:
         print("\n\n".join(to_markdown(table) for table in tables))
@@ -66,6 +65,12 @@ def main(arguments: Arguments) -> None:
         write_atomically(arguments.out, html_report(groups, tables, remarks, arguments.target).encode())
     elif arguments.out:
         write_atomically(arguments.out, plot_image(groups, arguments.target, arguments.out.suffix[1:]))
+
+
+def figures(groups: Sequence[Group], target: float) -> tuple[list[Row], list[str]]:
+    """The rows, and what to know about them: first what keeps them from being compared."""
+    rows = compare(groups, target)
+    return rows, [row.caution for row in rows if row.caution] + notes(groups)
 
 
 def to_json(groups: Sequence[Group], rows: Sequence[Row], remarks: Sequence[str], target: float) -> str:

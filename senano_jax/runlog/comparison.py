@@ -181,8 +181,8 @@ def _caution(name: str, first: str, text: str | None, schedule: str | None, of_o
     differences = [f"validated {text}"] * (text is not None) + [schedule] * (schedule is not None)
     if not differences:
         return None
-    verdict = "NO COMPARISON" if text or of_other_length else "other schedules"
-    return f"{name if name == first else f'{first} and {name}'}: {verdict}: " + "; ".join(differences)
+    verdict = "NO COMPARISON: " if text or of_other_length else ""
+    return f"{name if name == first else f'{first} and {name}'}: {verdict}" + "; ".join(differences)
 
 
 def _difference_at_common(first: Sequence[RunLog], runs: Sequence[RunLog]) -> tuple[float | None, float | None]:

@@ -26,7 +26,7 @@ _INCOMPLETE = "not a complete step line"
 class Record(NamedTuple):
     """What a line says. Losses are as they are spelt; which of them is there tells what kind of line it is."""
 
-    text: str  # from the step on
+    text: str  # from the step on, or the last part
     step: int | None  # updates done; None for an evaluation that does not say when
     total: int | None = None  # updates planned
     val_loss: str | None = None
@@ -155,10 +155,10 @@ def barred_line(line: Line) -> Record | None:
     step, total = line.count_of("step", match[1]), line.count_of("total", match[2]) if match[2] else None
     losses = [loss for name, loss in found.items() if name.startswith("val") and name.endswith("loss")]
     if losses:
-        return Record(line.text, step, total, val_loss=losses[0])
+        return Record(cells[-1].strip(), step, total, val_loss=losses[0])
     if "loss" in found:
-        return Record(line.text, step + 1, total, train_loss=found["loss"])
-    return Record(line.text, step, total, in_bytes=True)
+        return Record(cells[-1].strip(), step + 1, total, train_loss=found["loss"])
+    return Record(cells[-1].strip(), step, total, in_bytes=True)
 
 
 def read_record(line: Line) -> Record | None:

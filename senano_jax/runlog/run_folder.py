@@ -97,15 +97,14 @@ def _without(value: object, names: set[str]) -> object:
 
 def _validation(folder: Path, settings: object, notes: list[str]) -> Validation:
     """From data.json and config.json; what is damaged there is a note, as the curve does not need it."""
-    settings = settings if isinstance(settings, dict) else {}
-    counts = [settings.get(name) if _is_count(settings.get(name)) else None for name in ("val_tokens", "val_seq_len")]
+    tokens = settings.get("val_tokens") if isinstance(settings, dict) else None
     try:
         shards = read_data(folder)
     except UserError as error:
         notes.append(f"what it was validated on is not known: {error}")
         shards = None
     texts = None if shards is None else tuple(Text(shard.name, shard.sha256) for shard in shards["val"])
-    return Validation(texts, *counts)
+    return Validation(texts, tokens if _is_count(tokens) else None)
 
 
 def _hardware(path: Path) -> str | None:

@@ -53,21 +53,26 @@ class TextRun:
             return record.step <= evaluated and self._losses.get(record.step) == record.val_loss
         return record.step == trained >= evaluated and not record.stopped
 
-    def add(self, line: Line, record: Record, tokens: int | None) -> None:
+    def check(self, line: Line, record: Record) -> None:
+        """Refuses a line that cannot be of this run."""
         total = record.total if self._total is None else self._total
         if record.total not in (None, total):
             line.damaged(f"a run of {record.total} steps, in a log of {total} steps")
         if total is not None and record.step > total:
             line.damaged(f"step {record.step} of {total}")
-        self._total = total
+        is_evaluation, has_clock = record.val_loss is not None, record.time_ms is not None
+        if is_evaluation and not has_clock and self._clock is not None and record.text.startswith("step:"):
+            line.damaged("not a complete step line")
+
+    def add(self, line: Line, record: Record, tokens: int | None) -> None:
+        """Takes a line that `check` has let pass."""
+        self._total = total = record.total if self._total is None else self._total
         if record.stopped:
             self._stopped = record.step
             return
         if total is None and record.time_ms is None and self._points.go_back(record.step, record.val_loss is not None):
             self._went_back.append(line.number)
         if record.val_loss is not None:
-            if record.time_ms is None and self._clock is not None and record.text.startswith("step:"):
-                line.damaged("not a complete step line")
             self._points.add_validation(line, record.step, tokens, record.val_loss, record.time_ms)
             self._losses[record.step] = record.val_loss
             self.shapes[shape(record.text)] = None

@@ -78,6 +78,7 @@ class _Reading:
                 if record.val_loss is not None:
                     self._pass_over("{} repeats an evaluation and was passed over", line)
             else:
+                run.check(line, record)
                 run.add(line, record, self._tokens(line, record))
 
     def _tokens(self, line: Line, record: Record) -> int | None:

@@ -20,11 +20,11 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Validation:
-    """The text, how many tokens of it and in sequences of how many tokens; None for what a log does not say."""
+    """The text and how many tokens of it; None for what a log does not say. The length of the sequences, the context
+    that a prediction has, is a system's own."""
 
     texts: tuple[Text, ...] | None
     tokens: int | None
-    seq_len: int | None = None
 
     def difference(self, other: "Validation") -> str | None:
         """How `other` is known to differ from this, in words; None if it may be the same."""
@@ -32,9 +32,8 @@ class Validation:
             for own, its in zip_longest(self.texts, other.texts):
                 if own is None or its is None or not own.may_be(its):
                     return f"on {_names(other.texts)}, not on {_names(self.texts)}"
-        for what, own, its in (("tokens", self.tokens, other.tokens), ("in a sequence", self.seq_len, other.seq_len)):
-            if None not in (own, its) and own != its:
-                return f"on {its:,} {what}, not {own:,}"
+        if None not in (self.tokens, other.tokens) and self.tokens != other.tokens:
+            return f"on {other.tokens:,} tokens, not {self.tokens:,}"
         return None
 
 
