@@ -105,7 +105,7 @@ DIALECTS = {
 
 
 @pytest.mark.parametrize("name", DIALECTS)
-@pytest.mark.parametrize("before", ["", "[rank0]: "])
+@pytest.mark.parametrize("before", ["", "[rank0]: ", "99%|####   | 9/10 [00:01]"])
 @pytest.mark.parametrize("end", ["\n", ""])
 def test_dialects(tmp_path, name, before, end):
     lines, program = DIALECTS[name]
@@ -164,7 +164,7 @@ def test_a_resumed_run_goes_back_and_what_it_repeats_is_the_same(tmp_path):
 
 
 def seeds(count: int, head: list[str] = ()) -> list[list[str]]:
-    """LINES with a thousandth more loss for each seed."""
+    """LINES with 0.0001 more loss for each seed."""
     return [[*head, *(line.replace("000 train", f"{seed:03} train") for line in LINES)] for seed in range(count)]
 
 
@@ -172,7 +172,7 @@ def test_several_runs_in_one_file(tmp_path):
     runs = seeds(20, ["import torch", "step:{step}/{total} val_loss:{val_loss:.4f}"])
     logs = read_logs(write(tmp_path, [line for run in runs for line in run]))
     assert [len(log.points) for log in logs] == [4] * 20
-    assert [log.points[2].val_loss for log in logs] == pytest.approx([3.2 + seed / 1000 for seed in range(20)])
+    assert [log.points[2].val_loss for log in logs] == pytest.approx([3.2 + seed / 10_000 for seed in range(20)])
     assert len({log.group_key for log in logs}) == 1
     with pytest.raises(UserError, match="20 runs in one file"):
         read_log(tmp_path / "run.txt")

@@ -114,7 +114,7 @@ def counted_line(line: Line) -> Record | None:
     return Record(line.text[match.start(1) :], step, total, time_ms=time, **losses)
 
 
-_LLMC = re.compile(r"(?<!\w)s:([0-9]{1,15}) (tel|trl):(\S+)", re.ASCII)
+_LLMC = re.compile(r"(?<![A-Za-z_])s:([0-9]{1,15}) (tel|trl):(\S+)", re.ASCII)
 
 
 def llmc_line(line: Line) -> Record | None:
@@ -128,8 +128,10 @@ def llmc_line(line: Line) -> Record | None:
     return Record(line.text[match.start() :], step + 1, train_loss=match[3], by="llm.c")
 
 
-_NANOGPT = re.compile(r"(?<!\w)step ([0-9]{1,15}): train loss [^\s,]+, val loss ([^\s,]+)", re.ASCII | re.IGNORECASE)
-_NANOGPT_ITERATION = re.compile(r"(?<!\w)iter ([0-9]{1,15}): loss ([^\s,]+)", re.ASCII)
+_NANOGPT = re.compile(
+    r"(?<![A-Za-z_])step ([0-9]{1,15}): train loss [^\s,]+, val loss ([^\s,]+)", re.ASCII | re.IGNORECASE
+)
+_NANOGPT_ITERATION = re.compile(r"(?<![A-Za-z_])iter ([0-9]{1,15}): loss ([^\s,]+)", re.ASCII)
 
 
 def nanogpt_line(line: Line) -> Record | None:
@@ -141,16 +143,18 @@ def nanogpt_line(line: Line) -> Record | None:
     return None
 
 
-_BARRED_STEP = re.compile(r"(?<!\w)step ([0-9]{1,15})(?:/([0-9]{1,15}))?(?: \([0-9.]+%\))?\Z", re.ASCII | re.IGNORECASE)
+_BARRED_STEP = re.compile(
+    r"(?<![A-Za-z_])step ([0-9]{1,15})(?:/([0-9]{1,15}))?(?: \([0-9.]{1,9}%\))? ?\|", re.ASCII | re.IGNORECASE
+)
 _BARRED_LOSS = re.compile(r"(Val(?:idation)? loss|Val(?:idation)? bpb|loss): (\S+)", re.ASCII | re.IGNORECASE)
 
 
 def barred_line(line: Line) -> Record | None:
     """`Step N | Val Loss: X`, an evaluation after N updates, or `step N | loss: X` before update N + 1."""
-    first, *cells = line.text.split("|", 20)
-    match = _BARRED_STEP.search(first.strip())
+    match = _BARRED_STEP.search(line.text)
+    cells = line.text[match.end() :].split("|", 20) if match else []
     found = {m[1].lower(): m[2] for cell in cells if (m := _BARRED_LOSS.fullmatch(cell.strip()))}
-    if not match or not found:
+    if not found:
         return None
     step, total = line.count_of("step", match[1]), line.count_of("total", match[2]) if match[2] else None
     losses = [loss for name, loss in found.items() if name.startswith("val") and name.endswith("loss")]

@@ -17,7 +17,7 @@ from senano_jax.runlog.text_run import TextRun, note_on, shape
 
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b.|\[[0-9]{1,2}(;[0-9]{1,3})*m")
 _COMMENT = re.compile(r"(^|\s)#\s")  # of a dumped program; a progress bar has no blank on both sides of its signs
-_BEGUN = re.compile(r"(?<!\w)step:? ?[0-9]|(?<!\w)s:[0-9]|(?<!\w)val[_ ]l", re.IGNORECASE)  # a record, it may be
+_BEGUN = re.compile(r"(?<![a-z_])(step:? ?[0-9]|s:[0-9]|val[_ ]l)", re.IGNORECASE)  # a record, it may be
 
 
 def read_torch_log(
