@@ -12,8 +12,8 @@ _NEARLY_DONE = 0.9  # of a schedule: the learning rate is low
 
 def other_validation(first: Sequence[RunLog], runs: Sequence[RunLog]) -> str | None:
     """What some of `runs` are validated on that others, or some of `first`, are not; None if nothing is known to."""
-    for run in runs:
-        for other in (*first, *runs):
+    for other in (*first, *runs):
+        for run in runs:
             if run.validation and other.validation and (found := other.validation.difference(run.validation)):
                 return found
     return None
