@@ -188,6 +188,8 @@ _RAMP = re.compile(r"\bbatch_switch:|\bbatch_tokens_start=[1-9]")
 
 def tokens_of_a_step(text: str) -> int | None:
     """The batch that a program announces before it trains; 0 if it says that the batch will grow, None if nothing."""
+    if "batch" not in text and "tokens per" not in text:
+        return None
     if _RAMP.search(text):
         return 0
     match = _BATCH.search(text)

@@ -46,8 +46,8 @@ class _Reading:
         self._in_bytes = False
 
     def take(self, line: Line) -> None:
-        text = _COLOUR.sub("", line.text)
-        if comment := _COMMENT.search(text):
+        text = _COLOUR.sub("", line.text) if "[" in line.text or "\x1b" in line.text else line.text
+        if "#" in text and (comment := _COMMENT.search(text)):
             self._comment(line, text[comment.end() :])
             text = text[: comment.start()]
         line = line._replace(text=text.strip())
