@@ -94,7 +94,7 @@ def test_a_diverged_run_does_not_keep_the_others_from_being_compared(tmp_path, c
     assert (diverged["final_loss"], diverged["tokens_to_target"]) == (None, None)
     rows = compare(read_groups([lost, good[0]], None), target=4.5)
     assert [cells[3:] for cells in comparison_tables(rows, 4.5)[0].rows] == [
-        ("diverged", "-", "first"), ("4.0000", "2.45M", "-"),
+        ("4.0000", "2.45M", "first"), ("diverged", "-", "-"),
     ]  # fmt: skip
 
 

@@ -63,7 +63,7 @@ class Row:
 
 def read_groups(arguments: Sequence[str], tokens_per_step: int | None) -> list[Group]:
     """Reads `LOG` and `NAME=LOG,LOG` arguments. Runs of ours with one configuration join into a group by themselves,
-    and so do the runs of one file.
+    and so do the runs of one file. Groups of which all runs diverged come last: nothing can be held against them.
 
     Raises UserError for a log that is damaged or named twice, and for a name that is used twice.
     """
@@ -79,7 +79,8 @@ def read_groups(arguments: Sequence[str], tokens_per_step: int | None) -> list[G
             seen.add(source.identity)
             for run in read_logs(source.path, tokens_per_step=tokens_per_step, batch=source.batch):
                 entries.setdefault((name, "" if name else run.group_key), []).append(run)
-    return _named_groups([(name, tuple(runs)) for (name, _), runs in entries.items()])
+    groups = _named_groups([(name, tuple(runs)) for (name, _), runs in entries.items()])
+    return sorted(groups, key=lambda group: all(run.diverged for run in group.runs))
 
 
 def compare(groups: Sequence[Group], target: float) -> list[Row]:
@@ -127,7 +128,9 @@ def notes(groups: Sequence[Group]) -> list[str]:
 def _evaluated_alike(first: Group, group: Group) -> bool:
     """Whether the first run of `group` was evaluated where that of `first` was, as far as both go."""
     base, own = [[p.tokens for p in complete_runs(g)[0].points if p.tokens > 0] for g in (first, group)]
-    end = min(base[-1:] + own[-1:], default=0) * (1 + SAME_TOKENS)
+    if not base or not own:
+        return True
+    end = min(base[-1], own[-1]) * (1 + SAME_TOKENS)
     base, own = [[tokens for tokens in counts if tokens <= end] for counts in (base, own)]
     return len(base) == len(own) and all(abs(a - b) <= SAME_TOKENS * b for a, b in zip(own, base))
 
