@@ -2,7 +2,7 @@
 
     python scripts/fuzz_inputs.py --inputs 10000
 
-Kinds: shards, config.json, our run folders, PyTorch logs, .pt files, checkpoint folders. An input must end in a valid
+Kinds: shards, config.json, our run folders, text logs, .pt files, checkpoint folders. An input must end in a valid
 read or a UserError of one line; never in another exception, in more than --seconds, in memory beyond --gigabytes above
 what was used at the start, or in the execution of code (a pickle that makes a file). Seeded; ends with status 1 on any
 violation, which the JSON names with the number that `--only` repeats.

@@ -1,7 +1,8 @@
-"""Writes the tables of README.md that are made from data: the records, and JAX beside PyTorch on the same tokens.
+"""Writes the tables of README.md and docs/ that are made from data: the records, JAX beside PyTorch on the same tokens,
+and what each command `python -m senano_jax.compare` gives.
 
     python scripts/records.py            # rewrites what is between the markers
-    python scripts/records.py --check    # status 1 if README.md and the data disagree
+    python scripts/records.py --check    # status 1 if the texts and the data disagree
 
 The data are the published figures (senano_jax/runlog/published/records.json) and logs/. A run of ours is a record if
 it keeps the rules on loss, order, data and (rounded) parameters: `python -m senano_jax.rules` says which it keeps.
@@ -10,22 +11,28 @@ or h200, which one a program ran on makes no difference to its losses but that o
 """
 
 import argparse
+import contextlib
 import json
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import tyro
+
+from senano_jax import compare
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError, one_line_errors
-from senano_jax.files import write_atomically
+from senano_jax.files import expand_home, write_atomically
 from senano_jax.runlog import published
 from senano_jax.runlog.curves import SAME_TOKENS, RunLog
 from senano_jax.runlog.data_record import read_data
-from senano_jax.runlog.reader import read_log
+from senano_jax.runlog.reader import read_log, read_logs
 from senano_jax.runlog.statistics import Sample, welch_test
-from senano_jax.runlog.tables import Table, format_time, format_tokens, to_markdown
+from senano_jax.runlog.tables import Table, to_markdown
 from senano_jax.runlog.track_rules import fineweb_rule, loss_rule, order_rule, parameter_rules
+from senano_jax.runlog.units import format_time, format_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE_LINK = "[record table]: https://github.com/lapp0/sample-efficient-nanogpt#world-record-history"
@@ -38,6 +45,9 @@ INTRODUCTION = """\
 Both programs on the same tokens in the same order: 200 steps of 393,216 tokens on one H100 or H200, English text in
 shards of the same format (not FineWeb); the PyTorch loader was mended so that it skips none. Validation loss, mean ±
 deviation over seeds, and how often equal programs would differ by as much (Welch's test):"""
+# A command, its arguments on lines that end in a backslash, and after it the block that is written here.
+COMMAND = re.compile(r"^ {4}python -m senano_jax\.compare (?P<arguments>(?:.*\\\n)*.*)\n", re.MULTILINE)
+FIGURES = "\n<!-- figures: written by scripts/records.py -->\n", "<!-- end of figures -->"
 BOUND, FINAL_BOUND = 0.05, 0.008  # on the difference of mean losses, before the last step and at it
 
 
@@ -47,16 +57,20 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and logs (default: %(default)s)")
     args = parser.parse_args()
     with one_line_errors():
-        path = args.root / "README.md"
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; give --root the folder of README.md and logs")
-        written = path.read_text()
-        generated = fill(written, args.root / "logs")
-        if args.check and generated != written:
-            print(f"error: {path} differs from its data: run python scripts/records.py", file=sys.stderr)
-            sys.exit(1)
-        if not args.check:
-            write_atomically(path, generated.encode())
+        root = expand_home(args.root)
+        readme = root / "README.md"
+        if not readme.is_file():
+            raise UserError(f"{readme}: no such file; give --root the folder of README.md and logs")
+        for path in (readme, *sorted(root.glob("docs/*.md"))):
+            written = path.read_text()
+            generated = fill_figures(written, root)
+            if path == readme:
+                generated = fill(generated, root / "logs")
+            if args.check and generated != written:
+                print(f"error: {path} differs from its data: run python scripts/records.py", file=sys.stderr)
+                sys.exit(1)
+            if not args.check and generated != written:
+                write_atomically(path, generated.encode())
 
 
 def fill(readme: str, logs: Path) -> str:
@@ -70,6 +84,37 @@ def fill(readme: str, logs: Path) -> str:
             raise UserError(f"README.md has no line {begin.strip()} with {end} after it; put them where the table goes")
         readme = before + begin + block + end + after
     return readme
+
+
+def fill_figures(text: str, root: Path) -> str:
+    """The text with the block after each command renewed; a command without one, or of which `root` has no log, is left
+    as it is. Raises UserError for a block without end and for damaged logs."""
+    begin, end = FIGURES
+    done = ""
+    while command := COMMAND.search(text):
+        done, text = done + text[: command.end()], text[command.end() :]
+        if text.startswith(begin):
+            block, found, rest = text.removeprefix(begin).partition(end)
+            if not found:
+                raise UserError(f"the figures of {command[0].strip()!r} have no end; put {end} after them")
+            done, text = done + begin + (figures(command["arguments"], root) or block) + end, rest
+    return done + text
+
+
+def figures(command_line: str, root: Path) -> str | None:
+    """The first table and the remarks of `compare`, as a block of Markdown; None if `root` has no logs for it."""
+    words = shlex.split(command_line.replace("\\\n", " "))
+    arguments = tyro.cli(compare.Arguments, args=words)
+    with contextlib.chdir(root):
+        try:
+            groups = compare.read_groups(arguments.logs, arguments.tokens_per_step)
+        except UserError:
+            if any(Path("logs").glob("torch-*")) or any(Path("logs").glob("*/config.json")):
+                raise
+            return None
+    rows, remarks = compare.figures(groups, arguments.target)
+    table = to_markdown(compare.comparison_tables(rows, arguments.target)[0])
+    return "\n\n".join([table, *([". ".join(remarks) + "."] if remarks else [])]) + "\n"
 
 
 def records_block(logs: Path) -> str:
@@ -131,11 +176,13 @@ def same_tokens_block(logs: Path) -> str:
         return ""
     tokens = tokens_of_steps([run for sides in systems.values() for side in sides.values() for run in side])
     bounds = dict.fromkeys(tokens, BOUND) | {max(tokens): FINAL_BOUND}
-    rows, broken = [], []
+    rows, broken, diverged = [], [], []
     for system, sides in systems.items():
+        diverged += [f"{system} by {by}" for by, side in sides.items() for run in side if run.diverged]
+        sides = {by: [run for run in side if not run.diverged] for by, side in sides.items()}
         torch, jax = ([losses_at(side, step) for step in tokens] for side in sides.values())
         for (by, side), losses in zip(sides.items(), (torch, jax)):
-            trained = format_tokens(max(run.final.tokens for run in side))
+            trained = format_tokens(max((run.final.tokens for run in side), default=0))
             rows.append((f"`{system}`", by, str(len(side)), trained, *(loss_cell(loss, len(side)) for loss in losses)))
         differences = [b.mean - a.mean if a and b else None for a, b in zip(torch, jax)]
         rows.append((f"`{system}`", "JAX - PyTorch", "", "", *("-" if d is None else f"{d:+.4f}" for d in differences)))
@@ -145,7 +192,8 @@ def same_tokens_block(logs: Path) -> str:
     table = Table("", ("system", "by", "seeds", "tokens", *(f"step {step}" for step in tokens)), tuple(rows))
     within = f"{FINAL_BOUND} at step {max(tokens)} and {BOUND} before"
     verdict = f"Not within {within}: {', '.join(broken)}." if broken else f"All differences are within {within}."
-    return "\n\n".join([INTRODUCTION, to_markdown(table), verdict]) + "\n"
+    lost = [f"Left out, because they diverged: {', '.join(diverged)}."] if diverged else []
+    return "\n\n".join([INTRODUCTION, to_markdown(table), verdict, *lost]) + "\n"
 
 
 def compared_systems(logs: Path) -> dict[str, dict[str, list[RunLog]]]:
@@ -154,7 +202,7 @@ def compared_systems(logs: Path) -> dict[str, dict[str, list[RunLog]]]:
     for path in sorted(logs.glob("*")):
         if match := COMPARISON.fullmatch(path.name):
             sides = systems.setdefault(match["system"], {"PyTorch": [], "JAX": []})
-            sides["PyTorch" if match["torch"] else "JAX"].append(read_log(path))
+            sides["PyTorch" if match["torch"] else "JAX"] += read_logs(path)
     return {system: sides for system, sides in systems.items() if all(sides.values())}
 
 

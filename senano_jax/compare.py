@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from senano_jax.errors import UserError, one_line_errors
-from senano_jax.files import check_output_file, write_atomically
+from senano_jax.files import check_output_file, expand_home, write_atomically
 from senano_jax.runlog.comparison import Group, Row, compare, notes, read_groups
 from senano_jax.runlog.html_report import html_report
 from senano_jax.runlog.plots import plot_image
@@ -29,11 +29,12 @@ class Arguments:
     """
 
     logs: tyro.conf.Positional[tuple[str, ...]]
-    """Run folders, PyTorch logs, CSV files (columns tokens,val_loss), published:recurrent, or NAME=LOG,LOG."""
+    """Run folders, text logs of PyTorch programs and llm.c, CSV files (columns tokens,val_loss), published:recurrent;
+    NAME=LOG,LOG. LOG@TOKENS tells the tokens of a step of one log, LOG@131072x580+393216 those of a growing batch."""
     target: float = 3.28
     """Validation loss to reach."""
     tokens_per_step: int | None = None
-    """Tokens of a step, for PyTorch logs whose lines do not count them."""
+    """Tokens of a step, for all text logs that do not tell them."""
     out: Path | None = None
     """Plot to write: FILE.png, FILE.svg, or FILE.html (one interactive page with the tables)."""
     json: Path | None = None
@@ -44,9 +45,14 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Reads, compares, prints and writes. Raises UserError for anything the user can mend."""
+    arguments = dataclasses.replace(
+        arguments,
+        out=arguments.out and expand_home(arguments.out),
+        json=arguments.json and expand_home(arguments.json),
+    )
     _check(arguments)
     groups = read_groups(arguments.logs, arguments.tokens_per_step)
-    rows, remarks = compare(groups, arguments.target), notes(groups)
+    rows, remarks = figures(groups, arguments.target)
     tables = comparison_tables(rows, arguments.target)
     if arguments.markdown:
         print("\n\n".join(to_markdown(table) for table in tables))
@@ -61,12 +67,24 @@ def main(arguments: Arguments) -> None:
         write_atomically(arguments.out, plot_image(groups, arguments.target, arguments.out.suffix[1:]))
 
 
+def figures(groups: Sequence[Group], target: float) -> tuple[list[Row], list[str]]:
+    """The rows, and what to know about them: first what keeps them from being compared."""
+    rows = compare(groups, target)
+    return rows, [row.caution for row in rows if row.caution] + notes(groups)
+
+
 def to_json(groups: Sequence[Group], rows: Sequence[Row], remarks: Sequence[str], target: float) -> str:
     """{"target", "notes", "rows": [{...figures, "runs": [{..., "points": [[tokens, loss, ms], ...]}]}]}; no NaN."""
 
     def run_of(run):
         points = [[point.tokens, point.val_loss, point.train_time_ms] for point in run.points]
-        return {"name": run.name, "seed": run.seed, "complete": run.complete, "points": points}
+        return {
+            "name": run.name,
+            "seed": run.seed,
+            "complete": run.complete,
+            "diverged": run.diverged,
+            "points": points,
+        }
 
     records = [
         {**dataclasses.asdict(row), "runs": [run_of(run) for run in group.runs]} for group, row in zip(groups, rows)

@@ -10,6 +10,7 @@ import jax
 import tyro
 
 from senano_jax.errors import one_line_errors
+from senano_jax.files import expand_home
 from senano_jax.jax_settings import start_jax
 from senano_jax.runlog.tables import Table
 from senano_jax.runlog.terminal import print_tables
@@ -34,13 +35,14 @@ class Arguments:
 
 def main(arguments: Arguments) -> int:
     """Checks, prints, and returns the exit status. Raises UserError for a folder that is not one of a run."""
-    verdicts = check_rules(arguments.run_dir)
+    run_dir = expand_home(arguments.run_dir)
+    verdicts = check_rules(run_dir)
     if arguments.json:
-        document = {"run": str(arguments.run_dir), "rules": [dataclasses.asdict(verdict) for verdict in verdicts]}
+        document = {"run": str(run_dir), "rules": [dataclasses.asdict(verdict) for verdict in verdicts]}
         print(json.dumps(document, indent=1, allow_nan=False))
     else:
         rows = tuple((verdict.rule, verdict.status, verdict.figure) for verdict in verdicts)
-        print_tables([Table(str(arguments.run_dir), ("rule", "", "found"), rows)], [], figures=False)
+        print_tables([Table(str(run_dir), ("rule", "", "found"), rows)], [], figures=False)
     return exit_status(verdicts)
 
 

@@ -9,36 +9,13 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from written_logs import run_folder, torch_log
 
 from senano_jax.compare import Arguments, main
 from senano_jax.errors import UserError
 from senano_jax.files import write_atomically
 from senano_jax.runlog.comparison import compare, notes, read_groups
 from senano_jax.runlog.tables import comparison_tables, format_time, format_tokens, to_markdown
-
-
-def torch_log(path: Path, *losses: float, total: int | None = None) -> str:
-    """A log that is evaluated after every step of a million tokens; returns its path."""
-    total = total or len(losses)
-    lines = [
-        f"step:{step}/{total} val_loss:{loss} train_time:{step}00ms step_avg:100.00ms tokens:{step}.00M\n"
-        for step, loss in enumerate(losses, start=1)
-    ]
-    path.write_text("".join(lines))
-    return str(path)
-
-
-def run_folder(path: Path, *losses: float, **config) -> str:
-    """One of our runs, evaluated after every step of a million tokens; returns its path."""
-    path.mkdir()
-    settings = {"preset": "tiny", "steps": len(losses), "seed": 0, "model": {"dim": 64}, "parameters": 1000}
-    (path / "config.json").write_text(json.dumps(settings | config))
-    records = [
-        {"step": step, "tokens_trained": step * 10**6, "val_loss": loss, "train_time_ms": step * 50.0}
-        for step, loss in enumerate(losses, start=1)
-    ]
-    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
 
 
 @pytest.fixture

@@ -174,3 +174,62 @@ def test_check_changes_nothing_and_tells(both, monkeypatch, capsys):
 def test_missing_markers_are_named(tmp_path):
     with pytest.raises(UserError, match=r"README\.md has no line <!-- records: "):
         records.fill("# a text without them", tmp_path)
+
+
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_each_command_gives_the_figures_beside_it(path):
+    text = path.read_text()
+    assert records.fill_figures(text, ROOT) == text, "run python scripts/records.py"
+    with_figures = sum(text[match.end() :].startswith(records.FIGURES[0]) for match in records.COMMAND.finditer(text))
+    runnable = re.findall(r"python -m senano_jax\.compare (?!.*<)", text)
+    assert len(runnable) == with_figures
+
+
+def test_the_commands_are_of_the_runs_that_the_texts_speak_of():
+    readme, systems = TEXTS[0].read_text(), (ROOT / "docs" / "systems.md").read_text()
+    torch, jax = cells(figures_in(readme))
+    assert ("(n=3)" in torch[3], "(n=3)" in jax[3]) == (True, True)
+    for row, side in zip((torch, jax), ("PyTorch", "JAX")):
+        same_tokens = [line for line in readme.splitlines() if line.startswith(f"| `recurrent` | {side} |")][-1]
+        assert row[3].split(" (")[0] in same_tokens
+    final = {row[0]: row[3] for row in cells(figures_in(systems))}
+    for name, loss in final.items():
+        by_hand = [line for line in systems.splitlines() if line.startswith(f"| `{name}` |") and "MiB" in line]
+        assert [f"| {loss}, after" in line for line in by_hand] == [True]
+
+
+def figures_in(text: str) -> str:
+    begin, end = records.FIGURES
+    return text.partition(begin)[2].partition(end)[0]
+
+
+def test_figures_are_renewed_and_their_absence_is_told(both):
+    (both / "logs").mkdir()
+    torch_log(both / "logs", "small", 0, (10.8, 5.1, 4.0))
+    command = "    python -m senano_jax.compare \\\n        A='logs/torch-*' --target 4.5\n"
+    begin, end = records.FIGURES
+    # from 5,000 tokens at 5.1 to 10,000 at 4.0
+    filled = records.fill_figures(f"before\n{command}{begin}old\n{end}\nafter", both)
+    assert cells(filled) == [["A", "-", "10,000", "4.0000", "7,297", "first"]]
+    assert filled.startswith(f"before\n{command}{begin}| run |") and filled.endswith(f"{end}\nafter")
+    assert records.fill_figures(command, both) == command
+    with pytest.raises(UserError, match="have no end"):
+        records.fill_figures(f"{command}{begin}", both)
+    with pytest.raises(UserError, match="matches no file"):
+        records.fill_figures(f"{command.replace('torch-', 'jax-')}{begin}{end}", both)
+
+
+def test_several_runs_in_one_log_are_seeds_and_diverged_ones_are_left_out(both):
+    torch_log(both, "small", 2, (10.8, 5.5, 4.1))
+    one = both / "torch-small-h200-200-steps-seed0.txt"
+    one.write_text(one.read_text() + (both / "torch-small-h200-200-steps-seed2.txt").read_text())
+    (both / "torch-small-h200-200-steps-seed2.txt").unlink()
+    our_run(both, "small", 3, (10.8, float("nan")))
+    block = records.same_tokens_block(both)
+    torch, jax, *_ = cells(block)
+    assert torch[4:] == ["5.3000 ± 0.2000", "4.0500 ± 0.0707 (n=2)"]
+    assert jax[2] == "2"
+    assert "Left out, because they diverged: small by JAX." in block

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from written_runs import BATCH, H100, STEPS, TRAIN, VAL, fineweb, run_config, shard, write_run
@@ -43,6 +44,7 @@ def test_a_run_that_keeps_all_rules(tmp_path, capsys):
         ({"devices": ("NVIDIA H200",)}, 3, {"time": "not verifiable"}),
         ({"steps": 3}, 3, {"loss": "not verifiable", "order": "not verifiable", "time": "not verifiable"}),
         ({"devices": (), "loss": 3.3}, 1, {"loss": "fail", "time": "not verifiable"}),
+        ({"loss": float("nan")}, 1, {"loss": "fail", "time": "not verifiable"}),
     ],
 )
 def test_the_exit_status_tells_the_worst(tmp_path, capsys, options, status, changed):
@@ -168,3 +170,15 @@ def test_the_command_ends_with_the_status(tmp_path):
     result = subprocess.run([sys.executable, "-m", "senano_jax.rules", folder], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (1, "")
     assert "3.5000 after 16,384 tokens" in result.stdout
+
+
+def test_the_folder_may_be_in_the_home_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_run(tmp_path / "run[1]")
+    assert main(Arguments(Path("~/run[1]"))) == 0
+    assert f"{tmp_path}/run[1]" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_a_diverged_run_breaks_the_rule_on_loss(run):
+    verdict = loss_rule(run_config(), run(loss=float("nan")))
+    assert (verdict.status, verdict.figure) == ("fail", f"diverged: the loss is no number from step {STEPS} on")

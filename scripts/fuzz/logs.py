@@ -1,4 +1,4 @@
-"""Logs of training: our run folders and the PyTorch program's text."""
+"""Logs of training: our run folders and the text of other programs."""
 
 import json
 import random
@@ -8,10 +8,11 @@ from pathlib import Path
 from fuzz.damage import NAMES, change, damaged, deep
 from senano_jax.config_file import write_config
 from senano_jax.data.identity import ShardIdentity
+from senano_jax.errors import UserError
 from senano_jax.presets import demo
 from senano_jax.runlog.data_record import FILE as DATA
 from senano_jax.runlog.data_record import PARTS, write_data
-from senano_jax.runlog.reader import read_log
+from senano_jax.runlog.reader import read_log, read_logs
 from senano_jax.runlog.track_rules import check_rules
 
 STEPS, TOKENS = 10, 4096
@@ -69,22 +70,45 @@ class RunFolders:
         return how
 
 
+# How a program prints an evaluation and, if it does, a step of training.
+DIALECTS = (
+    (
+        "step:{step}/{total} val_loss:{loss:.4f} train_time:{time}ms tokens:{step}.00M",
+        "step:{step}/{total} train_time:{time}ms step_avg:40.00ms",
+    ),
+    ("step:{step}/{total} train_loss:3.1 ema:0 val_loss:{loss:.4f} val_bpb:1.2 train_time:{time}s", None),
+    ("{step}/{total} val_loss: {loss:.4f} val_bpb: 1.2", "{step}/{total} train_loss: {loss:.4f} train_time: 0.{step}m"),
+    ("s:{step} tel:{loss:.4f}", "s:{before} trl:{loss:.4f} lr:0.001 norm:0.3"),
+    ("step {step}: train loss 3.1, val loss {loss:.4f}", "iter {before}: loss {loss:.4f}, time 9.0ms, mfu 9.0%"),
+    ("Step {step:05d} | Val BPB: 1.2 | Val Loss: {loss:.6f}", "step {before:05d} (9.00%) | loss: {loss:.6f} | dt: 9ms"),
+    ("Step {step:05d} | Validation bpb: {loss:.6f}", "step {before:05d}/{total:05d} (9.00%) | loss: {loss:.6f}"),
+)
+PREFIXES = (
+    "",
+    "[rank0]: ",
+    "0: ",
+    "2026-01-01 00:00:00 INFO ",
+    "\x1b[32m",
+    "99%|####   | 9/10 [00:01]",
+    " 9%|#9   |\r",
+)
+WHOLE = ("read one", "read several")
+
+
 class TorchLogs:
+    """Logs of every dialect, with prefixes and with several runs in a file, damaged; and whole ones, of which every
+    evaluation must be read."""
+
     def __init__(self, seeds: Path):
-        self._seed = seeds / "torch.txt"
-        lines = ["import torch\n", "print(f'step:{step}/{steps} val_loss:{val_loss:.4f}')\n", "=" * 80 + "\n"]
-        for step in range(STEPS + 1):
-            time = f"train_time:{40 * step}ms"
-            if step:
-                lines.append(f"step:{step}/{STEPS} {time} step_avg:40.00ms\n")
-            if step % 5 == 0:
-                lines.append(f"step:{step}/{STEPS} val_loss:{11 - step / 9:.4f} {time} tokens:{step}.00M\n")
-        self._seed.write_text("".join(lines))
+        self._head = "import torch\nprint(f'step:{step}/{steps} val_loss:{val_loss:.4f}')\n" + "=" * 80 + "\n"
 
     def __call__(self, rng: random.Random, place: Path) -> str:
-        content = self._seed.read_bytes()
         path = place / "torch.txt"
-        how = rng.choice(["bytes", "number", "long line", "name", "link", "lines"])
+        how = rng.choice(["bytes", "number", "long line", "name", "link", "lines", "diverged", *WHOLE])
+        runs = rng.choice([1, 2, 5]) if how != "read one" else 1
+        dialect, prefix = rng.choice(DIALECTS[:-1] if how in WHOLE else DIALECTS), rng.choice(PREFIXES)
+        lines = [line for run in range(runs) for line in _lines(run, dialect)]
+        content = (self._head + "".join(f"{prefix}{line}\n" for line in lines)).encode()
         if how == "bytes":
             content = damaged(rng, content)
         elif how == "number":
@@ -95,14 +119,45 @@ class TorchLogs:
                 text[:at] + rng.choice(["9" * 5000, "-1", "nan", "inf", "1e999", "٣", "", "0x1"]) + text[at + 1 :]
             ).encode()
         elif how == "long line":
-            content += b"step:1" + rng.choice([b"0", b" val_loss:1", b"(" * 9]) * rng.choice([3000, 100_000])
+            content += rng.choice([b"step:1", b"Step 1 ", b"s:1 "]) + rng.choice(
+                [b"0", b" val_loss:1", b"(" * 9, b"|", b"\r", b"\x1b[", b" # "]
+            ) * rng.choice([3000, 100_000])
         elif how == "lines":
-            lines = content.splitlines(keepends=True)
-            rng.shuffle(lines)
-            content = b"".join(lines)
+            mixed = content.splitlines(keepends=True)
+            rng.shuffle(mixed)
+            content = b"".join(mixed)
+        elif how == "diverged":
+            content = content.replace(b"10.4", rng.choice([b"nan", b"-inf", b"NaN"]))
         path.write_bytes(content)
         if how == "link":
             path = place / "link.txt"
             path.symlink_to(rng.choice(["/dev/zero", "/proc/self/mem", "link.txt", "/", "/etc/passwd"]))
-        read_log(rng.choice(NAMES) if how == "name" else path, tokens_per_step=rng.choice([None, TOKENS]))
+        batch = rng.choice([None, TOKENS]) if how not in WHOLE else TOKENS
+        try:
+            logs = read_logs(rng.choice(NAMES) if how == "name" else path, tokens_per_step=batch)
+        except UserError as error:
+            if how in WHOLE:
+                raise RuntimeError(f"a sound log is refused: {error}") from None
+            raise
+        if how in WHOLE:
+            found = [[(point.step, round(point.val_loss, 4)) for point in log.points] for log in logs]
+            expected = [[(step, _loss(run, step)) for step in range(0, STEPS + 1, 5)] for run in range(runs)]
+            assert found == expected, f"{found} is read, {expected} was written"
         return how
+
+
+def _lines(run: int, dialect: tuple[str, str | None]) -> list[str]:
+    """Of one run, evaluated at every fifth step."""
+    evaluation, training = dialect
+    lines = []
+    for step in range(STEPS + 1):
+        values = {"step": step, "before": step - 1, "total": STEPS, "loss": _loss(run, step), "time": 40 * step}
+        if step and training:
+            lines.append(training.format(**values))
+        if step % 5 == 0:
+            lines.append(evaluation.format(**values))
+    return lines
+
+
+def _loss(run: int, step: int) -> float:
+    return round(11 - step / 9 + run / 1000, 4)

@@ -1,16 +1,16 @@
 """Which runs belong together, and the figures of each group of them beside the first."""
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
-from pathlib import Path
 from typing import Any
 
 from senano_jax.errors import UserError
+from senano_jax.runlog.comparability import other_schedule, other_validation
 from senano_jax.runlog.curves import SAME_TOKENS, RunLog, loss_at, tokens_to_loss
-from senano_jax.runlog.reader import PUBLISHED_PREFIX, read_log
+from senano_jax.runlog.log_arguments import split_argument
+from senano_jax.runlog.reader import read_logs
 from senano_jax.runlog.statistics import Sample, WelchTest, p_mean_below, welch_test
 
 
@@ -24,7 +24,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Row:
-    """The figures of one group. Means are over its complete runs, or over all if none is complete."""
+    """The figures of one group. Means are over its complete runs, or over all if none is complete; runs that diverged
+    are left out unless all did."""
 
     name: str
     implementation: str
@@ -36,7 +37,8 @@ class Row:
     complete: bool
     tokens_trained: float
     tokens_read: float | None
-    final_loss: Sample
+    final_loss: Sample | None
+    """None if all runs diverged."""
     reached: int
     """Runs of the `n` that came down to the target."""
     tokens_to_target: Sample | None
@@ -53,27 +55,32 @@ class Row:
     """The last token count that all runs of both groups reached."""
     difference_at_common: float | None
     """Mean loss there, minus the first group's."""
+    comparable: bool = True
+    """False if validation text or schedules are known to differ so much that nothing is said to be saved."""
+    caution: str | None = None
+    """How they are known to differ."""
 
 
 def read_groups(arguments: Sequence[str], tokens_per_step: int | None) -> list[Group]:
-    """Reads `LOG` and `NAME=LOG,LOG` arguments. Runs of ours with one configuration join into a group by themselves.
+    """Reads `LOG` and `NAME=LOG,LOG` arguments. Runs of ours with one configuration join into a group by themselves,
+    and so do the runs of one file. Groups of which all runs diverged come last: nothing can be held against them.
 
     Raises UserError for a log that is damaged or named twice, and for a name that is used twice.
     """
     entries: dict[tuple[str | None, str], list[RunLog]] = {}
     seen: set[str] = set()
     for argument in arguments:
-        name, sources = _split_argument(argument)
+        name, sources = split_argument(argument)
         if (name, "") in entries:
             raise UserError(f"{argument}: the name {name!r} is used twice; write {name}=LOG,LOG for one group")
         for source in sources:
-            identity = source if source.startswith(PUBLISHED_PREFIX) else str(Path(source).resolve())
-            if identity in seen:
-                raise UserError(f"{source} is given twice, which would count as two seeds; give each log once")
-            seen.add(identity)
-            run = read_log(source, tokens_per_step=tokens_per_step)
-            entries.setdefault((name, "" if name else run.group_key), []).append(run)
-    return _named_groups([(name, tuple(runs)) for (name, _), runs in entries.items()])
+            if source.identity in seen:
+                raise UserError(f"{source.path} is given twice, which would count as two seeds; give each log once")
+            seen.add(source.identity)
+            for run in read_logs(source.path, tokens_per_step=tokens_per_step, batch=source.batch):
+                entries.setdefault((name, "" if name else run.group_key), []).append(run)
+    groups = _named_groups([(name, tuple(runs)) for (name, _), runs in entries.items()])
+    return sorted(groups, key=lambda group: all(run.diverged for run in group.runs))
 
 
 def compare(groups: Sequence[Group], target: float) -> list[Row]:
@@ -86,8 +93,9 @@ def compare(groups: Sequence[Group], target: float) -> list[Row]:
 
 
 def complete_runs(group: Group) -> tuple[RunLog, ...]:
-    """The runs whose last evaluation is the final one; all of them if none is."""
-    return tuple(run for run in group.runs if run.complete) or group.runs
+    """The runs whose last evaluation is the final one; if none is, all that did not diverge; if all did, those."""
+    sound = tuple(run for run in group.runs if not run.diverged)
+    return tuple(run for run in sound if run.complete) or sound or group.runs
 
 
 def notes(groups: Sequence[Group]) -> list[str]:
@@ -102,11 +110,16 @@ def notes(groups: Sequence[Group]) -> list[str]:
         starts = [(run.seed, run.group_key) for run in group.runs if run.seed is not None]
         if len(set(starts)) < len(starts):
             found.append(f"{group.name}: two runs have one seed; their spread is not the spread over seeds")
-        done = sum(run.complete for run in group.runs)
-        if 0 < done < len(group.runs):
-            found.append(f"{group.name}: {len(group.runs) - done} of {len(group.runs)} runs left out as not complete")
-        elif not done:
-            steps = ", ".join(f"{run.final.step} of {run.steps_total}" for run in group.runs)
+        sound = [run for run in group.runs if not run.diverged]
+        if len(sound) < len(group.runs):
+            places = ", ".join(run.diverged for run in group.runs if run.diverged)
+            which = f"{len(group.runs) - len(sound)} of {len(group.runs)} runs" if len(group.runs) > 1 else "the run"
+            found.append(f"{group.name}: {which} DIVERGED: the loss is no number from {places} on")
+        done = sum(run.complete for run in sound)
+        if 0 < done < len(sound):
+            found.append(f"{group.name}: {len(sound) - done} of {len(group.runs)} runs left out as not complete")
+        elif sound and not done:
+            steps = ", ".join(f"{run.final.step} of {run.steps_total or 'an unknown number'}" for run in sound)
             found.append(f"{group.name}: not complete (evaluated at step {steps}); its loss is not a final one")
         found += [f"{group.name}: {note}" for run in group.runs for note in run.notes]
     return found
@@ -115,26 +128,32 @@ def notes(groups: Sequence[Group]) -> list[str]:
 def _evaluated_alike(first: Group, group: Group) -> bool:
     """Whether the first run of `group` was evaluated where that of `first` was, as far as both go."""
     base, own = [[p.tokens for p in complete_runs(g)[0].points if p.tokens > 0] for g in (first, group)]
-    end = min(base[-1:] + own[-1:], default=0) * (1 + SAME_TOKENS)
+    if not base or not own:
+        return True
+    end = min(base[-1], own[-1]) * (1 + SAME_TOKENS)
     base, own = [[tokens for tokens in counts if tokens <= end] for counts in (base, own)]
     return len(base) == len(own) and all(abs(a - b) <= SAME_TOKENS * b for a, b in zip(own, base))
 
 
 def _row(group: Group, target: float, first: Group | None, first_row: Row | None) -> Row:
     runs = complete_runs(group)
-    final_loss = Sample.of([run.final.val_loss for run in runs])
-    reached = [tokens for run in runs if (tokens := tokens_to_loss(run.points, target)) is not None]
+    diverged = any(run.diverged for run in runs)
+    final_loss = None if diverged else Sample.of([run.final.val_loss for run in runs])
+    reached = [] if diverged else [t for run in runs if (t := tokens_to_loss(run.points, target)) is not None]
     to_target = Sample.of(reached) if len(reached) == len(runs) else None
     saved = fraction = test = common = difference = None
-    if first is not None:
-        if to_target and first_row.tokens_to_target:
+    against = complete_runs(first or group)
+    text = other_validation(against, runs)
+    schedule, of_other_length = other_schedule(against, runs, target)
+    if first is not None and text is None:
+        if to_target and first_row.tokens_to_target and not of_other_length:
             saved = first_row.tokens_to_target.mean - to_target.mean
             fraction = saved / first_row.tokens_to_target.mean if first_row.tokens_to_target.mean else None
-        if group.runs[0].complete and first_row.complete:
+        if runs[0].complete and first_row.complete:
             test = welch_test(first_row.final_loss, final_loss)
-        common, difference = _difference_at_common(complete_runs(first), runs)
-    time = _mean(run.final.train_time_ms for run in runs)
-    evaluated = _mean(run.final.tokens for run in runs)
+        common, difference = _difference_at_common(against, runs)
+    time = _mean(run.final and run.final.train_time_ms for run in runs)
+    evaluated = _mean(run.final and run.final.tokens for run in runs)
     return Row(
         name=group.name,
         implementation=_agreed(run.implementation for run in runs) or "several",
@@ -156,10 +175,22 @@ def _row(group: Group, target: float, first: Group | None, first_row: Row | None
         final_loss_test=test,
         common_tokens=common,
         difference_at_common=difference,
+        comparable=text is None and not of_other_length,
+        caution=_caution(group.name, (first or group).name, text, schedule, of_other_length),
     )
 
 
+def _caution(name: str, first: str, text: str | None, schedule: str | None, of_other_length: bool) -> str | None:
+    differences = [f"validated {text}"] * (text is not None) + [schedule] * (schedule is not None)
+    if not differences:
+        return None
+    verdict = "NO COMPARISON: " if text or of_other_length else ""
+    return f"{name if name == first else f'{first} and {name}'}: {verdict}" + "; ".join(differences)
+
+
 def _difference_at_common(first: Sequence[RunLog], runs: Sequence[RunLog]) -> tuple[float | None, float | None]:
+    if any(run.diverged for run in (*first, *runs)):
+        return None, None
     tokens = min(run.final.tokens for run in (*first, *runs))
     losses = [[loss_at(run.points, tokens) for run in side] for side in (first, runs)]
     if any(loss is None for side in losses for loss in side):
@@ -177,20 +208,6 @@ def _agreed(values: Iterable) -> Any:
     """The value they all have, else None."""
     values = set(values)
     return values.pop() if len(values) == 1 else None
-
-
-def _split_argument(argument: str) -> tuple[str | None, list[str]]:
-    """`NAME=LOG,LOG` in its parts; a path that exists is a path, whatever signs it holds."""
-    match = re.fullmatch(r"([^=/]+)=(.+)", argument, re.DOTALL)
-    if match is None or Path(argument).exists():
-        return None, [argument]
-    name, sources = match[1].strip(), match[2]
-    if not name or not name.isprintable():
-        raise UserError(f"{argument!r}: the name before '=' is empty or not printable; write NAME=LOG,LOG")
-    logs = [sources] if Path(sources).exists() else [source for source in sources.split(",") if source]
-    if not logs:
-        raise UserError(f"{argument!r} names no log; write NAME=LOG,LOG")
-    return name, logs
 
 
 def _named_groups(entries: Sequence[tuple[str | None, tuple[RunLog, ...]]]) -> list[Group]:

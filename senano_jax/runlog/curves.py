@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+from senano_jax.runlog.validation import Validation
+
 SAME_TOKENS = 1e-3  # counts closer than this part are one: PyTorch logs round to 0.01M tokens
 
 
@@ -30,11 +32,11 @@ class TrainPoint(NamedTuple):
 
 @dataclass(frozen=True)
 class RunLog:
-    """One run, whoever wrote its log. Points are in the order of the run; there is at least one evaluation."""
+    """One run, whoever wrote its log. Points are in the order of the run; there is at least one, unless it diverged."""
 
     name: str
     implementation: str
-    """"senano_jax", "PyTorch" or "CSV"."""
+    """"senano_jax", "PyTorch", "llm.c" or "CSV"."""
     group_key: str
     """Equal for runs that differ only in the seed and in where they were written."""
     points: tuple[ValidationPoint, ...]
@@ -48,12 +50,19 @@ class RunLog:
     parameters: int | None = None
     seed: int | None = None
     hardware: str | None = None
+    diverged: str | None = None
+    """Where its loss stopped being a number for good, such as "step 500"; `points` are those before."""
+    validation: Validation | None = None
+    """What it was validated on; None if the log does not say."""
+    planned_tokens: float | None = None
+    """The length of its schedule; None if the log does not say."""
     notes: tuple[str, ...] = ()
     """What the reader passed over, for the user to know."""
 
     @property
-    def final(self) -> ValidationPoint:
-        return self.points[-1]
+    def final(self) -> ValidationPoint | None:
+        """The last evaluation; None for a run that diverged before its first one."""
+        return self.points[-1] if self.points else None
 
 
 def tokens_to_loss(points: Sequence[ValidationPoint], target: float) -> float | None:

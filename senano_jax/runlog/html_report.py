@@ -8,7 +8,8 @@ from pathlib import Path
 from senano_jax.runlog.comparison import Group
 from senano_jax.runlog.curves import ValidationPoint
 from senano_jax.runlog.plots import COLOURS, DASHES, Series, difference_range, loss_range, series_of, time_unit
-from senano_jax.runlog.tables import Table, format_tokens
+from senano_jax.runlog.tables import Table
+from senano_jax.runlog.units import format_tokens
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _SVG_DASHES = {"-": "none", "--": "7 3", "-.": "7 3 2 3", ":": "2 3"}

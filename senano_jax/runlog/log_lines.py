@@ -1,6 +1,7 @@
 """The lines of a log somebody else may have damaged: bounded in memory, and every complaint names file and line."""
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from senano_jax.runlog.curves import TrainPoint, ValidationPoint
 MAX_LINE_BYTES = 1 << 16  # the longest line of a dumped source file or of our metrics is far below
 MAX_FILE_BYTES = 1 << 26  # a run of 20,000 steps writes 5 MB
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?")
+_NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 _ONE_RUN = "keep the lines of one run only:"
 _LARGEST = {  # beyond what any run reaches, and far below what floats cannot count
     "step": 1e12,
@@ -62,8 +64,17 @@ class Line(NamedTuple):
         return int(number)
 
 
+def is_not_finite(value: object) -> bool:
+    """Whether a log says by `value`, a string or a JSON value, that a loss is infinite or not a number."""
+    if isinstance(value, str):
+        return _NOT_FINITE.fullmatch(value) is not None
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def read_lines(path: Path) -> Iterator[Line]:
-    """The lines of a UTF-8 text file. Raises UserError for a file that is not one, or is too large to be a log."""
+    """The lines of a UTF-8 text file. A progress bar returns the carriage: what stands between two carriage returns is
+    a line of the same number. Raises UserError for a file that is not text, or is too large to be a log.
+    """
     if not path.exists():
         raise UserError(f"{path}: no such file; give a run folder, a PyTorch log or published:NAME")
     if not path.is_file():
@@ -71,10 +82,15 @@ def read_lines(path: Path) -> Iterator[Line]:
     read = 0
     try:
         with path.open("rb") as file:
-            for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
-                read += len(raw)
+            number = 1
+            while raw := file.readline(MAX_LINE_BYTES + 1):
                 if len(raw) > MAX_LINE_BYTES:
-                    raise UserError(f"{path}, line {number}: longer than {MAX_LINE_BYTES} bytes; this is not a log")
+                    end = raw.rfind(b"\r") + 1
+                    if not end:
+                        raise UserError(f"{path}, line {number}: longer than {MAX_LINE_BYTES} bytes; this is not a log")
+                    file.seek(end - len(raw), os.SEEK_CUR)
+                    raw = raw[:end]
+                read += len(raw)
                 if read > MAX_FILE_BYTES:
                     raise UserError(
                         f"{path}, line {number}: the file is larger than {MAX_FILE_BYTES >> 20} MiB; "
@@ -83,12 +99,16 @@ def read_lines(path: Path) -> Iterator[Line]:
                 if b"\0" in raw:
                     raise UserError(f"{path}, line {number}: a zero byte; the file is binary or damaged")
                 try:
-                    text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                    text = raw.decode("utf-8-sig" if read == len(raw) else "utf-8")
                 except UnicodeDecodeError as error:
                     raise UserError(
                         f"{path}, line {number}: byte {error.start + 1} is not UTF-8; the file is binary or damaged"
                     ) from None
-                yield Line(path, number, text.rstrip("\r\n"), raw.endswith(b"\n"))
+                pieces = text.rstrip("\r\n").split("\r")
+                for piece in pieces[:-1]:
+                    yield Line(path, number, piece, True)
+                yield Line(path, number, pieces[-1], raw.endswith((b"\n", b"\r")))
+                number += raw.endswith(b"\n")
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror or error}); check the disk and its permissions"
@@ -96,14 +116,19 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 class PointCollector:
-    """Gathers the points of a log and refuses those that cannot follow the ones before."""
+    """Gathers the points of a run and refuses those that cannot follow the ones before."""
 
     def __init__(self, path: Path):
         self._path = path
+        self._refused: tuple[Line, object] | None = None  # the first evaluation that is not finite
+        self.diverged: str | None = None  # where the loss stopped being finite, unless it was finite again
         self.validation: list[ValidationPoint] = []
         self.train: list[TrainPoint] = []
 
-    def add_validation(self, line: Line, point: ValidationPoint) -> None:
+    def add_validation(self, line: Line, step: int | None, tokens: int, loss: object, time: float | None) -> None:
+        """`loss` is what the log has for it; one that is not finite makes no point, but a diverged run."""
+        finite = not is_not_finite(loss)
+        point = ValidationPoint(step, tokens, line.number_of("val_loss", loss) if finite else math.nan, time)
         if self.validation:
             last = self.validation[-1]
             if point.step is not None and last.step is not None and point.step <= last.step:
@@ -112,15 +137,50 @@ class PointCollector:
                 line.damaged(f"tokens fall from {last.tokens} to {point.tokens}", _ONE_RUN)
             if (point.train_time_ms or 0) < (last.train_time_ms or 0) and point.train_time_ms is not None:
                 line.damaged(f"train_time falls from {last.train_time_ms:.0f} to {point.train_time_ms:.0f} ms")
+        if not finite:
+            self._refused = self._refused or (line, loss)
+            self.diverged = self.diverged or (f"{tokens:,} tokens" if step is None else f"step {step}")
+            return
+        if self._refused:
+            refused, spelt = self._refused
+            refused.number_of("val_loss", spelt)  # weights that are no numbers stay so: the line is damaged
+        self.diverged = None
         self.validation.append(point)
 
-    def add_train(self, line: Line, point: TrainPoint) -> None:
-        if self.train and point.step <= self.train[-1].step:
-            line.damaged(f"step {point.step} after step {self.train[-1].step}", _ONE_RUN)
-        self.train.append(point)
+    def add_train(
+        self,
+        line: Line,
+        step: int,
+        tokens: int | None,
+        loss: object,
+        time: float | None,
+        tokens_read: int | None = None,
+    ) -> None:
+        """`loss` is what the log has for it, None if it has none."""
+        if self.train and step <= self.train[-1].step:
+            line.damaged(f"step {step} after step {self.train[-1].step}", _ONE_RUN)
+        finite = not is_not_finite(loss)
+        if finite and loss is not None:
+            loss = line.number_of("loss", loss)
+            self.diverged = self.diverged if self._refused else None
+        elif not finite:
+            self.diverged = self.diverged or f"step {step}"
+        self.train.append(TrainPoint(step, tokens, loss if finite else None, time, tokens_read))
+
+    def go_back(self, step: int, evaluated: bool) -> bool:
+        """Forgets what came after `step`, the next one, which is evaluated or trained; False if nothing did."""
+        kept = len(self.validation), len(self.train)
+        while self.validation and self.validation[-1].step >= step:
+            self.validation.pop()
+        while self.train and self.train[-1].step >= step + evaluated:
+            self.train.pop()
+        if kept == (len(self.validation), len(self.train)):
+            return False
+        self.diverged = self._refused = None
+        return True
 
     def evaluations(self) -> tuple[ValidationPoint, ...]:
-        """All of them; raises UserError if there is none."""
-        if not self.validation:
+        """All of them; raises UserError if there is none and the run has not diverged."""
+        if not self.validation and not self.diverged:
             raise UserError(f"{self._path}: no validation loss in it; give the log of a run that has evaluated")
         return tuple(self.validation)

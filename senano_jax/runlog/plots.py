@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from senano_jax.errors import UserError
 from senano_jax.runlog.comparison import Group, complete_runs
 from senano_jax.runlog.curves import ValidationPoint, difference_curve, mean_curve, tokens_to_loss
-from senano_jax.runlog.tables import format_tokens
+from senano_jax.runlog.units import format_tokens
 
 # Okabe and Ito's colours without the yellow, which white paper swallows. With the dashes and the markers, whose counts
 # have no common factor with theirs, two systems stay apart in black and white too.
@@ -46,7 +46,8 @@ def series_of(groups: Sequence[Group], target: float) -> list[Series]:
         base = curve if base is None else base
         seed_differences = [difference_curve(seed, base) for seed in seeds]
         reached = [tokens_to_loss(run.points, target) for run in runs]
-        to_target = None if None in reached else sum(reached) / len(reached)
+        unknown = None in reached or any(run.diverged for run in runs)
+        to_target = None if unknown else sum(reached) / len(reached)
         series.append(Series(group.name, curve, seeds, difference, seed_differences, to_target))
     return series
 

@@ -1,11 +1,13 @@
-"""Reads any log that can be compared: a run folder of ours, a PyTorch log, a CSV of points, a published run."""
+"""Reads any log that can be compared: a run folder of ours, a text log, a CSV of points, a published run."""
 
 import csv
 import dataclasses
 from pathlib import Path
 
 from senano_jax.errors import UserError
-from senano_jax.runlog.curves import RunLog, ValidationPoint
+from senano_jax.files import expand_home
+from senano_jax.runlog.batch_plan import BatchPlan
+from senano_jax.runlog.curves import RunLog
 from senano_jax.runlog.log_lines import Line, PointCollector, read_lines
 from senano_jax.runlog.published import PUBLISHED
 from senano_jax.runlog.run_folder import read_run_folder
@@ -15,18 +17,31 @@ PUBLISHED_PREFIX = "published:"
 
 
 def read_log(source: str | Path, *, tokens_per_step: int | None = None) -> RunLog:
-    """The run that `source` names; `tokens_per_step` is for PyTorch logs that do not count tokens.
+    """The one run that `source` names. Raises UserError as `read_logs` does, and for a file of several runs."""
+    runs = read_logs(source, tokens_per_step=tokens_per_step)
+    if len(runs) > 1:
+        raise UserError(f"{source}: {len(runs)} runs in one file; keep the lines of one run only")
+    return runs[0]
+
+
+def read_logs(
+    source: str | Path, *, tokens_per_step: int | None = None, batch: BatchPlan | None = None
+) -> list[RunLog]:
+    """The runs that `source` names, at least one; `tokens_per_step` and, of this log alone, `batch` are for text logs
+    that do not count tokens.
 
     A folder is one of our runs (so are its metrics.jsonl and log.txt); `published:NAME` is a curve that comes with
     this package; NAME.csv has columns `tokens,val_loss` and, if known, `step` and `train_time_ms`; all else is a
-    PyTorch log. Raises UserError, naming file, line and reason, for what is missing or damaged.
+    text log, such as PyTorch programs write. Raises UserError, naming file, line and reason, for what is missing or
+    damaged.
     """
     text = str(source)
     if text.startswith(PUBLISHED_PREFIX):
-        return _read_published(text.removeprefix(PUBLISHED_PREFIX))
+        _refuse_batch(text, batch)
+        return [_read_published(text.removeprefix(PUBLISHED_PREFIX))]
     if not text or "\0" in text:
         raise UserError(f"{text!r} is not a path; give a run folder, a PyTorch log or published:NAME")
-    path = Path(text)
+    path = expand_home(text)
     try:
         if path.name in ("metrics.jsonl", "log.txt") and (path.parent / "config.json").is_file():
             path = path.parent
@@ -34,37 +49,52 @@ def read_log(source: str | Path, *, tokens_per_step: int | None = None) -> RunLo
     except OSError as error:
         raise UserError(f"{text[:200]}: cannot be read ({error.strerror})") from None
     if is_folder:
-        return read_run_folder(path)
+        _refuse_batch(text, batch)
+        return [read_run_folder(path)]
     if path.suffix == ".csv":
+        _refuse_batch(text, batch)
         return _read_csv(path)
-    return read_torch_log(path, path.stem, tokens_per_step)
+    return read_torch_log(path, path.stem, tokens_per_step, batch)
+
+
+def _refuse_batch(text: str, batch: BatchPlan | None) -> None:
+    if batch is not None:
+        raise UserError(f"{text} counts its tokens itself; leave away the @ behind its name")
 
 
 def _read_published(name: str) -> RunLog:
     published = PUBLISHED.get(name)
     if published is None:
         raise UserError(f"published:{name} is not known; choose from {', '.join(f'published:{n}' for n in PUBLISHED)}")
+    (run,) = read_torch_log(published.path, f"published {name}")
     return dataclasses.replace(
-        read_torch_log(published.path, f"published {name}", None),
+        run,
         parameters=published.parameters,
         tokens_read=published.tokens_read,
         hardware=published.hardware,
+        validation=published.validation,
     )
 
 
-def _read_csv(path: Path) -> RunLog:
-    """A curve known only as points, such as one read off a figure; it counts as complete."""
-    collector, columns = PointCollector(path), None
+def _read_csv(path: Path) -> list[RunLog]:
+    """Curves known only as points, such as one read off a figure; they count as complete. Each line that names the
+    columns begins one."""
+    collectors, columns = [], None
     for line in read_lines(path):
         cells = _cells(line)
-        if columns is None:
+        if columns in (None, cells):
             columns = cells
             if not {"tokens", "val_loss"} <= set(columns):
                 line.damaged(
                     "the first line must name the columns tokens and val_loss (step and train_time_ms if known)"
                 )
+            collectors.append(PointCollector(path))
         elif cells:
-            collector.add_validation(line, _csv_point(line, dict(zip(columns, cells))))
+            _add_csv_point(collectors[-1], line, dict(zip(columns, cells)))
+    return [_csv_log(path, collector) for collector in collectors or [PointCollector(path)]]
+
+
+def _csv_log(path: Path, collector: PointCollector) -> RunLog:
     points = collector.evaluations()
     return RunLog(
         name=path.stem,
@@ -72,10 +102,11 @@ def _read_csv(path: Path) -> RunLog:
         group_key=f"file {path.resolve()}",
         points=points,
         train_points=(),
-        tokens_trained=points[-1].tokens,
+        tokens_trained=points[-1].tokens if points else 0,
         tokens_read=None,
-        complete=True,
-        steps_total=points[-1].step,
+        complete=not collector.diverged,
+        steps_total=points[-1].step if points else None,
+        diverged=collector.diverged,
     )
 
 
@@ -86,10 +117,11 @@ def _cells(line: Line) -> list[str]:
         line.damaged("not a line of comma-separated values")
 
 
-def _csv_point(line: Line, row: dict[str, str]) -> ValidationPoint:
-    return ValidationPoint(
+def _add_csv_point(collector: PointCollector, line: Line, row: dict[str, str]) -> None:
+    collector.add_validation(
+        line,
         step=line.count_of("step", row["step"]) if row.get("step") else None,
         tokens=line.count_of("tokens", row.get("tokens", "")),
-        val_loss=line.number_of("val_loss", row.get("val_loss", "")),
-        train_time_ms=line.number_of("train_time_ms", row["train_time_ms"]) if row.get("train_time_ms") else None,
+        loss=row.get("val_loss", ""),
+        time=line.number_of("train_time_ms", row["train_time_ms"]) if row.get("train_time_ms") else None,
     )

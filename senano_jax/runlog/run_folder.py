@@ -7,8 +7,10 @@ from senano_jax.config import FREE_NAMES, settings
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
 from senano_jax.files import read_json_object
-from senano_jax.runlog.curves import RunLog, TrainPoint, ValidationPoint
-from senano_jax.runlog.log_lines import Line, PointCollector, read_lines
+from senano_jax.runlog.curves import RunLog
+from senano_jax.runlog.data_record import read_data
+from senano_jax.runlog.log_lines import Line, PointCollector, is_not_finite, read_lines
+from senano_jax.runlog.validation import Text, Validation
 
 
 def read_run_folder(folder: Path, name: str | None = None) -> RunLog:
@@ -31,14 +33,15 @@ def read_run_folder(folder: Path, name: str | None = None) -> RunLog:
             line.damaged(f"step {step}, in a run of {steps_total} steps (config.json)")
         tokens = line.count_of("tokens_trained", record.get("tokens_trained"))
         if "val_loss" in record:
-            loss, time = line.number_of("val_loss", record["val_loss"]), record.get("train_time_ms")
+            time = record.get("train_time_ms")
             time = None if time is None else line.number_of("train_time_ms", time)
-            collector.add_validation(line, ValidationPoint(step, tokens, loss, time))
+            collector.add_validation(line, step, tokens, record["val_loss"], time)
         else:
-            loss = line.number_of("loss", record["loss"])
             position = line.count_of("tokens_read", record["tokens_read"]) if "tokens_read" in record else None
             read = max(read, tokens if position is None else position)
-            collector.add_train(line, TrainPoint(step, tokens, loss, None, position))
+            if not is_not_finite(record["loss"]):
+                line.number_of("loss", record["loss"])
+            collector.add_train(line, step, tokens, record["loss"], None, position)
         trained = max(trained, tokens)
     points = collector.evaluations()
     parameters, seed, preset = config.get("parameters"), config.get("seed"), config.get("preset")
@@ -50,11 +53,14 @@ def read_run_folder(folder: Path, name: str | None = None) -> RunLog:
         train_points=tuple(collector.train),
         tokens_trained=trained,
         tokens_read=read or None,
-        complete=points[-1].step == steps_total,
+        complete=bool(points) and points[-1].step == steps_total and not collector.diverged,
         steps_total=steps_total,
         parameters=parameters if _is_count(parameters) else None,
         seed=seed if _is_count(seed) else None,
         hardware=_hardware(folder / "environment.json"),
+        diverged=collector.diverged,
+        validation=_validation(folder, config.get("data"), notes),
+        planned_tokens=steps_total * config["batch_tokens"] if _is_count(config.get("batch_tokens")) else None,
         notes=tuple(notes),
     )
 
@@ -87,6 +93,18 @@ def _without(value: object, names: set[str]) -> object:
     if isinstance(value, dict):
         return {key: _without(item, names) for key, item in value.items() if key not in names}
     return value
+
+
+def _validation(folder: Path, settings: object, notes: list[str]) -> Validation:
+    """From data.json and config.json; what is damaged there is a note, as the curve does not need it."""
+    tokens = settings.get("val_tokens") if isinstance(settings, dict) else None
+    try:
+        shards = read_data(folder)
+    except UserError as error:
+        notes.append(f"what it was validated on is not known: {error}")
+        shards = None
+    texts = None if shards is None else tuple(Text(shard.name, shard.sha256) for shard in shards["val"])
+    return Validation(texts, tokens if _is_count(tokens) else None)
 
 
 def _hardware(path: Path) -> str | None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from senano_jax.runlog.comparison import Row
+from senano_jax.runlog.units import format_time, format_tokens
 
 SIGNIFICANCE = 0.01  # the speedrun's rule for a claimed record
 
@@ -27,19 +28,6 @@ def to_markdown(table: Table) -> str:
     """A GitHub table; the first column is the name, the others are figures."""
     lines = [table.headers, ("---",) + ("---:",) * (len(table.headers) - 1), *table.rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def format_tokens(tokens: float, decimals: int = 2, like: float | None = None) -> str:
-    """650.18M; below a tenth of a million in full. `like` is the figure whose unit to share (a count and its error)."""
-    if abs(tokens if like is None else like) < 1e5:
-        return f"{tokens:,.0f}"
-    return f"{tokens / 1e6:,.{decimals}f}M"
-
-
-def format_time(milliseconds: float) -> str:
-    """1:49:16, in hours, minutes and seconds."""
-    minutes, seconds = divmod(round(milliseconds / 1000), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def _results(rows: Sequence[Row], target: float) -> Table:
@@ -76,6 +64,8 @@ def _costs(rows: Sequence[Row]) -> Table:
 
 
 def _final_loss(row: Row) -> str:
+    if row.final_loss is None:
+        return "diverged"
     loss = f"{row.final_loss.mean:.4f}"
     if row.final_loss.sd is not None:
         loss += f" ± {row.final_loss.sd:.4f} (n={row.n})"
@@ -83,6 +73,8 @@ def _final_loss(row: Row) -> str:
 
 
 def _to_target(row: Row) -> str:
+    if row.final_loss is None:
+        return "-"
     if row.tokens_to_target is None:
         return f"reached by {row.reached} of {row.n}" if row.reached else "not reached"
     text, half_width = format_tokens(row.tokens_to_target.mean), row.tokens_to_target.half_width()
@@ -104,6 +96,8 @@ def _tests(rows: Sequence[Row], target: float) -> Table:
 
 
 def _p_below_target(row: Row) -> str:
+    if row.final_loss is None:
+        return "-"
     if row.p_below_target is None:
         return "needs 2 complete runs" if row.n < 2 or not row.complete else "no spread"
     verdict = "<" if row.p_below_target < SIGNIFICANCE else "not <"
@@ -120,6 +114,8 @@ def _against_first(row: Row) -> tuple[str, str, str]:
 
 
 def _saved(row: Row) -> str:
+    if not row.comparable:
+        return "no comparison"
     if row.tokens_saved is None or row.saved_fraction is None:
         return "-"
     sign = "+" if row.tokens_saved > 0 else ""

@@ -13,7 +13,7 @@ from senano_jax.model.build import abstract_params, count_parameters, make_model
 from senano_jax.runlog.curves import RunLog
 from senano_jax.runlog.data_record import PARTS, Shards, read_data
 from senano_jax.runlog.run_folder import read_run_folder
-from senano_jax.runlog.tables import format_time, format_tokens
+from senano_jax.runlog.units import format_time, format_tokens
 
 MAX_PARAMETERS = 162_000_000
 MAX_LOSS = 3.28
@@ -68,6 +68,8 @@ def parameter_rules(config: Config, run: RunLog) -> list[Verdict]:
 
 def loss_rule(config: Config, run: RunLog) -> Verdict:
     rule, final = f"validation loss: <= {MAX_LOSS}", run.final
+    if run.diverged:
+        return Verdict(rule, "fail", f"diverged: the loss is no number from {run.diverged} on")
     figure = f"{final.val_loss:.4f} after {format_tokens(final.tokens)} tokens"
     if not run.complete:
         return Verdict(rule, "not verifiable", f"{figure}; {_progress(run)}", final.val_loss)
@@ -139,7 +141,7 @@ def fineweb_rule(data: Shards | None) -> Verdict:
 def time_rule(config: Config, run: RunLog, devices: Sequence[str]) -> Verdict:
     """The training clock, which stops for evaluations; `devices` are the kinds of those the run used."""
     rule = f"training on {DEVICES} x {DEVICE_KIND}: < {MAX_TIME_MS // 60_000} minutes"
-    time, kinds = run.final.train_time_ms, " and ".join(dict.fromkeys(devices))
+    time, kinds = run.final and run.final.train_time_ms, " and ".join(dict.fromkeys(devices))
     if not time or not devices:
         return Verdict(rule, "not verifiable", "the run folder does not say how long it took, or on what")
     figure = f"{format_time(time)} on {len(devices)} x {kinds} for {format_tokens(run.final.tokens)} tokens"
@@ -165,7 +167,7 @@ def _status(passed: bool) -> Status:
 
 
 def _progress(run: RunLog) -> str:
-    return f"the run is at step {run.final.step} of {run.steps_total}"
+    return f"the run is at step {run.final.step if run.final else 0} of {run.steps_total}"
 
 
 def _twice(data: Shards | None) -> tuple[str, str] | None:

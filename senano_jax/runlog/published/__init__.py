@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from senano_jax.data.fineweb import VALIDATION_SHARD
+from senano_jax.runlog.validation import Text, Validation
+
 
 @dataclass(frozen=True)
 class Published:
@@ -12,6 +15,7 @@ class Published:
     parameters: int
     tokens_read: int
     hardware: str
+    validation: Validation
     source: str
 
     @property
@@ -26,6 +30,7 @@ PUBLISHED = {
         parameters=162_165_555,
         tokens_read=752_025_600,
         hardware="2 x RTX 4090",
+        validation=Validation((Text(VALIDATION_SHARD, None),), 10_485_760),
         source="github.com/lapp0/sample-efficient-nanogpt, log 83dda42f",
     ),
 }
