@@ -133,7 +133,7 @@ class RunFolder:
 def environment() -> dict:
     """Packages, devices, commit and flags of this process."""
     return {
-        "command": shlex.join(["python", "-m", f"senano_jax.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": shlex.join(["python", *_program(), *sys.argv[1:]]),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "git_commit": _git_commit(),
@@ -142,6 +142,13 @@ def environment() -> dict:
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _program() -> list[str]:
+    """What Python was told to run: a module of this package, or a script."""
+    program = Path(sys.argv[0])
+    is_module = program.resolve().parent == Path(__file__).resolve().parents[1]
+    return ["-m", f"senano_jax.{program.stem}"] if is_module else [str(program)]
 
 
 def _version(package: str) -> str | None:

@@ -1,0 +1,281 @@
+"""A study: variants of a preset, each a list of differences, read from a TOML file and checked as a whole.
+
+    name = "rates"
+    preset = "recurrent"
+    tokens = 78_643_200                     # of every run
+    seeds = [0, 1]
+    budgets = [39_321_600, 157_286_400]     # of the first variant alone: what its tokens are worth (optional)
+    keep_weights = false                    # the checkpoints of finished runs are deleted (default)
+
+    [common]                                # differences of all variants from their preset
+    data.train_files = "data/fineweb10B/fineweb_train_*.bin"
+    val_every = 50
+
+    [[variants]]                            # the first one is the base
+    name = "base"
+
+    [[variants]]
+    name = "slow"
+    optimizer.matrices.rate = 0.04          # a field by its path, as in config.json
+
+    [[variants]]
+    name = "slow-long-window"
+    from = "slow"                           # its differences first, then these; `preset` swaps the preset
+    final_window_tokens = 2304
+
+A field that may be None takes the text "None"; one that takes one of several classes takes a table with its `kind`.
+"""
+
+import dataclasses
+import difflib
+import re
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ablation.cost import at_budget
+from senano_jax.config import Config, changed, check_config, settings
+from senano_jax.config_file import parse
+from senano_jax.errors import UserError
+from senano_jax.presets import preset
+
+# Fields that are not the study's to change, and what decides them.
+_DECIDED = {
+    "steps": "tokens decides it",
+    "seed": "seeds decides it",
+    "run_dir": "--out decides it",
+    "resume": "the queue decides it",
+    "devices": "a run has one device",
+}
+_KEYS = {"name": str, "preset": str, "tokens": int, "seeds": list, "variants": list}
+_OPTIONAL = {"budgets": list, "keep_weights": bool, "common": dict}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # also part of a folder's name
+_MOST_TOKENS = 10**12
+_JUDGED_ON = ("data.train_files", "data.val_files", "data.val_tokens")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a variant, complete with its schedule, at one budget and seed."""
+
+    name: str
+    """Of its folder."""
+    variant: str
+    preset: str
+    tokens: int
+    seed: int
+    config: Config
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    text: str
+    """Its differences as the study gives them."""
+
+
+@dataclass(frozen=True)
+class Study:
+    path: Path
+    name: str
+    preset: str
+    tokens: int
+    seeds: tuple[int, ...]
+    budgets: tuple[int, ...]
+    """Those of the base, in order, `tokens` among them; empty if the study names none."""
+    keep_weights: bool
+    variants: tuple[Variant, ...]
+    jobs: tuple[Job, ...]
+
+    def job(self, variant: str, seed: int, tokens: int | None = None) -> Job:
+        """The run of a variant at the study's budget or, of the base, at another."""
+        wanted = (variant, seed, tokens or self.tokens)
+        return next(job for job in self.jobs if (job.variant, job.seed, job.tokens) == wanted)
+
+
+def read_study(path: Path) -> Study:
+    """Reads and checks a study: every configuration in it can be built and works.
+
+    Raises UserError naming the file, the variant and the field. Looks at no shard.
+    """
+    document = _read(path)
+    tokens, seeds, budgets = document["tokens"], document["seeds"], document.get("budgets", [])
+    _check_counts(path, "tokens", [tokens], least=1, most=_MOST_TOKENS)
+    _check_counts(path, "seeds", seeds, least=0, most=2**31 - 1)
+    _check_counts(path, "budgets", budgets, least=1, most=_MOST_TOKENS)
+    if not seeds:
+        raise UserError(f"{path}: seeds is empty; name one seed at least")
+    tables = _variant_tables(path, document["variants"])
+    jobs, configs = [], {}
+    for number, name in enumerate(tables):
+        where = f"{path}, variant {name!r}"
+        start, config = _configuration(where, document, tables, name)
+        _check_distinct(where, config, configs)
+        configs[name] = config
+        for budget in [tokens] if number else sorted({tokens, *budgets}):
+            try:
+                planned = at_budget(config, budget)
+                check_config(planned)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            middle = "" if budget == tokens else f"-{budget}"
+            jobs += [
+                Job(f"{name}{middle}-seed{seed}", name, start, budget, seed, dataclasses.replace(planned, seed=seed))
+                for seed in seeds
+            ]
+    if (twice := _repeated([job.name for job in jobs])) is not None:
+        raise UserError(f"{path}: two runs would have the folder {twice}; give the variants other names")
+    return Study(
+        path=path,
+        name=document["name"],
+        preset=document["preset"],
+        tokens=tokens,
+        seeds=tuple(seeds),
+        budgets=tuple(sorted({tokens, *budgets})) if budgets else (),
+        keep_weights=document.get("keep_weights", False),
+        variants=tuple(Variant(name, _text(table)) for name, table in tables.items()),
+        jobs=tuple(jobs),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The document, its keys all known and of the right types."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); give the file of a study") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not TOML: {' '.join(str(error).split())}") from None
+    known = _KEYS | _OPTIONAL
+    for key, value in document.items():
+        if key not in known:
+            raise UserError(f"{path}: unknown key {key!r}; known are {', '.join(known)}")
+        if type(value) is not known[key]:
+            raise UserError(f"{path}: {key} is {_shown(value)}; it takes {known[key].__name__}")
+    if missing := [key for key in _KEYS if key not in document]:
+        raise UserError(f"{path}: {missing[0]} is missing; a study has {', '.join(_KEYS)}")
+    _check_name(path, "name", document["name"])
+    return document
+
+
+def _variant_tables(path: Path, tables: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """The table of each variant by its name, in order."""
+    if not tables or not all(isinstance(table, dict) for table in tables):
+        raise UserError(f"{path}: variants is {_shown(tables)}; give one table [[variants]] a variant, the base first")
+    for number, table in enumerate(tables, start=1):
+        if "name" not in table:
+            raise UserError(f"{path}: variant {number} has no name; give it one")
+        _check_name(path, f"the name of variant {number}", table["name"])
+        for key in ("from", "preset"):
+            if not isinstance(table.get(key, ""), str):
+                raise UserError(f"{path}, variant {table['name']!r}: {key} is {_shown(table[key])}; it takes str")
+    if (twice := _repeated([table["name"] for table in tables])) is not None:
+        raise UserError(f"{path}: two variants are called {twice!r}; give each its own name")
+    return {table["name"]: table for table in tables}
+
+
+def _configuration(
+    where: str, document: Mapping[str, Any], tables: Mapping[str, dict[str, Any]], name: str
+) -> tuple[str, Config]:
+    """The preset's name and the configuration of a variant, but for steps and seed."""
+    chain = [name]  # from the variant to the one at the start
+    while (origin := tables[chain[-1]].get("from")) is not None:
+        if origin not in tables:
+            raise UserError(f"{where}: from is {origin!r}; the variants are {', '.join(tables)}")
+        if origin in chain:
+            raise UserError(f"{where}: from leads back to {origin!r}; derive one of them from the preset")
+        chain.append(origin)
+    start = next((tables[link]["preset"] for link in chain if "preset" in tables[link]), document["preset"])
+    try:
+        config = preset(start)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    own = [{key: v for key, v in tables[link].items() if key not in ("name", "from", "preset")} for link in chain]
+    for table in [document.get("common", {}), *reversed(own)]:
+        config = changed(config, _typed(where, config, table))
+    try:
+        check_config(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return start, config
+
+
+def _typed(where: str, config: Any, table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of `table` by their paths, each of the type of its field in `config`."""
+    kinds, values = typing.get_type_hints(type(config)), {}
+    for key, value in table.items():
+        name, _, rest = key.partition(".")
+        path, value = prefix + name, {rest: value} if rest else value
+        if name not in kinds:
+            near = difflib.get_close_matches(name, kinds, n=1)
+            known = f"did you mean {prefix}{near[0]}?" if near else f"it has {', '.join(kinds)}"
+            raise UserError(f"{where}: {type(config).__name__} has no field {path}; {known}")
+        if path in _DECIDED:
+            raise UserError(f"{where}: {path} cannot be a difference: {_DECIDED[path]}")
+        current = getattr(config, name)
+        if isinstance(value, dict) and dataclasses.is_dataclass(current) and "kind" not in value:
+            values |= _typed(where, current, value, path + ".")
+        elif value == "None" and type(None) in typing.get_args(kinds[name]):
+            values[path] = None
+        else:
+            try:
+                values[path] = parse(kinds[name], value, Path(where), path)
+            except UserError as error:
+                kind = getattr(kinds[name], "__name__", None) if isinstance(kinds[name], type) else None
+                raise UserError(f"{str(error).partition(';')[0]}; it takes {kind or kinds[name]}") from None
+    return values
+
+
+def _check_distinct(where: str, config: Config, earlier: Mapping[str, Config]) -> None:
+    """Raises UserError if a variant computes what an earlier one does, or is judged on other data."""
+    for name, other in earlier.items():
+        if settings(config) == settings(other):
+            raise UserError(f"{where} computes the same as {name!r}; leave one of them out")
+    base = next(iter(earlier.values()), config)
+    for path in _JUDGED_ON:
+        field = path.removeprefix("data.")
+        own, others = getattr(config.data, field), getattr(base.data, field)
+        if own != others:
+            raise UserError(f"{where}: {path} is {own!r}, that of the base {others!r}; set it in [common]")
+
+
+def _check_counts(path: Path, key: str, values: Sequence[Any], least: int, most: int) -> None:
+    for value in values:
+        if type(value) is not int or not least <= value <= most:
+            raise UserError(f"{path}: {key} has {_shown(value)}; it takes whole numbers from {least} to {most:,}")
+    if (twice := _repeated(values)) is not None:
+        raise UserError(f"{path}: {key} has {twice} twice; name each once")
+
+
+def _check_name(path: Path, what: str, name: Any) -> None:
+    if not (isinstance(name, str) and _NAME.fullmatch(name) and len(name) <= 80):
+        raise UserError(f"{path}: {what} is {_shown(name)}; use letters, digits and . _ + - (it names a folder)")
+
+
+def _repeated(values: Sequence[Any]) -> Any:
+    """The first value that is there twice; None if there is none."""
+    return next((value for number, value in enumerate(values) if value in values[:number]), None)
+
+
+def _text(table: Mapping[str, Any]) -> str:
+    """The differences of a variant's table in words, such as "slow; final_window_tokens = 2304"."""
+    words = [f"{key} {table[key]}" for key in ("from", "preset") if key in table]
+    rest = {key: value for key, value in table.items() if key not in ("name", "from", "preset")}
+    return "; ".join(words + _assignments(rest, ""))
+
+
+def _assignments(table: Mapping[str, Any], prefix: str) -> list[str]:
+    texts = []
+    for key, value in table.items():
+        if isinstance(value, dict) and "kind" not in value:
+            texts += _assignments(value, f"{prefix}{key}.")
+        else:
+            texts.append(f"{prefix}{key} = {value}")
+    return texts
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:60]
