@@ -177,11 +177,11 @@ def test_the_stream_gives_all_whole_sequences(corpus):
 
 def test_more_tokens_than_there_are_is_refused_with_the_shards_it_takes(corpus):
     paths, _ = corpus
-    require_tokens("t_*.bin", paths, TOTAL - 1)  # n tokens take n + 1: the last target
+    require_tokens("t_*.bin", paths, TOTAL - 1, 22)  # n tokens take n + 1: the last target
     with pytest.raises(UserError, match=r"'t_\*\.bin' matches 3 shards with 181 tokens, the run needs 182 .* 2 "):
-        require_tokens("t_*.bin", paths, TOTAL)
+        require_tokens("t_*.bin", paths, TOTAL, 22)
     with pytest.raises(UserError, match=r"never repeated: give it 10 shards of 101 tokens"):
-        require_tokens("t_*.bin", paths, 1009)
+        require_tokens("t_*.bin", paths, 1009, 22)
 
 
 def test_validation_is_the_first_tokens_in_order(corpus):
