@@ -18,13 +18,13 @@ from senano_jax.config import Config
 from senano_jax.config_check import check_config
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.files import check_output_file, write_atomically
+from senano_jax.jax_settings import start_jax
 from senano_jax.plan import Plan
 from senano_jax.presets import PRESETS, preset
 from senano_jax.profiling.measure import Report, Scope, measure, to_json
 from senano_jax.profiling.report import remarks, tables
 from senano_jax.runlog.tables import Table
 from senano_jax.runlog.writer import environment
-from senano_jax.train import configure_jax
 
 _PIPE_WIDTH = 200  # columns when the output is no terminal: nothing is cut
 
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> Report:
     config = Config(**_config_fields(args))
     check_config(config)
     _check(args)
-    configure_jax(config.dtype, config.compilation_cache)
+    start_jax(config.dtype, config.compilation_cache)
 
     plan = Plan(config)
     stage = plan.stages[-1 if args.stage is None else args.stage]
@@ -110,6 +110,7 @@ def main(arguments: Sequence[str]) -> Report:
 def _choose_preset(arguments: list[str]) -> tuple[str, list[str]]:
     if arguments and not arguments[0].startswith("-"):
         return arguments[0], arguments[1:]
+    start_jax()
     return "recurrent" if jax.default_backend() == "gpu" else "demo", arguments
 
 

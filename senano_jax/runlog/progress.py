@@ -2,8 +2,16 @@
 
 import rich.console
 import rich.progress
+from rich.text import Text
 
 from senano_jax.plan import Plan
+
+
+class _Left(rich.progress.TimeRemainingColumn):
+    """The time that is left, while steps are made."""
+
+    def render(self, task: rich.progress.Task) -> Text:
+        return Text() if task.fields["doing"] else Text("left ") + super().render(task)
 
 
 class Progress:
@@ -14,19 +22,19 @@ class Progress:
         self._plan = plan
         self._console = rich.console.Console(highlight=False, quiet=not visible, soft_wrap=True)
         self._bar = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("step {task.fields[step]}/{task.fields[steps]}"),
                 rich.progress.BarColumn(bar_width=30),
                 rich.progress.TextColumn("{task.fields[figures]}"),
-                rich.progress.TextColumn("left"),
-                rich.progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                rich.progress.TextColumn("{task.fields[doing]}"),
+                _Left(compact=True),
                 console=self._console,
                 transient=True,
                 speed_estimate_period=120,
             )
             self._task = self._bar.add_task(
-                "train", total=plan.total_tokens, step=0, steps=plan.steps, figures="compiling"
+                "train", total=plan.total_tokens, step=0, steps=plan.steps, figures="", doing="compiling"
             )
 
     def starting_at(self, step: int) -> "Progress":
@@ -50,7 +58,13 @@ class Progress:
             self._console.print(line, markup=False)
         else:
             figures = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s"
-            self._bar.update(self._task, completed=self._plan.tokens_after(step), step=step, figures=figures)
+            completed = self._plan.tokens_after(step)
+            self._bar.update(self._task, completed=completed, step=step, figures=figures, doing="")
+
+    def doing(self, what: str) -> None:
+        """Shows on the live line what is done between two steps."""
+        if self._bar is not None:
+            self._bar.update(self._task, doing=what, refresh=True)
 
     def say(self, line: str) -> None:
         self._console.print(line, markup=False)

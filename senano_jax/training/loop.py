@@ -13,7 +13,9 @@ from senano_jax.data.identity import needed_shards
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import TokenStream, require_tokens
 from senano_jax.errors import UserError
+from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import count_parameters
+from senano_jax.output import lasting_output
 from senano_jax.plan import Plan
 from senano_jax.runlog.progress import Progress
 from senano_jax.runlog.sinks import Sinks
@@ -23,8 +25,8 @@ from senano_jax.training.mesh import place_batch
 from senano_jax.training.processes import StopVote, together
 from senano_jax.training.recorder import Recorder, RunningStep, wait_for_step
 from senano_jax.training.resume import Bookmark, begin_or_resume, check_same_run, open_run
-from senano_jax.training.state import averaged_params
-from senano_jax.training.stop import StopRequest
+from senano_jax.training.state import params_to_evaluate
+from senano_jax.training.stop import Stopped, StopRequest
 from senano_jax.training.wiring import Wiring, wire
 
 
@@ -32,16 +34,11 @@ def train(config: Config, preset: str) -> Path:
     """Runs `config` (derived from the preset of that name), or goes on with it, and returns its run folder.
 
     Raises UserError, before anything is allocated, for values, files or devices that cannot work; and, during the
-    run, for a loss that is no longer finite, bad tokens, or a folder that can no longer be written.
+    run, for a loss that is no longer finite, bad tokens, or a folder that can no longer be written. Raises Stopped if
+    a signal asked it to stop, once the run is saved. JAX's settings are changed for the whole process.
     """
-    if jax.process_count() > 1 and config.run_dir is None:
-        raise UserError("a run of several processes needs --run-dir, the same folder for all of them")
-    with together():
-        check_config(config)
-        if config.resume is not None:
-            check_same_run(config, Path(config.run_dir))
-        sinks = Sinks(config)
-        shards = _sufficient_shards(Plan(config))
+    start_jax(config.dtype, config.compilation_cache)
+    sinks, shards = _checked(config)
     wiring = wire(config)
     plan = wiring.plan
     with together():
@@ -49,6 +46,7 @@ def train(config: Config, preset: str) -> Path:
     vote = StopVote(wiring.mesh)
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(lasting_output(notice=True))
         progress = Progress(plan, visible=jax.process_index() == 0)
         run = stack.enter_context(open_run(config, preset, _needed_shards(plan, shards)))
         begun = begin_or_resume(wiring, preset, run, progress.say)
@@ -76,20 +74,22 @@ def train(config: Config, preset: str) -> Path:
             stopping, val_loss = recorder.stopping, None
             if evaluation_due and not evaluated and (last or not stopping):
                 clock.stop()
-                averaged, window = averaged_params(state), plan.evaluation_window(step)
-                val_loss = evaluate(state.params if averaged is None else averaged, window)
+                progress.doing("evaluating")
+                window = plan.evaluation_window(step)
+                val_loss = evaluate(params_to_evaluate(state), window)
                 recorder.evaluation(step, val_loss, window)
                 if 0 < step == first_step:  # its checkpoint was saved in haste, without
                     run.checkpoints.add_loss(step, val_loss)
                 clock.start()
             if (checkpoint_due or stopping) and step > first_step:
-                at, on_disk = stream.get_state()["next_token"], run.folder.position()
-                run.save(state, Bookmark(step, at, clock.milliseconds, val_loss is not None, on_disk), val_loss)
+                progress.doing("saving")
+                run.save(step, state, stream.get_state()["next_token"], clock.milliseconds, val_loss)
             if last or stopping:
                 break
             evaluated = False
 
             stage, inputs = plan.stage(step), plan.inputs(step)
+            progress.doing("compiling" if step in (first_step, stage.first) else "")
             stream.resize(stage.seq_len, stage.sequences)
             tokens = place_batch(wiring.mesh, next(stream).tokens, wiring.micro_batches[stage.index])
             state, metrics = wiring.train_steps[stage.index](state, tokens, *inputs)
@@ -99,23 +99,34 @@ def train(config: Config, preset: str) -> Path:
             window = int(inputs.window_blocks)
             recorder.queued(RunningStep(step + 1, finished, window, stream.get_state()["next_token"]))
 
+        progress.doing("saving")
         run.checkpoints.steps()  # waits for the last save
-        if recorder.stopping and not last:
+        if stopping and not last:
             progress.say(
                 f"{stop.received or 'another process'}: stopped after step {step}, saved; resume with: "
                 f"python -m senano_jax.train --run-dir {run.folder.path} --resume"
             )
         elif peak := _peak_memory_mib():
             recorder.say(f"peak memory allocated: {peak} MiB")
+    if stopping or stop.received is not None:
+        raise Stopped(run.folder.path, stop.received or "another process")
     return run.folder.path
 
 
-def _sufficient_shards(plan: Plan) -> list[Path]:
-    """Those to train on. Raises UserError if they do not hold what the run needs."""
-    pattern = plan.config.data.train_files
-    shards = find_shards(pattern)
-    require_tokens(pattern, shards, plan.stream_tokens, plan.longest_sequence)
-    return shards
+def _checked(config: Config) -> tuple[Sinks, list[Path]]:
+    """The tools to watch the run with, and the shards to train on. Raises UserError for what cannot work whatever the
+    devices are."""
+    if jax.process_count() > 1 and config.run_dir is None:
+        raise UserError("a run of several processes needs --run-dir, the same folder for all of them")
+    with together():
+        check_config(config)
+        if config.resume is not None:
+            check_same_run(config, Path(config.run_dir))
+        sinks = Sinks(config)
+        plan, pattern = Plan(config), config.data.train_files
+        shards = find_shards(pattern)
+        require_tokens(pattern, shards, plan.stream_tokens, plan.longest_sequence)
+    return sinks, shards
 
 
 def _needed_shards(plan: Plan, shards: Sequence[Path]) -> dict[str, list[Path]]:

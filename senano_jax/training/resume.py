@@ -37,10 +37,11 @@ class OpenRun(NamedTuple):
     checkpoints: Checkpoints
     data_record: DataRecord
 
-    def save(self, state: TrainState, bookmark: Bookmark, val_loss: float | None) -> None:
+    def save(self, step: int, state: TrainState, next_token: int, train_ms: float, val_loss: float | None) -> None:
         """Starts to save a checkpoint; `val_loss` is that of its weights, if they have been evaluated."""
+        bookmark = Bookmark(step, next_token, train_ms, val_loss is not None, self.folder.position())
         self.data_record.wait()
-        self.checkpoints.save(bookmark.step, state, bookmark._asdict(), val_loss, averaged_params(state))
+        self.checkpoints.save(step, state, bookmark._asdict(), val_loss, averaged_params(state))
 
     def newest_checkpoint(self) -> int | None:
         return next(iter(self.checkpoints.steps()), None)

@@ -55,6 +55,11 @@ def averaged_params(state: TrainState) -> Params | None:
     return jax.tree.map(lambda w, p: w.astype(p.dtype), weights, state.params)
 
 
+def params_to_evaluate(state: TrainState) -> Params:
+    averaged = averaged_params(state)
+    return state.params if averaged is None else averaged
+
+
 def with_params(state: TrainState, params: Params, mesh: Mesh) -> TrainState:
     """The state with other weights (NumPy arrays are fine)."""
     return state._replace(params=jax.device_put(params, state_shardings(state, mesh).params))
