@@ -96,8 +96,7 @@ def train(config: Config, preset: str) -> Path:
             for value in metrics:  # starts the copy now: one asked for later would wait for the steps queued behind
                 value.copy_to_host_async()
             finished = waiter.submit(wait_for_step, metrics, vote(stop.received is not None), clock)
-            window = int(inputs.window_blocks)
-            recorder.queued(RunningStep(step + 1, finished, window, stream.get_state()["next_token"]))
+            recorder.queued(RunningStep(step + 1, finished, inputs, stream.get_state()["next_token"]))
 
         progress.doing("saving")
         run.checkpoints.steps()  # waits for the last save

@@ -11,7 +11,7 @@ import numpy as np
 from senano_jax.config import MuonAdamConfig
 from senano_jax.errors import UserError
 from senano_jax.optim.schedules import learning_rate_factor, muon_momentum
-from senano_jax.plan import Plan
+from senano_jax.plan import Plan, StepInputs
 from senano_jax.runlog.progress import Progress
 from senano_jax.runlog.sinks import Sinks
 from senano_jax.runlog.writer import RunFolder
@@ -31,7 +31,7 @@ class RunningStep(NamedTuple):
 
     step: int  # counted from 1
     finished: Future[FinishedStep]
-    window: int  # blocks of 128 tokens
+    inputs: StepInputs
     tokens_read: int  # position of the stream after it
 
 
@@ -104,7 +104,7 @@ class Recorder:
             loss=loss,
             grad_norm=grad_norm,
             **{name: float(values[step - 1]) for name, values in self._schedules.items()},
-            window=running.window,
+            window=int(running.inputs.window_blocks),
             step_ms=round(step_ms, 3),
             tokens_per_s=round(tokens_per_s, 1),
         )
