@@ -39,7 +39,7 @@ from senano_jax import train
 from senano_jax.config_file import read_config
 from senano_jax.errors import one_line_errors
 from senano_jax.model.build import make_model
-from senano_jax.optim.groups import make_optimizer
+from senano_jax.optim.recipe import make_optimizer
 from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.mesh import DATA_AXIS, make_mesh
 from senano_jax.training.state import abstract_state

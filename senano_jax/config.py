@@ -10,16 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from senano_jax.model.config import Gpt2Config, LayerSchedule, ModelConfig, TransformerConfig
-from senano_jax.optim.config import AdamWConfig, MuonAdamConfig
+from senano_jax.optim.config import Recipe
 
 __all__ = [
-    "AdamWConfig",
     "Config",
     "DataConfig",
     "Gpt2Config",
     "LayerSchedule",
     "ModelConfig",
-    "MuonAdamConfig",
+    "Recipe",
     "Stage",
     "TransformerConfig",
     "changed",
@@ -76,7 +75,7 @@ class Config:
 
     model: ModelConfig | Gpt2Config
     data: DataConfig
-    optimizer: MuonAdamConfig | AdamWConfig
+    optimizer: Recipe
     steps: int
     """Optimiser steps; every schedule is stretched over them."""
     batch_tokens: int

@@ -51,10 +51,53 @@ def upgraded(document: dict[str, Any]) -> dict[str, Any]:
     model, optimizer = document.get("model"), document.get("optimizer")
     if isinstance(model, dict) and "kind" not in model:
         document = document | {"model": {"kind": "ModelConfig" if "layers" in model else "Gpt2Config"} | model}
-    if isinstance(optimizer, dict) and "kind" not in optimizer:
-        kind = "MuonAdamConfig" if "muon_lr" in optimizer else "AdamWConfig"
-        document = document | {"optimizer": {"kind": kind} | optimizer}
+    if isinstance(optimizer, dict):
+        document = document | {"optimizer": _upgraded_optimizer(optimizer)}
     return document
+
+
+# Where the flat fields of earlier optimisers are now; what Adam's groups shared, each of them has.
+_MUON_AND_ADAM = {
+    "muon_lr": ["matrices.rate"],
+    "head_lr": ["head.rate"],
+    "embed_lr": ["embeddings.rate"],
+    "scalar_lr": ["scalars.rate"],
+    "adam_b1": ["head.b1", "embeddings.b1", "scalars.b1"],
+    "adam_b2": ["head.b2", "embeddings.b2", "scalars.b2"],
+    "adam_eps": ["head.eps", "embeddings.eps", "scalars.eps"],
+    "momentum_start": ["matrices.momentum.start"],
+    "momentum_end": ["matrices.momentum.end"],
+    "momentum_warmup_steps": ["matrices.momentum.warmup_steps"],
+    "cooldown_fraction": ["schedule.fraction"],
+    "final_lr_factor": ["schedule.floor"],
+}
+_ADAMW = {
+    "learning_rate": ["matrices.rate"],
+    "warmup_steps": ["schedule.warmup_steps"],
+    "b1": ["matrices.b1"],
+    "b2": ["matrices.b2"],
+    "eps": ["matrices.eps"],
+    "weight_decay": ["matrices.decay"],
+}
+
+
+def _upgraded_optimizer(flat: dict[str, Any]) -> dict[str, Any]:
+    """A recipe, if given the fields of an optimiser from before there were recipes."""
+    if "matrices" in flat or not {"muon_lr", "learning_rate"} & flat.keys():
+        return flat
+    if "muon_lr" in flat:
+        moved, recipe = _MUON_AND_ADAM, {"matrices": {"kind": "MuonRule"}, "schedule": {"kind": "Cooldown"}}
+    else:
+        moved, recipe = _ADAMW, {"matrices": {"kind": "AdamRule"}, "schedule": {"kind": "WarmupCosine"}}
+        recipe["mean_gradients"] = True
+    for name in moved.keys() & flat.keys():
+        for path in moved[name]:
+            *parts, last = path.split(".")
+            place = recipe
+            for part in parts:
+                place = place.setdefault(part, {})
+            place[last] = flat[name]
+    return recipe | {name: value for name, value in flat.items() if name not in moved and name != "kind"}
 
 
 def parse(kind: Any, value: Any, path: Path, field: str) -> Any:
@@ -70,6 +113,8 @@ def parse(kind: Any, value: Any, path: Path, field: str) -> Any:
                 "was it written by another version?"
             )
         kind = classes[name]
+    elif isinstance(value, dict):
+        kind = next(filter(dataclasses.is_dataclass, typing.get_args(kind)), kind)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise UserError(f"{path}: {field or 'the document'} is not an object; restore the file that the run wrote")

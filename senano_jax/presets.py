@@ -4,16 +4,16 @@ import dataclasses
 from collections.abc import Callable
 
 from senano_jax.config import (
-    AdamWConfig,
     Config,
     DataConfig,
     Gpt2Config,
     LayerSchedule,
     ModelConfig,
-    MuonAdamConfig,
+    changed,
 )
 from senano_jax.data import sample
 from senano_jax.errors import UserError
+from senano_jax.optim.config import AdamRule, Cooldown, MuonRule, Ramp, Recipe, WarmupCosine
 
 
 def llmc() -> Config:
@@ -29,8 +29,11 @@ def llmc() -> Config:
             val_tokens=10_485_760,
             val_seq_len=1024,
         ),
-        optimizer=AdamWConfig(
-            learning_rate=6e-4, warmup_steps=700, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0
+        optimizer=Recipe(
+            matrices=AdamRule(rate=6e-4, b1=0.9, b2=0.95, eps=1e-8, decay=0.1),
+            schedule=WarmupCosine(warmup_steps=700),
+            mean_gradients=True,
+            clip_norm=1.0,
         ),
         steps=20_000,
         batch_tokens=512 * 1024,
@@ -53,19 +56,12 @@ def value_embeddings() -> Config:
             value_embeddings=3,
         ),
         data=dataclasses.replace(base.data, val_seq_len=262_144),
-        optimizer=MuonAdamConfig(
-            muon_lr=0.05,
-            head_lr=0.22,
-            embed_lr=0.6,
-            scalar_lr=0.04,
-            adam_b1=0.8,
-            adam_b2=0.95,
-            adam_eps=1e-10,
-            momentum_start=0.85,
-            momentum_end=0.95,
-            momentum_warmup_steps=300,
-            cooldown_fraction=0.4,
-            final_lr_factor=0.1,
+        optimizer=Recipe(
+            matrices=MuonRule(rate=0.05, momentum=Ramp(start=0.85, end=0.95, warmup_steps=300)),
+            head=AdamRule(rate=0.22, b1=0.8, b2=0.95, eps=1e-10),
+            embeddings=AdamRule(rate=0.6, b1=0.8, b2=0.95, eps=1e-10),
+            scalars=AdamRule(rate=0.04, b1=0.8, b2=0.95, eps=1e-10),
+            schedule=Cooldown(fraction=0.4, floor=0.1),
         ),
         steps=1770,
         batch_tokens=8 * 49_152,
@@ -125,12 +121,18 @@ def demo() -> Config:
     )
 
 
+def polar_express() -> Config:
+    """The record with another orthogonalisation in Muon: Polar Express (Amsel et al., arXiv 2505.16932)."""
+    return changed(recurrent(), {"optimizer.matrices.iteration": "polar-express"})
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "recurrent": recurrent,
     "no-value-embeddings": no_value_embeddings,
     "value-embeddings": value_embeddings,
     "llmc": llmc,
     "demo": demo,
+    "polar-express": polar_express,
 }
 
 

@@ -102,6 +102,16 @@ def newton_schulz(matrix) -> np.ndarray:
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
+def odd_polynomials(matrix, coefficients, margin: float, epsilon: float) -> np.ndarray:
+    """U f(S) V^T of a matrix with the singular values S after division by margin ||.||_F + epsilon, f the composition
+    of s -> a s + b s^3 + c s^5; by a decomposition, not by products."""
+    u, singular, vt = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
+    singular = singular / (margin * np.sqrt(np.sum(singular**2)) + epsilon)
+    for a, b, c in coefficients:
+        singular = a * singular + b * singular**3 + c * singular**5
+    return u * singular @ vt
+
+
 def relative_error(result, expected) -> float:
     """In the Frobenius norm."""
     result, expected = np.asarray(result, np.float64), np.asarray(expected, np.float64)

@@ -1,7 +1,5 @@
 """AdamW over summed gradients, against the formula in float64 and against PyTorch."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +8,12 @@ import pytest
 from oracle_gpt2 import adamw_step, cosine_lr, global_norm_clip
 from oracles import relative_error
 
-from senano_jax.optim.adamw import adamw
-from senano_jax.optim.groups import make_optimizer
+from senano_jax.config import changed
+from senano_jax.optim.recipe import make_optimizer
 from senano_jax.presets import preset
 
-CONFIG = dataclasses.replace(preset("llmc").optimizer, learning_rate=0.01, warmup_steps=4)
+CONFIG = changed(preset("llmc").optimizer, {"matrices.rate": 0.01, "schedule.warmup_steps": 4})
+RULE, WARMUP_STEPS = CONFIG.matrices, CONFIG.schedule.warmup_steps
 STEPS, TOKENS = 12, 1000
 SHAPES = {"matrix": (30, 20), "bias": (20,)}
 
@@ -51,7 +50,7 @@ def test_it_is_the_formula(trajectory):
             {name: g.astype(np.float64) for name, g in gradient.items()}, CONFIG.clip_norm
         )
         clipped_steps += norm > CONFIG.clip_norm
-        rate = cosine_lr(step, STEPS, CONFIG.learning_rate, CONFIG.warmup_steps)
+        rate = cosine_lr(step, STEPS, RULE.rate, WARMUP_STEPS)
         params, m, v = adamw_step(params, gradient, m, v, step + 1, rate)
         for name, expected in params.items():
             np.testing.assert_allclose(ours[name], expected, rtol=1e-5, atol=1e-6)
@@ -64,16 +63,16 @@ def test_it_is_pytorch(trajectory):
     start, gradients, after = trajectory
     params = {name: torch.nn.Parameter(torch.from_numpy(array.copy())) for name, array in start.items()}
     groups = [
-        {"params": [params["matrix"]], "weight_decay": CONFIG.weight_decay},
+        {"params": [params["matrix"]], "weight_decay": RULE.decay},
         {"params": [params["bias"]], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, betas=(CONFIG.b1, CONFIG.b2), eps=CONFIG.eps)
+    optimizer = torch.optim.AdamW(groups, betas=(RULE.b1, RULE.b2), eps=RULE.eps)
     for step, (gradient, ours) in enumerate(zip(gradients, after)):
         for name, parameter in params.items():
             parameter.grad = torch.from_numpy(gradient[name].copy())
         torch.nn.utils.clip_grad_norm_(params.values(), CONFIG.clip_norm)
         for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, STEPS, CONFIG.learning_rate, CONFIG.warmup_steps)
+            group["lr"] = cosine_lr(step, STEPS, RULE.rate, WARMUP_STEPS)
         optimizer.step()
         for name, parameter in params.items():
             assert relative_error(ours[name], parameter.detach().numpy()) < 2e-6
@@ -82,7 +81,7 @@ def test_it_is_pytorch(trajectory):
 def test_embeddings_decay_and_one_dimensional_tensors_do_not():
     """Under gradients of zero every matrix and table shrinks by rate x decay, and nothing else moves."""
     params = {"embedding": jnp.ones((4, 3)), "layer_0": {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)}}
-    optimizer = adamw(dataclasses.replace(CONFIG, warmup_steps=0), STEPS)
+    optimizer = make_optimizer(changed(CONFIG, {"schedule.warmup_steps": 0}), STEPS)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params, tokens=TOKENS)
     for moved, parameter in zip(jax.tree.leaves(updates), jax.tree.leaves(params)):
@@ -93,7 +92,7 @@ def test_the_number_of_tokens_does_not_matter():
     """Twice the sum over twice the tokens is the same step: a step may be split or enlarged."""
     params = {"matrix": jnp.ones((4, 3))}
     gradients = {"matrix": jnp.arange(12.0).reshape(4, 3)}
-    optimizer = adamw(CONFIG, STEPS)
+    optimizer = make_optimizer(CONFIG, STEPS)
     state = optimizer.init(params)
     once, _ = optimizer.update(gradients, state, params, tokens=10)
     twice, _ = optimizer.update(jax.tree.map(lambda g: 2 * g, gradients), state, params, tokens=20)

@@ -73,7 +73,8 @@ def test_llmc_is_the_published_run():
     assert (config.data.val_tokens, config.data.val_seq_len) == (10_485_760, 1024)
     model, optimizer = config.model, config.optimizer
     assert (model.dim, model.num_heads, model.head_dim, model.num_layers, model.max_length) == (768, 12, 64, 12, 1024)
-    assert (optimizer.b1, optimizer.b2, optimizer.weight_decay, optimizer.clip_norm) == (0.9, 0.95, 0.1, 1.0)
+    rule = optimizer.matrices
+    assert (rule.b1, rule.b2, rule.decay, optimizer.clip_norm) == (0.9, 0.95, 0.1, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,13 @@ def test_counts_must_be_positive(field, value):
 @pytest.mark.parametrize(
     "field",
     [
-        *("val_every", "checkpoint_every", "data.discard_micro_batch", "optimizer.momentum_warmup_steps", "seed"),
+        *(
+            "val_every",
+            "checkpoint_every",
+            "data.discard_micro_batch",
+            "optimizer.matrices.momentum.warmup_steps",
+            "seed",
+        ),
         *("model.layers.loop", "model.layers.visits", "model.value_embeddings"),
     ],
 )
@@ -138,8 +145,8 @@ def test_some_counts_may_be_zero_but_not_negative(field):
         ({"batch_tokens": 400_000}, ["--batch-tokens 400000", "--seq-len 24576", "the nearest is 393216"]),
         ({"batch_tokens": 100}, ["--batch-tokens 100", "the nearest is 24576"]),
         ({"data.val_tokens": 10_000_000}, ["--data.val-tokens 10000000", "131072", "the nearest is 9961472"]),
-        ({"optimizer.cooldown_fraction": 1.5}, ["--optimizer.cooldown-fraction is 1.5", "0 to 1"]),
-        ({"optimizer.cooldown_fraction": float("nan")}, ["--optimizer.cooldown-fraction is nan", "0 to 1"]),
+        ({"optimizer.schedule.fraction": 1.5}, ["--optimizer.schedule.fraction is 1.5", "0 to 1"]),
+        ({"optimizer.schedule.fraction": float("nan")}, ["--optimizer.schedule.fraction is nan", "0 to 1"]),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -162,9 +169,9 @@ def test_what_cannot_work_is_refused_in_one_line(changes, fragments):
         ({"model.num_layers": 0}, ["--model.num-layers is 0", "at least 1"]),
         ({"model.max_length": -1}, ["--model.max-length is -1", "at least 1"]),
         ({"model.num_heads": 7}, ["--model.dim 768", "--model.num-heads 7"]),
-        ({"optimizer.b2": 1.1}, ["--optimizer.b2 is 1.1", "0 to 1"]),
+        ({"optimizer.matrices.b2": 1.1}, ["--optimizer.matrices.b2 is 1.1", "0 to 1"]),
         ({"optimizer.clip_norm": float("inf")}, ["--optimizer.clip-norm is inf", "0 or more"]),
-        ({"optimizer.warmup_steps": -1}, ["--optimizer.warmup-steps is -1", "must not be negative"]),
+        ({"optimizer.schedule.warmup_steps": -1}, ["--optimizer.schedule.warmup-steps is -1", "must not be negative"]),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )

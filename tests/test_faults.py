@@ -219,9 +219,9 @@ def test_what_is_no_name_of_a_file_is_refused(name):
 def test_a_number_too_large_for_a_float_is_refused_by_field(tmp_path):
     write_config(tmp_path / "config.json", demo(), "demo", 1)
     document = json.loads((tmp_path / "config.json").read_text())
-    document["optimizer"]["muon_lr"] = 10**400
+    document["optimizer"]["matrices"]["rate"] = 10**400
     (tmp_path / "config.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match=r"optimizer\.muon_lr is '1000.*'; restore the file") as caught:
+    with pytest.raises(UserError, match=r"optimizer\.matrices\.rate is '1000.*'; restore the file") as caught:
         read_config(tmp_path / "config.json")
     one_line(caught)
 

@@ -1,5 +1,7 @@
 """Which rule moves which parameter, how far, and when."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 from oracles import relative_error
 
 from senano_jax.model.build import abstract_params, make_model
-from senano_jax.optim.groups import make_optimizer, parameter_group
+from senano_jax.optim.groups import GROUPS, parameter_group
+from senano_jax.optim.recipe import make_optimizer, schedule_values
 from senano_jax.optim.schedules import learning_rate_factor
-from senano_jax.presets import preset
+from senano_jax.presets import PRESETS, preset
 
 OPTIMIZER = preset("recurrent").optimizer
 
@@ -24,16 +27,113 @@ def test_every_parameter_has_its_rule(name, muon, embed, scalar):
     and one layer has no attention."""
     groups = {}
     for path, leaf in jax.tree.leaves_with_path(abstract_params(make_model(preset(name).model, "bfloat16"))):
-        groups.setdefault(parameter_group(path, leaf), []).append((path[-1].key, leaf.ndim))
+        groups.setdefault(OPTIMIZER.leader(parameter_group(path)), []).append((path[-1].key, leaf.ndim))
     assert {group: len(members) for group, members in groups.items()} == {
-        "muon": muon,
-        "embed": embed,
+        "matrices": muon,
+        "embeddings": embed,
         "head": 1,
-        "scalar": scalar,
+        "scalars": scalar,
     }
     mixing = "value_lambdas" if name == "value-embeddings" else "value_residual"
-    assert {key for key, _ in groups["muon"]} == {"qkv", "out", "up", "down"}
-    assert {key for key, _ in groups["scalar"]} == {"lambdas", mixing, "skip_weights"}
+    assert {key for key, _ in groups["matrices"]} == {"qkv", "out", "up", "down"}
+    assert {key for key, _ in groups["scalars"]} == {"lambdas", mixing, "skip_weights"}
+
+
+def path(*names):
+    return tuple(jax.tree_util.DictKey(name) for name in names)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_parameter_of_every_preset_belongs_to_one_group(name):
+    """And what Muon may take has rows and columns."""
+    config = PRESETS[name]()
+    for names, leaf in jax.tree.leaves_with_path(abstract_params(make_model(config.model, config.dtype))):
+        group = parameter_group(names)
+        assert group in GROUPS
+        assert leaf.ndim >= 2 or group == "scalars"
+
+
+@pytest.mark.parametrize(
+    ("name", "fitting"),
+    [
+        (("layer_0", "attention", "mixer"), "no group"),
+        (("layer_0", "head"), "no group"),
+        (("bias_embedding",), "no group"),
+        (("layer_0", "attention", "qkv", "gain"), "no group"),
+    ],
+)
+def test_a_parameter_of_no_group_is_refused(name, fitting):
+    """By its path, when the state is made, so that no parameter gets another kind's rule in silence."""
+    params = {"embedding": jnp.zeros((4, 3)), "head": jnp.zeros((3, 4))}
+    place = params
+    for part in name[:-1]:
+        place = place.setdefault(part, {})
+    place[name[-1]] = jnp.zeros((3, 3))
+    with pytest.raises(ValueError, match=f"parameter {'/'.join(name)} fits the patterns of {fitting}"):
+        make_optimizer(OPTIMIZER, 5).init(params)
+
+
+@pytest.mark.parametrize(
+    ("names", "group"),
+    [
+        (("value_embedding_0",), "tables"),
+        (("layer_1", "attention", "head_gate"), "gates"),
+        (("smear_gate",), "gates"),
+        (("loop", "layer_1", "mlp", "down"), "matrices"),
+    ],
+)
+def test_groups_that_follow_another_until_they_have_a_rule_of_their_own(names, group):
+    """Tables of values follow the embeddings, gates the scalars; matrices are themselves."""
+    followed = {"tables": "embeddings", "gates": "scalars", "matrices": "matrices"}
+    assert parameter_group(path(*names)) == group
+    assert OPTIMIZER.leader(group) == followed[group]
+    rule = dataclasses.replace(OPTIMIZER.scalars, rate=0.5)
+    own = dataclasses.replace(OPTIMIZER, tables=rule, gates=rule)
+    assert own.leader(group) == group
+    one = dataclasses.replace(OPTIMIZER, head=None, embeddings=None, scalars=None)
+    assert one.leader(group) == "matrices"
+
+
+def test_a_group_with_a_rule_of_its_own_moves_by_its_rate():
+    """Here the gates and the tables, beside scalars and embeddings that move by theirs."""
+    rng = np.random.default_rng(0)
+    names = {"smear_gate": 0.5, "skip_weights": 0.04, "value_embedding_0": 0.125, "embedding": 0.6}
+    gradients = {name: jnp.asarray(rng.standard_normal((4, 4)), jnp.float32) for name in names}
+    recipe = dataclasses.replace(
+        OPTIMIZER,
+        gates=dataclasses.replace(OPTIMIZER.scalars, rate=0.5),
+        tables=dataclasses.replace(OPTIMIZER.scalars, rate=0.125),
+    )
+    optimizer = make_optimizer(recipe, 5)
+    updates, _ = optimizer.update(gradients, optimizer.init(gradients), gradients)
+    for name, rate in names.items():
+        np.testing.assert_allclose(updates[name], -rate * np.sign(gradients[name]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["recurrent", "llmc"])
+def test_a_rate_given_with_the_step_multiplies_all_rates(name):
+    """Traced or not, in every group, decay included; and without one nothing is multiplied."""
+    gradients = constant_gradient()
+    optimizer = make_optimizer(preset(name).optimizer, steps=2000)
+    state = optimizer.init(gradients)
+    expected, expected_state = optimizer.update(gradients, state, gradients, tokens=10, rate=None)
+    half, state = jax.jit(
+        lambda rate: optimizer.update(gradients, optimizer.init(gradients), gradients, tokens=10, rate=rate)
+    )(0.5)
+    for moved, other in zip(jax.tree.leaves(half), jax.tree.leaves(expected)):
+        assert relative_error(moved, 0.5 * other) < 1e-5
+    for kept, other in zip(jax.tree.leaves(state), jax.tree.leaves(expected_state)):
+        assert relative_error(kept, other) < 1e-6
+
+
+def test_the_log_records_the_schedules():
+    """The factor of the learning rates of every step, and Muon's momentum; AdamW has none."""
+    values = schedule_values(OPTIMIZER, 1700)
+    assert values.keys() == {"lr", "momentum"}
+    for step in (0, 150, 1020, 1021, 1699):
+        assert values["lr"][step] == learning_rate_factor(step, 1700, OPTIMIZER.schedule)
+        assert values["momentum"][step] == pytest.approx(min(0.95, 0.85 + step / 3000))
+    assert schedule_values(preset("llmc").optimizer, 5).keys() == {"lr"}
 
 
 def tree(fill):
@@ -64,7 +164,7 @@ def test_rates_and_their_schedule():
     for step in range(5):
         updates, state = update(gradients, state, params)
         first = first or updates
-        factor = float(learning_rate_factor(step, 5, OPTIMIZER))
+        factor = float(learning_rate_factor(step, 5, OPTIMIZER.schedule))
         assert factor == pytest.approx([1, 1, 1, 1, 0.55][step])
         adam = {
             0.6: (updates["embedding"], gradients["embedding"]),

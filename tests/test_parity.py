@@ -11,8 +11,8 @@ import pytest
 import reference
 
 from senano_jax.model.gpt import Gpt
-from senano_jax.optim.groups import make_optimizer
-from senano_jax.optim.schedules import learning_rate_factor, muon_momentum
+from senano_jax.optim.recipe import make_optimizer
+from senano_jax.optim.schedules import learning_rate_factor, ramp
 from senano_jax.plan import window_blocks
 from senano_jax.presets import preset
 from senano_jax.training.mesh import DATA_AXIS, make_mesh, place_batch, replicated
@@ -118,8 +118,8 @@ def test_the_schedules_are_those_recorded(name):
     for recorded in meta["train"]:
         step, steps = recorded["step"], meta["num_iterations"]
         assert window_blocks(step, steps, FINAL_WINDOW) == recorded["window_blocks"]
-        assert float(learning_rate_factor(step, steps, OPTIMIZER)) == pytest.approx(recorded["lr"], rel=1e-6)
-        assert float(muon_momentum(step, OPTIMIZER)) == pytest.approx(recorded["momentum"], rel=1e-6)
+        assert float(learning_rate_factor(step, steps, OPTIMIZER.schedule)) == pytest.approx(recorded["lr"], rel=1e-6)
+        assert float(ramp(step, OPTIMIZER.matrices.momentum)) == pytest.approx(recorded["momentum"], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", FLOAT32)

@@ -21,7 +21,7 @@ FLAGS = [
     "--final-window-tokens=256", "--data.val-tokens=1024", "--data.val-seq-len=512", "--val-every=0",
     # The first gradients of the scalars are rounding noise, which Adam turns into whole steps: another order of sums
     # would be another run.
-    "--optimizer.scalar-lr=0",
+    "--optimizer.scalars.rate=0",
 ]  # fmt: skip
 # Two checkpoints, of which one process cannot read the newer.
 GOING_BACK = """

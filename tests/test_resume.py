@@ -18,7 +18,7 @@ from senano_jax.data import sample
 from senano_jax.data.shards import open_shard, write_shard
 from senano_jax.errors import UserError
 from senano_jax.model.build import make_model
-from senano_jax.optim.groups import make_optimizer
+from senano_jax.optim.recipe import make_optimizer
 from senano_jax.runlog.writer import RunFolder
 from senano_jax.training import loop
 from senano_jax.training.checkpoint import Checkpoints
@@ -234,10 +234,10 @@ def test_other_micro_batches(copy, undisturbed):
 def test_another_configuration_is_refused_and_named(copy):
     before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
     with pytest.raises(UserError) as caught:
-        resume(copy, "--resume", "--seed=1", "--optimizer.muon-lr=0.1")
+        resume(copy, "--resume", "--seed=1", "--optimizer.matrices.rate=0.1")
     message = str(caught.value)
     assert "another configuration (" in message and "\n" not in message
-    assert "optimizer.muon_lr 0.05 -> 0.1" in message and "seed 0 -> 1" in message and "dim" not in message
+    assert "optimizer.matrices.rate 0.05 -> 0.1" in message and "seed 0 -> 1" in message and "dim" not in message
     assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
 
 

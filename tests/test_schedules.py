@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import pytest
 from oracle_gpt2 import cosine_lr
 
-from senano_jax.optim.schedules import learning_rate_factor, muon_momentum
+from senano_jax.optim.schedules import learning_rate_factor, ramp
 from senano_jax.plan import window_blocks
 from senano_jax.presets import preset
 
 OPTIMIZER = preset("recurrent").optimizer
+SCHEDULE, MOMENTUM = OPTIMIZER.schedule, OPTIMIZER.matrices.momentum
 
 
 def published_factor(step, steps):
@@ -39,7 +40,7 @@ def published_window(step, steps):
 @pytest.mark.parametrize("steps", [6, 200, 1700])
 def test_learning_rates_are_constant_then_fall_linearly(steps):
     """Traced like in the step: one compilation for all of them, float32."""
-    factor = jax.jit(lambda step: learning_rate_factor(step, steps, OPTIMIZER))
+    factor = jax.jit(lambda step: learning_rate_factor(step, steps, SCHEDULE))
     for step in range(0, steps + 1, max(1, steps // 50)):
         assert float(factor(step)) == pytest.approx(published_factor(step, steps), abs=1e-6)
     assert factor(0).dtype == jnp.float32
@@ -49,13 +50,13 @@ def test_learning_rates_are_constant_then_fall_linearly(steps):
 
 def test_the_cooldown_begins_at_60_percent():
     """Exactly 1 up to step 1020 of 1700, less from the next one on."""
-    assert [float(learning_rate_factor(step, 1700, OPTIMIZER)) for step in (1019, 1020)] == [1.0, 1.0]
-    assert float(learning_rate_factor(1021, 1700, OPTIMIZER)) < 1
+    assert [float(learning_rate_factor(step, 1700, SCHEDULE)) for step in (1019, 1020)] == [1.0, 1.0]
+    assert float(learning_rate_factor(1021, 1700, SCHEDULE)) < 1
 
 
 def test_without_cooldown_the_rate_stays():
     """A fraction of 0 divides nothing by zero: 1 at every step that is taken."""
-    constant = dataclasses.replace(OPTIMIZER, cooldown_fraction=0.0)
+    constant = dataclasses.replace(SCHEDULE, fraction=0.0)
     assert {float(learning_rate_factor(step, 10, constant)) for step in range(10)} == {1.0}
 
 
@@ -64,18 +65,18 @@ def test_llmc_warms_up_and_falls_as_a_cosine(steps):
     """1/700 at step 0, 1 from step 699 on, half at the middle of the rest, and 0 at the end: 6e-4 times that is the
     published rate."""
     config = preset("llmc").optimizer
-    factor = jax.jit(lambda step: learning_rate_factor(step, steps, config))
+    factor = jax.jit(lambda step: learning_rate_factor(step, steps, config.schedule))
     for step in (*range(0, 702, 50), 699, 700, *range(700, steps + 1, max(1, steps // 50)), steps):
         published = cosine_lr(step, steps) / 6e-4
         assert float(factor(step)) == pytest.approx(published, abs=1e-6)
     assert factor(0).dtype == jnp.float32
     assert [float(factor(step)) for step in (699, 700, steps)] == [1, 1, 0]
-    assert config.learning_rate == 6e-4
+    assert config.matrices.rate == 6e-4
 
 
 def test_a_run_shorter_than_its_warm_up_only_warms_up():
     """And one without warm-up begins at the full rate."""
-    config = preset("llmc").optimizer
+    config = preset("llmc").optimizer.schedule
     assert [float(learning_rate_factor(step, 20, config)) for step in (0, 19)] == pytest.approx([1 / 700, 20 / 700])
     at_once = dataclasses.replace(config, warmup_steps=0)
     assert [float(learning_rate_factor(step, 20, at_once)) for step in (0, 10, 20)] == pytest.approx(
@@ -86,15 +87,13 @@ def test_a_run_shorter_than_its_warm_up_only_warms_up():
 @pytest.mark.parametrize("step", [0, 1, 150, 299, 300, 301, 1699])
 def test_momentum_warms_up_over_300_steps(step):
     """0.85 at step 0, 0.95 from step 300 on."""
-    assert float(jax.jit(lambda s: muon_momentum(s, OPTIMIZER))(step)) == pytest.approx(
-        published_momentum(step), abs=1e-7
-    )
+    assert float(jax.jit(lambda s: ramp(s, MOMENTUM))(step)) == pytest.approx(published_momentum(step), abs=1e-7)
 
 
 def test_without_warm_up_the_momentum_is_the_final_one_after_the_first_step():
     """Zero steps of warm-up divide nothing by zero."""
-    at_once = dataclasses.replace(OPTIMIZER, momentum_warmup_steps=0)
-    assert float(muon_momentum(1, at_once)) == pytest.approx(0.95)
+    at_once = dataclasses.replace(MOMENTUM, warmup_steps=0)
+    assert float(ramp(1, at_once)) == pytest.approx(0.95)
 
 
 @pytest.mark.parametrize("steps", [1700, 1900])

@@ -1,6 +1,5 @@
 """The training step: one function of a set of sequences, however they are dealt out, compiled once."""
 
-import dataclasses
 import functools
 import subprocess
 import sys
@@ -15,8 +14,8 @@ import tiny
 from oracles import relative_error
 from tiny import random_params, random_sequences
 
-from senano_jax.config import LayerSchedule
-from senano_jax.optim.groups import make_optimizer
+from senano_jax.config import LayerSchedule, changed
+from senano_jax.optim.recipe import make_optimizer
 from senano_jax.plan import window_blocks
 from senano_jax.presets import preset
 from senano_jax.training.mesh import DATA_AXIS, make_mesh, place_batch, place_sequences, replicated
@@ -121,7 +120,9 @@ def test_other_systems_learn_and_do_not_see_the_split(name):
     """
     model, mesh = SYSTEMS[name], make_mesh(1)
     config = preset(name).optimizer
-    optimizer = make_optimizer(dataclasses.replace(config, warmup_steps=1) if name == "llmc" else config, 10, DATA_AXIS)
+    if name == "llmc":
+        config = changed(config, {"schedule.warmup_steps": 1})
+    optimizer = make_optimizer(config, 10, DATA_AXIS)
     before, sequences = random_params(model), random_sequences(4, LENGTH, vocabulary=500)
     states, losses = [], []
     for micro_batches in (1, 2):

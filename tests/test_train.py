@@ -148,7 +148,7 @@ def test_the_newest_checkpoints_are_kept(run_dir):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_last_checkpoint(tmp_path):
-    arguments = [*PLAIN, "--checkpoint-every=1", "--optimizer.embed-lr=1e38", f"--run-dir={tmp_path / 'run'}"]
+    arguments = [*PLAIN, "--checkpoint-every=1", "--optimizer.embeddings.rate=1e38", f"--run-dir={tmp_path / 'run'}"]
     with pytest.raises(UserError, match=r"step \d+ has loss .*nan.*; the newest checkpoint is that of step \d+;"):
         train.main(arguments)
     steps, _ = records(tmp_path / "run")

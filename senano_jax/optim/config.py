@@ -1,82 +1,149 @@
-"""What an optimiser is told, and the checks that refuse what cannot work."""
+"""What an optimiser is told: a recipe of rules, one for each group of parameters, and what is refused because it cannot
+work.
+
+The field docstrings are the texts of `--help`; a rule that is None takes no flags.
+"""
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from senano_jax.errors import UserError, check_counts
+from senano_jax.optim.groups import GROUPS
+
+_FROM_0_TO_1 = {"most": 1}
 
 
 @dataclass(frozen=True)
-class MuonAdamConfig:
-    """Muon for the matrices of the layers and Adam for the rest, on sums over the tokens of a step."""
+class Cooldown:
+    """Learning rates stay, then fall linearly."""
 
-    muon_lr: float
-    """Muon's learning rate, for the matrices of the blocks."""
-    head_lr: float
-    """Adam's learning rate for the output head."""
-    embed_lr: float
-    """Adam's learning rate for the embeddings."""
-    scalar_lr: float
-    """Adam's learning rate for the scalars: lambdas, value-residual and skip weights."""
-    adam_b1: float
-    """Adam's decay of the first moment."""
-    adam_b2: float
-    """Adam's decay of the second moment."""
-    adam_eps: float
-    """Adam's epsilon, outside the root; gradients are sums over the tokens of a step, never means."""
-    momentum_start: float
-    """Muon's momentum at step 0."""
-    momentum_end: float
-    """Muon's momentum after the warm-up."""
-    momentum_warmup_steps: int
-    """Steps over which Muon's momentum rises linearly."""
-    cooldown_fraction: float
+    fraction: float = field(metadata=_FROM_0_TO_1)
     """Last part of the steps, in which every learning rate falls linearly."""
-    final_lr_factor: float
+    floor: float = field(metadata=_FROM_0_TO_1)
     """Factor of the learning rates at the end of the run."""
 
 
 @dataclass(frozen=True)
-class AdamWConfig:
-    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), on means over the tokens of a step."""
+class WarmupCosine:
+    """Learning rates rise linearly, then fall as half a cosine."""
 
-    learning_rate: float
-    """Learning rate after the warm-up."""
     warmup_steps: int
-    """Steps over which it rises linearly; then it falls as a cosine, to zero at the end of the run."""
-    b1: float
+    """Steps over which every learning rate rises linearly; then it falls as a cosine, to zero at the end of the run."""
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A number that rises linearly at the beginning of the run."""
+
+    start: float = field(metadata=_FROM_0_TO_1)
+    """Value at step 0."""
+    end: float = field(metadata=_FROM_0_TO_1)
+    """Value after the warm-up."""
+    warmup_steps: int
+    """Steps from one to the other."""
+
+
+@dataclass(frozen=True)
+class MuonRule:
+    """Momentum, then orthogonalisation of each matrix."""
+
+    rate: float
+    """Learning rate of Muon."""
+    momentum: Ramp
+    iteration: Literal["newton-schulz", "polar-express", "six-step"] = "newton-schulz"
+    """How matrices are orthogonalised: the first leaves singular values in 0.7 to 1.2, the others nearer to 1."""
+
+
+@dataclass(frozen=True)
+class AdamRule:
+    """Adam, with decoupled weight decay if there is any (Loshchilov & Hutter, arXiv 1711.05101)."""
+
+    rate: float
+    """Learning rate of Adam."""
+    b1: float = field(metadata=_FROM_0_TO_1)
     """Decay of the first moment."""
-    b2: float
+    b2: float = field(metadata=_FROM_0_TO_1)
     """Decay of the second moment."""
     eps: float
-    """Adam's epsilon, outside the root."""
-    weight_decay: float
+    """Adam's epsilon, outside the root; it is compared with gradients summed over a step, or with their means."""
+    decay: float = 0.0
     """Share of a weight that a step at learning rate 1 takes away; tensors of fewer than two dimensions are spared."""
-    clip_norm: float
-    """Gradients whose norm over all parameters is larger are scaled down to it."""
 
 
-_FROM_0_TO_1 = {
-    "momentum_start",
-    "momentum_end",
-    "cooldown_fraction",
-    "final_lr_factor",
-    "adam_b1",
-    "adam_b2",
-    "b1",
-    "b2",
-}
+@dataclass(frozen=True)
+class TailAverage:
+    """Evaluation, samples and exports take the weights blended with their average over the end of the run."""
+
+    start: float = field(metadata=_FROM_0_TO_1)
+    """Part of the run after which the average begins, as a copy of the weights."""
+    horizon: float = field(metadata=_FROM_0_TO_1)
+    """Steps that the average looks back, as a part of the run."""
+    share: float = field(metadata=_FROM_0_TO_1)
+    """Weight of the average in the blend; the rest is that of the last weights."""
+    groups: tuple[str, ...]
+    """Groups of parameters that are averaged."""
 
 
-def check_optimizer(optimizer: MuonAdamConfig | AdamWConfig) -> None:
+@dataclass(frozen=True)
+class Recipe:
+    """A rule for each group of parameters (senano_jax/optim/groups.py) and what all groups share.
+
+    A group whose rule is None follows another group: `tables` the embeddings, `gates` the scalars, and all others the
+    matrices.
+    """
+
+    matrices: MuonRule | AdamRule
+    """Matrices of the layers."""
+    schedule: Cooldown | WarmupCosine
+    """What all learning rates are multiplied by."""
+    head: AdamRule | None = None
+    """Output head; None: as the matrices."""
+    embeddings: AdamRule | None = None
+    """Embeddings of tokens and positions; None: as the matrices."""
+    scalars: AdamRule | None = None
+    """Lambdas, weights of skip connections, biases, scales of norms; None: as the matrices."""
+    tables: AdamRule | None = None
+    """Tables of values by token; None: as the embeddings."""
+    gates: AdamRule | None = None
+    """Small matrices that compute gates; None: as the scalars."""
+    mean_gradients: bool = False
+    """Divide gradients by the tokens of the step; otherwise they are sums over them."""
+    clip_norm: float | None = None
+    """Gradients whose norm over all parameters is larger are scaled down to it; None: never."""
+    average: TailAverage | None = None
+    """What is read out of the run; None: its last weights."""
+
+    def leader(self, group: str) -> str:
+        """The group whose rule updates `group`: itself or, as long as that has none, the one that it follows."""
+        while getattr(self, group) is None:
+            group = _FOLLOWS.get(group, "matrices")
+        return group
+
+
+_FOLLOWS = {"tables": "embeddings", "gates": "scalars"}
+
+
+def check_optimizer(recipe: Recipe) -> None:
     """Raises UserError at the first value that cannot work."""
-    for field in dataclasses.fields(optimizer):
-        value, flag = getattr(optimizer, field.name), f"--optimizer.{field.name.replace('_', '-')}"
-        if field.type is int:
-            check_counts({flag: value}, least=0)
-        elif field.name in _FROM_0_TO_1:
-            if not 0 <= value <= 1:
-                raise UserError(f"{flag} is {value}; use a number from 0 to 1")
+    _check(recipe, "--optimizer")
+    for group in () if recipe.average is None else recipe.average.groups:
+        if group not in GROUPS:
+            raise UserError(f"--optimizer.average.groups names {group!r}; the groups are {', '.join(GROUPS)}")
+
+
+def _check(part: Any, flag: str) -> None:
+    for f in dataclasses.fields(part):
+        value, name = getattr(part, f.name), f"{flag}.{f.name.replace('_', '-')}"
+        if dataclasses.is_dataclass(value):
+            _check(value, name)
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        elif f.type is int:
+            check_counts({name: value}, least=0)
+        elif most := f.metadata.get("most"):
+            if not 0 <= value <= most:
+                raise UserError(f"{name} is {value}; use a number from 0 to {most}")
         elif not (math.isfinite(value) and value >= 0):
-            raise UserError(f"{flag} is {value}; use 0 or more")
+            raise UserError(f"{name} is {value}; use 0 or more")

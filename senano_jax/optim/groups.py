@@ -1,50 +1,26 @@
-"""Which rule updates which parameter, and the whole optimiser."""
+"""Which parameter belongs to which group of an optimiser's recipe."""
 
-import jax
-import optax
+import re
 
-from senano_jax.optim.adam import scale_by_float32_adam
-from senano_jax.optim.adamw import adamw
-from senano_jax.optim.config import AdamWConfig, MuonAdamConfig
-from senano_jax.optim.muon import scale_by_muon
-from senano_jax.optim.schedules import learning_rate_factor, muon_momentum
-
-
-def parameter_group(path: tuple, parameter) -> str:
-    """ "embed", "head", "muon" (matrices of the layers) or "scalar" (everything of fewer than two dimensions)."""
-    name = path[-1].key
-    if "embedding" in name:
-        return "embed"
-    if name == "head":
-        return "head"
-    return "muon" if parameter.ndim >= 2 else "scalar"
+# Of each group, a pattern that the whole path of a parameter fits, its names joined with "/". No path fits two.
+GROUPS = {
+    "matrices": r"(.*/)?(attention/(qkv|out)|mlp/(up|down))(/kernel)?",
+    "head": r"head",
+    "embeddings": r"(position_)?embedding",
+    "scalars": r"(.*/)?(lambdas|value_residual|value_lambdas|skip_weights|bias|scale)",
+    "tables": r"value_embedding_\d+",
+    "gates": r"(.*/)?\w*gate",
+}
 
 
-def make_optimizer(
-    config: MuonAdamConfig | AdamWConfig, steps: int, axis_name: str | None = None
-) -> optax.GradientTransformationExtraArgs:
-    """AdamW, or Muon for the matrices of the layers and Adam at three rates for the rest.
+def parameter_group(path: tuple) -> str:
+    """The group of the parameter at a path of JAX dictionary keys.
 
-    It expects gradients of summed losses, and in `update` the keyword argument `tokens`, how many they sum over.
-    `steps` is the length of the run that the schedules are stretched over; `axis_name` a mapped axis of devices with
-    equal gradients (see `scale_by_muon`).
+    Raises ValueError unless exactly one pattern fits: a new parameter needs a line above, so that none gets the rule of
+    another kind in silence.
     """
-    if isinstance(config, AdamWConfig):
-        return adamw(config, steps)
-
-    def adam(learning_rate: float):
-        return optax.chain(
-            scale_by_float32_adam(config.adam_b1, config.adam_b2, config.adam_eps),
-            optax.scale_by_learning_rate(lambda step: learning_rate * learning_rate_factor(step, steps, config)),
-        )
-
-    rules = {
-        "muon": optax.chain(
-            scale_by_muon(lambda step: muon_momentum(step, config), axis_name),
-            optax.scale_by_learning_rate(lambda step: config.muon_lr * learning_rate_factor(step, steps, config)),
-        ),
-        "head": adam(config.head_lr),
-        "embed": adam(config.embed_lr),
-        "scalar": adam(config.scalar_lr),
-    }
-    return optax.partition(rules, lambda params: jax.tree.map_with_path(parameter_group, params))
+    name = "/".join(key.key for key in path)
+    fitting = [group for group, pattern in GROUPS.items() if re.fullmatch(pattern, name)]
+    if len(fitting) != 1:
+        raise ValueError(f"parameter {name} fits the patterns of {fitting or 'no group'}; see GROUPS in {__name__}")
+    return fitting[0]

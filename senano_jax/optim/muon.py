@@ -10,9 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from senano_jax.optim.newton_schulz import orthogonalize
+from senano_jax.optim.newton_schulz import Iteration, orthogonalize
+from senano_jax.optim.stacks import StackRule, update_stacks
 
 
 class MuonState(NamedTuple):
@@ -20,7 +21,9 @@ class MuonState(NamedTuple):
     momentum: optax.Updates  # moving average of the gradients, like the parameters
 
 
-def scale_by_muon(momentum: Callable[[Array], Array], axis_name: str | None = None) -> optax.GradientTransformation:
+def scale_by_muon(
+    momentum: Callable[[Array], Array], iteration: Iteration, axis_name: str | None = None
+) -> optax.GradientTransformation:
     """Turns gradients of matrices [..., in, out] into orthogonal steps of unit learning rate.
 
         m <- mu m + (1 - mu) g
@@ -31,9 +34,10 @@ def scale_by_muon(momentum: Callable[[Array], Array], axis_name: str | None = No
 
     Args:
       momentum: mu as a function of the step.
-      axis_name: a mapped axis whose devices hold equal gradients and share the orthogonalisation: each does its part
-        of every stack that divides evenly, and all gather the results. None: every device does all of it.
+      iteration: how matrices are orthogonalised.
+      axis_name: a mapped axis whose devices hold equal gradients and share the orthogonalisation (see stacks.py).
     """
+    rule = StackRule(lambda stack: (), lambda stack, kept: (orthogonalize(stack, iteration), kept))
 
     def init(params):
         return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
@@ -44,34 +48,14 @@ def scale_by_muon(momentum: Callable[[Array], Array], axis_name: str | None = No
         average = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, state.momentum, gradients)
         direction = jax.tree.map(lambda m, g: (1 - mu) * g + mu * m, average, gradients)
         leaves, structure = jax.tree.flatten(direction)
-        updates = _orthogonalize_by_shape(leaves, axis_name)
+        orthogonal, _ = update_stacks(rule, leaves, {}, axis_name)
+        updates = [aspect(u.shape[-2:]) * u.astype(jnp.float32) for u in orthogonal]
         return jax.tree.unflatten(structure, updates), MuonState(state.count + 1, average)
 
     return optax.GradientTransformation(init, update)
 
 
-def _orthogonalize_by_shape(leaves: list[Array], axis_name: str | None) -> list[Array]:
-    """Orthogonalises every matrix of every leaf, all matrices of one shape (up to transposition) in one stack."""
-    wide = [leaf.mT if leaf.shape[-2] > leaf.shape[-1] else leaf for leaf in leaves]
-    updates: list[Array | None] = [None] * len(leaves)
-    for shape in dict.fromkeys(leaf.shape[-2:] for leaf in wide):
-        members = [i for i, leaf in enumerate(wide) if leaf.shape[-2:] == shape]
-        stacks = [wide[i].reshape(-1, *shape) for i in members]
-        done = _orthogonalize_shared(jnp.concatenate(stacks), axis_name)
-        start = 0
-        for i, stack in zip(members, stacks):
-            part = done[start : start + len(stack)].reshape(wide[i].shape)
-            start += len(stack)
-            fan_in, fan_out = leaves[i].shape[-2:]
-            part = part.mT if fan_in > fan_out else part
-            updates[i] = max(1, fan_out / fan_in) ** 0.5 * part.astype(jnp.float32)
-    return updates
-
-
-def _orthogonalize_shared(stack: Float[Array, "n rows cols"], axis_name: str | None) -> Float[Array, "n rows cols"]:
-    """One stack, split over the devices of `axis_name` if it divides evenly."""
-    if axis_name is None or len(stack) % jax.lax.axis_size(axis_name):
-        return orthogonalize(stack)
-    size = len(stack) // jax.lax.axis_size(axis_name)
-    mine = jax.lax.dynamic_slice_in_dim(stack, jax.lax.axis_index(axis_name) * size, size)
-    return jax.lax.all_gather(orthogonalize(mine), axis_name, tiled=True)
+def aspect(shape: tuple[int, int]) -> float:
+    """How much farther a matrix (in, out) with more outputs than inputs moves."""
+    fan_in, fan_out = shape
+    return max(1, fan_out / fan_in) ** 0.5

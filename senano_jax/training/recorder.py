@@ -6,11 +6,9 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
-from senano_jax.config import MuonAdamConfig
 from senano_jax.errors import UserError
-from senano_jax.optim.schedules import learning_rate_factor, muon_momentum
+from senano_jax.optim.recipe import schedule_values
 from senano_jax.plan import Plan, StepInputs
 from senano_jax.runlog.progress import Progress
 from senano_jax.runlog.sinks import Sinks
@@ -61,13 +59,11 @@ class Recorder:
         self._finished_ms = clock.milliseconds
         self._running: RunningStep | None = None  # the newest step
         self.stopping = False  # a recorded step found that the run should stop
-        steps, optimizer = np.arange(plan.steps), plan.config.optimizer
         # All at once: a scalar from the device would wait for the step it is running.
-        self._schedules = {"lr": np.asarray(learning_rate_factor(steps, plan.steps, optimizer))}
-        if isinstance(optimizer, MuonAdamConfig):
-            self._schedules["momentum"] = np.asarray(muon_momentum(steps, optimizer))
+        self._schedules = schedule_values(plan.config.optimizer, plan.steps)
         if any(stage.rate != 1 for stage in plan.stages):
-            self._schedules["lr"] = self._schedules["lr"] * [plan.stage(step).rate for step in steps]
+            rates = [plan.stage(step).rate for step in range(plan.steps)]
+            self._schedules["lr"] = self._schedules["lr"] * rates
 
     def say(self, line: str) -> None:
         self._run.log(line)

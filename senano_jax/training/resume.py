@@ -15,7 +15,7 @@ from senano_jax.runlog.data_record import DataRecord
 from senano_jax.runlog.writer import RunFolder, new_run_dir
 from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.processes import together
-from senano_jax.training.state import TrainState, averaged_params, init_state, with_params
+from senano_jax.training.state import TrainState, init_state, params_to_evaluate, with_params
 from senano_jax.training.weights import load_weights
 from senano_jax.training.wiring import Wiring
 
@@ -41,7 +41,9 @@ class OpenRun(NamedTuple):
         """Starts to save a checkpoint; `val_loss` is that of its weights, if they have been evaluated."""
         bookmark = Bookmark(step, next_token, train_ms, val_loss is not None, self.folder.position())
         self.data_record.wait()
-        self.checkpoints.save(step, state, bookmark._asdict(), val_loss, averaged_params(state))
+        params = params_to_evaluate(state)
+        readout = None if params is state.params else params
+        self.checkpoints.save(step, state, bookmark._asdict(), val_loss, readout)
 
     def newest_checkpoint(self) -> int | None:
         return next(iter(self.checkpoints.steps()), None)

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from senano_jax.model.build import Model, Params, abstract_params
+from senano_jax.optim.average import read_out
 from senano_jax.training.mesh import replicated
 
 
@@ -41,23 +42,9 @@ def init_state(model: Model, optimizer: optax.GradientTransformation, seed: int,
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
-def read_out(opt_state: optax.OptState, params: Params) -> Params:
-    """The weights to evaluate: no optimiser has others than the parameters."""
-    del opt_state
-    return params
-
-
-def averaged_params(state: TrainState) -> Params | None:
-    """The weights that the optimiser reads out in place of the parameters, in their types; None if it has no others."""
-    weights = read_out(state.opt_state, state.params)
-    if weights is state.params:
-        return None
-    return jax.tree.map(lambda w, p: w.astype(p.dtype), weights, state.params)
-
-
 def params_to_evaluate(state: TrainState) -> Params:
-    averaged = averaged_params(state)
-    return state.params if averaged is None else averaged
+    """What the optimiser reads out: an average of its own, or the parameters themselves, the same object."""
+    return read_out(state.opt_state, state.params)
 
 
 def with_params(state: TrainState, params: Params, mesh: Mesh) -> TrainState:

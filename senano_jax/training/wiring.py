@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from senano_jax.config import Config
 from senano_jax.model.build import Model, make_model
-from senano_jax.optim.groups import make_optimizer
+from senano_jax.optim.recipe import make_optimizer
 from senano_jax.plan import Plan
 from senano_jax.training.memory import choose_micro_batches, memory_budget
 from senano_jax.training.mesh import DATA_AXIS, make_mesh

@@ -1,0 +1,75 @@
+"""Where the work on matrices is done: all of one shape in one stack, which several devices can share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Stack = Float[Array, "n rows cols"]  # rows <= cols
+
+
+class StackRule(NamedTuple):
+    """What is done to a stack, to each of its matrices by itself."""
+
+    init: Callable[[Stack], Any]  # stack -> what the rule keeps from step to step, a tree of arrays [n, ...]
+    update: Callable[[Stack, Any], tuple[Stack, Any]]  # (stack, kept) -> both anew; any number of the n matrices
+
+
+def init_stacks(rule: StackRule, matrices: list[Float[Array, "*stack in out"]]) -> dict[str, Any]:
+    """What the rule keeps of each stack, by the shape of its matrices, such as "768x3072"; no entry if it keeps
+    nothing."""
+    kept = {_name(shape): rule.init(stack) for shape, _, stack in _stacks(_wide(matrices))}
+    return {name: tree for name, tree in kept.items() if jax.tree.leaves(tree)}
+
+
+def update_stacks(
+    rule: StackRule, matrices: list[Float[Array, "*stack in out"]], kept: dict[str, Any], axis_name: str | None
+) -> tuple[list[Float[Array, "*stack in out"]], dict[str, Any]]:
+    """Applies `rule` to every matrix: those of one shape (up to transposition) in one stack.
+
+    Everything is the same on all devices of `axis_name`, before and after: each does its part of every stack that
+    divides evenly, and all gather the results. None: every device does all of it.
+    """
+    wide = _wide(matrices)
+    results: list[Array | None] = [None] * len(matrices)
+    new = dict(kept)
+    for shape, members, stack in _stacks(wide):
+        name = _name(shape)
+        done, tree = _shared(rule, stack, kept.get(name, ()), axis_name)
+        if name in kept:
+            new[name] = tree
+        start = 0
+        for i in members:
+            size = wide[i].size // (shape[0] * shape[1])
+            part = done[start : start + size].reshape(wide[i].shape)
+            start += size
+            results[i] = part.mT if matrices[i].shape[-2] > matrices[i].shape[-1] else part
+    return results, new
+
+
+def _wide(matrices: list[Array]) -> list[Array]:
+    """No more rows than columns: the smaller of the two Gram matrices is that of the rows."""
+    return [matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix for matrix in matrices]
+
+
+def _stacks(wide: list[Array]):
+    """Yields for each shape (rows, cols) the indices of its arrays and the stack of all their matrices."""
+    for shape in dict.fromkeys(array.shape[-2:] for array in wide):
+        members = [i for i, array in enumerate(wide) if array.shape[-2:] == shape]
+        yield shape, members, jnp.concatenate([wide[i].reshape(-1, *shape) for i in members])
+
+
+def _name(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"
+
+
+def _shared(rule: StackRule, stack: Stack, kept: Any, axis_name: str | None) -> tuple[Stack, Any]:
+    """One stack, split over the devices of `axis_name` if it divides evenly."""
+    if axis_name is None or len(stack) % jax.lax.axis_size(axis_name):
+        return rule.update(stack, kept)
+    size = len(stack) // jax.lax.axis_size(axis_name)
+    start = jax.lax.axis_index(axis_name) * size
+    mine = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), (stack, kept))
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), rule.update(*mine))
