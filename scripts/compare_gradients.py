@@ -31,7 +31,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from senano_jax.attention import BLOCK
-from senano_jax.config import Config, check_config
+from senano_jax.config import Config
+from senano_jax.config_check import check_config
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import SequenceSource
 from senano_jax.errors import UserError, check_counts, one_line_errors
@@ -210,6 +211,7 @@ def _config(args: argparse.Namespace) -> Config:
         base,
         seq_len=args.seq_len,
         batch_tokens=args.seq_len,
+        stages=(),
         final_window_tokens=min(base.final_window_tokens, args.seq_len),
     )
     check_config(config)

@@ -1,6 +1,7 @@
-"""Everything a run can be told, as frozen dataclasses, and the checks that refuse what cannot work.
+"""Everything a run can be told, as frozen dataclasses.
 
-The field docstrings are the texts of `--help`. What distinguishes one system from another is in presets.py.
+The field docstrings are the texts of `--help`. What distinguishes one system from another is in presets.py; what cannot
+work is refused by config_check.py; what follows for each step is in plan.py.
 """
 
 import dataclasses
@@ -8,10 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from senano_jax.attention import BLOCK
-from senano_jax.errors import UserError, check_counts
-from senano_jax.model.config import Gpt2Config, LayerSchedule, ModelConfig, TransformerConfig, check_model
-from senano_jax.optim.config import Recipe, check_optimizer
+from senano_jax.model.config import Gpt2Config, LayerSchedule, ModelConfig, TransformerConfig
+from senano_jax.optim.config import Recipe
 
 __all__ = [
     "Config",
@@ -20,10 +19,9 @@ __all__ = [
     "LayerSchedule",
     "ModelConfig",
     "Recipe",
+    "Stage",
     "TransformerConfig",
     "changed",
-    "check_config",
-    "check_split",
     "settings",
 ]
 
@@ -49,6 +47,29 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A part of a run that has steps, a rate or loss terms of its own.
+
+    Parts are shares of the steps, not of the tokens: the schedules of the rates, of the momentum and of the window
+    count in steps, so that a stage begins at the same place in each of them whatever the batches are.
+    """
+
+    part: float
+    """Share of the run's steps, in proportion to the parts of the other stages; borders are rounded to whole steps."""
+    batch_tokens: int | None = None
+    """Tokens of one step; those of the run by default."""
+    seq_len: int | None = None
+    """Tokens of one sequence; those of the run by default."""
+    rate: float = 1.0
+    """Factor of all learning rates, beside that of the schedule."""
+    ahead: tuple[tuple[float, float], ...] = ()
+    """Weights in the loss of the token 1, 2, ... ahead. Each is a pair: its value at the stage's first step, and that
+    which it moves to, linearly, until the next stage. By default the next token counts alone, with weight 1."""
+    visits: int | None = None
+    """Times the loop of the model is applied; as the model says by default."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One training run."""
 
@@ -58,15 +79,20 @@ class Config:
     steps: int
     """Optimiser steps; every schedule is stretched over them."""
     batch_tokens: int
-    """Tokens of one step, over all devices and micro-batches."""
+    """Tokens of one step, over all devices and micro-batches, unless its stage says another number."""
     seq_len: int
-    """Tokens of one training sequence."""
+    """Tokens of one training sequence, unless its stage says another number."""
     final_window_tokens: int
     """The attention window grows linearly to this many tokens, in whole blocks of 128."""
     val_every: int = field(metadata=FREE)
     """Steps between evaluations; 0 evaluates only at the end."""
     initial_window_tokens: int = 0
     """The attention window at step 0; never less than one block of 128."""
+    evaluation_window_tokens: int | None = None
+    """The attention window of evaluations grows to this many tokens, while that of training grows to its own; the
+    window of training by default."""
+    stages: tuple[Stage, ...] = ()
+    """Parts of the run, one after another; without any it is the same from end to end."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the activations and, except of GPT-2, of the embeddings; the other parameters are float32."""
     seed: int = 0
@@ -96,6 +122,7 @@ class Config:
 
     @property
     def batch_sequences(self) -> int:
+        """Sequences of one step, unless its stage says otherwise."""
         return self.batch_tokens // self.seq_len
 
 
@@ -122,8 +149,8 @@ def changed(config: Dataclass, differences: Mapping[str, Any]) -> Dataclass:
 
 
 def settings(config: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of a (nested) dataclass by their paths, such as "model.layers.loop", but for those of free fields: two
-    configurations with equal settings compute the same."""
+    """The values of a (nested) dataclass by their paths, such as "model.layers.loop" or "stages.0.rate", but for those
+    of free fields: two configurations with equal settings compute the same."""
     values = {}
     for f in dataclasses.fields(config):
         value, path = getattr(config, f.name), prefix + f.name
@@ -131,77 +158,10 @@ def settings(config: Any, prefix: str = "") -> dict[str, Any]:
             continue
         if dataclasses.is_dataclass(value):
             values |= {path: type(value).__name__} | settings(value, path + ".")
+        elif isinstance(value, tuple) and any(dataclasses.is_dataclass(item) for item in value):
+            values[path] = len(value)
+            for number, item in enumerate(value):
+                values |= settings(item, f"{path}.{number}.")
         else:
             values[path] = value
     return values
-
-
-def check_config(config: Config) -> None:
-    """Raises UserError at the first value that cannot work; needs no device and no file."""
-    model, data = config.model, config.data
-    check_counts(
-        {
-            "--steps": config.steps,
-            "--batch-tokens": config.batch_tokens,
-            "--seq-len": config.seq_len,
-            "--final-window-tokens": config.final_window_tokens,
-            "--devices": 1 if config.devices is None else config.devices,
-            "--micro-batches": 1 if config.micro_batches is None else config.micro_batches,
-            "--checkpoint-keep": config.checkpoint_keep,
-            "--data.val-tokens": data.val_tokens,
-            "--data.val-seq-len": data.val_seq_len,
-        },
-        least=1,
-    )
-    check_counts(
-        {
-            "--val-every": config.val_every,
-            "--checkpoint-every": config.checkpoint_every,
-            "--checkpoint-keep-every": config.checkpoint_keep_every,
-            "--data.discard-micro-batch": data.discard_micro_batch,
-            "--initial-window-tokens": config.initial_window_tokens,
-            "--seed": config.seed,
-        },
-        least=0,
-    )
-    if config.resume is not None and config.run_dir is None:
-        raise UserError("--resume needs --run-dir, the folder of the run to go on with")
-    check_model(model)
-    for flag, length in {"--seq-len": config.seq_len, "--data.val-seq-len": data.val_seq_len}.items():
-        if length % BLOCK:
-            raise UserError(f"{flag} {length} is not a multiple of {BLOCK}, the block of the attention window")
-        if isinstance(model, Gpt2Config) and length > model.max_length:
-            raise UserError(
-                f"{flag} {length} is longer than --model.max-length {model.max_length}, the positions it knows; "
-                "shorten the sequence or add positions"
-            )
-    if config.initial_window_tokens > config.final_window_tokens:
-        raise UserError(
-            f"--initial-window-tokens {config.initial_window_tokens} is more than --final-window-tokens "
-            f"{config.final_window_tokens}; the window only grows"
-        )
-    if config.final_window_tokens > config.seq_len:
-        raise UserError(
-            f"--final-window-tokens {config.final_window_tokens} is longer than --seq-len {config.seq_len}; "
-            "shorten the window or lengthen the sequence"
-        )
-    if config.batch_tokens % config.seq_len:
-        raise UserError(
-            f"--batch-tokens {config.batch_tokens} is not a multiple of --seq-len {config.seq_len}; "
-            f"the nearest is {max(1, round(config.batch_tokens / config.seq_len)) * config.seq_len}"
-        )
-    if data.val_tokens % data.val_seq_len:
-        raise UserError(
-            f"--data.val-tokens {data.val_tokens} is not a multiple of --data.val-seq-len {data.val_seq_len}; "
-            f"the nearest is {max(1, round(data.val_tokens / data.val_seq_len)) * data.val_seq_len}"
-        )
-    check_optimizer(config.optimizer)
-
-
-def check_split(config: Config, devices: int, micro_batches: int) -> None:
-    """Raises UserError if the step's sequences cannot be dealt out evenly to the devices and micro-batches."""
-    if config.batch_sequences % (devices * micro_batches):
-        raise UserError(
-            f"a step of {config.batch_sequences} sequences (--batch-tokens / --seq-len) cannot be split evenly over "
-            f"{devices} devices x {micro_batches} micro-batches; change --devices, --micro-batches or --batch-tokens"
-        )

@@ -90,7 +90,7 @@ def _upgraded_optimizer(flat: dict[str, Any]) -> dict[str, Any]:
     else:
         moved, recipe = _ADAMW, {"matrices": {"kind": "AdamRule"}, "schedule": {"kind": "WarmupCosine"}}
         recipe["mean_gradients"] = True
-    for name in moved.keys() & flat.keys():
+    for name in (name for name in moved if name in flat):  # in this order, whatever Python's hashes are
         for path in moved[name]:
             *parts, last = path.split(".")
             place = recipe

@@ -9,12 +9,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from senano_jax.config import Config, DataConfig, check_config
+from senano_jax.config import Config, DataConfig
+from senano_jax.config_check import check_config
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import abstract_params, make_model
-from senano_jax.plan import window_blocks
+from senano_jax.plan import Plan
 from senano_jax.presets import preset
 from senano_jax.train import value_of, with_dashes
 from senano_jax.training.evaluation import make_evaluator
@@ -34,8 +35,8 @@ class Arguments:
     step: int | None = None
     """Checkpoint of a run; the newest by default."""
     window_blocks: int | None = None
-    """Long attention window in blocks of 128 tokens; by default that of the checkpoint's step, or of the end of the
-    run for a PyTorch checkpoint."""
+    """Long attention window in blocks of 128 tokens; by default that of the run's own evaluation after the checkpoint's
+    step, or at the end of the run for a PyTorch checkpoint."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the activations and of the embedding table."""
     attention: Literal["auto", "flash", "banded", "dense"] = "auto"
@@ -68,8 +69,7 @@ def main(arguments: Sequence[str]) -> float:
     evaluate = make_evaluator(config, model, mesh)
     params, step = load_weights(args.source, config.model, abstract_params(model), mesh, args.step)
     step = config.steps if step is None else step
-    at_step = window_blocks(step, config.steps, config.final_window_tokens, config.initial_window_tokens)
-    window = at_step if args.window_blocks is None else args.window_blocks
+    window = Plan(config).evaluation_window(step) if args.window_blocks is None else args.window_blocks
     loss = evaluate(params, window)
     print(f"val_loss:{loss:.6f} tokens:{evaluate.tokens}")
     return loss

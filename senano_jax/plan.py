@@ -1,6 +1,113 @@
-"""What a run does at each of its steps, worked out on the host."""
+"""What a run does at each of its steps, worked out on the host. Steps count from 0: step k is the one that k steps
+precede, and a stage goes from its first step to the first of the next one."""
+
+import bisect
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
 
 from senano_jax.attention import BLOCK
+from senano_jax.config import Config, Gpt2Config, ModelConfig, Stage, changed
+
+
+class StepInputs(NamedTuple):
+    """What changes from step to step while the compiled program stays; None is no part of the program."""
+
+    window_blocks: np.int32  # long attention window, in blocks of 128 tokens
+    loss_weights: Float32[np.ndarray, "K"] | None = None  # of predicting the token 1, 2, .. K ahead
+    rate: np.float32 | None = None  # factor of all learning rates, beside that of their schedule
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """Steps that run one compiled program: a `Stage` with nothing left open."""
+
+    index: int
+    first: int
+    """Its first step."""
+    end: int
+    """The first step after it."""
+    tokens_before: int
+    """Tokens trained on before it."""
+    batch_tokens: int
+    seq_len: int
+    rate: float
+    ahead: tuple[tuple[float, float], ...]
+    visits: int | None
+    model: ModelConfig | Gpt2Config
+    """As the stage applies it."""
+
+    @property
+    def sequences(self) -> int:
+        """Of one step, over all devices and micro-batches."""
+        return self.batch_tokens // self.seq_len
+
+
+class Plan:
+    """The whole run. `config` must have passed check_config, but for what that asks a plan."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.steps = config.steps
+        self.stages = _planned(config)
+        self._firsts = [stage.first for stage in self.stages]
+
+    def stage(self, step: int) -> PlannedStage:
+        """The one that a step belongs to; the last one for what lies behind the run."""
+        return self.stages[bisect.bisect_right(self._firsts, step) - 1]
+
+    def tokens_after(self, steps: int) -> int:
+        """Tokens trained on in the first `steps` steps."""
+        stage = self.stage(steps)
+        return stage.tokens_before + (steps - stage.first) * stage.batch_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens trained on in the whole run."""
+        return self.tokens_after(self.steps)
+
+    @property
+    def stream_tokens(self) -> int:
+        """Tokens that the run passes in the stream, those it skips between two steps included."""
+        return self.total_tokens + (self.steps - 1) * self.config.data.discard_micro_batch
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest training sequence."""
+        return max(stage.seq_len for stage in self.stages)
+
+    def window(self, step: int) -> int:
+        """Long attention window of training, in blocks of 128 tokens."""
+        config = self.config
+        return window_blocks(step, self.steps, config.final_window_tokens, config.initial_window_tokens)
+
+    def evaluation_window(self, steps: int) -> int:
+        """Long attention window of an evaluation after `steps` steps, in blocks of 128 tokens."""
+        config = self.config
+        if config.evaluation_window_tokens is None:
+            return self.window(steps)
+        return window_blocks(steps, self.steps, config.evaluation_window_tokens, config.initial_window_tokens)
+
+    def inputs(self, step: int) -> StepInputs:
+        return StepInputs(np.int32(self.window(step)), self.loss_weights(step), self.rate(step))
+
+    def loss_weights(self, step: int) -> Float32[np.ndarray, "K"] | None:
+        """Weights of predicting the token 1, 2, .. K ahead; None where the next token counts alone."""
+        stage = self.stage(step)
+        if not stage.ahead:
+            return None
+        start, end = np.array(stage.ahead).T
+        done = (step - stage.first) / (stage.end - stage.first)
+        return (start + (end - start) * done).astype(np.float32)
+
+    def rate(self, step: int) -> np.float32 | None:
+        """The stage's factor of all learning rates; None if no stage of the run has one."""
+        if all(stage.rate == 1 for stage in self.stages):
+            return None
+        return np.float32(self.stage(step).rate)
 
 
 def window_blocks(step: int, steps: int, final_window_tokens: int, initial_window_tokens: int = 0) -> int:
@@ -11,3 +118,20 @@ def window_blocks(step: int, steps: int, final_window_tokens: int, initial_windo
     """
     tokens = initial_window_tokens + (final_window_tokens - initial_window_tokens) * (step / steps)
     return max(1, -int(-tokens // BLOCK))
+
+
+def _planned(config: Config) -> tuple[PlannedStage, ...]:
+    stages = config.stages or (Stage(part=1),)
+    parts = [0.0, *itertools.accumulate(stage.part for stage in stages)]
+    borders = [round(config.steps * part / parts[-1]) for part in parts]
+    planned, tokens = [], 0
+    for index, stage in enumerate(stages):
+        first, end = borders[index : index + 2]
+        model = config.model if stage.visits is None else changed(config.model, {"layers.visits": stage.visits})
+        batch_tokens = stage.batch_tokens or config.batch_tokens
+        seq_len = stage.seq_len or config.seq_len
+        planned.append(
+            PlannedStage(index, first, end, tokens, batch_tokens, seq_len, stage.rate, stage.ahead, stage.visits, model)
+        )
+        tokens += (end - first) * batch_tokens
+    return tuple(planned)

@@ -9,6 +9,7 @@ from senano_jax.config import (
     Gpt2Config,
     LayerSchedule,
     ModelConfig,
+    Stage,
     changed,
 )
 from senano_jax.data import sample
@@ -126,6 +127,26 @@ def polar_express() -> Config:
     return changed(recurrent(), {"optimizer.matrices.iteration": "polar-express"})
 
 
+def batch_ramp() -> Config:
+    """The record's tokens in a ramp of the batch, in thirds of the steps, as the speed record of modded-nanogpt has it.
+
+    Its rates are 1, 2^0.6 and 3^0.5 at 131,072, 262,144 and 393,216 tokens; here they are relative to the last. The
+    sequences are shorter than the record's, so that eight devices share every step.
+    """
+    return changed(
+        recurrent(),
+        {
+            "steps": 2550,
+            "seq_len": 16_384,
+            "stages": (
+                Stage(part=1, batch_tokens=131_072, rate=3**-0.5),
+                Stage(part=1, batch_tokens=262_144, rate=2**0.6 * 3**-0.5),
+                Stage(part=1),
+            ),
+        },
+    )
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "recurrent": recurrent,
     "no-value-embeddings": no_value_embeddings,
@@ -133,6 +154,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "llmc": llmc,
     "demo": demo,
     "polar-express": polar_express,
+    "batch-ramp": batch_ramp,
 }
 
 

@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from senano_jax.config import Config, check_config
+from senano_jax.config import Config
+from senano_jax.config_check import check_config
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.files import check_output_file, write_atomically
 from senano_jax.jax_settings import start_jax
-from senano_jax.plan import window_blocks
+from senano_jax.plan import Plan
 from senano_jax.presets import PRESETS, preset
-from senano_jax.profiling.measure import Plan, Report, measure, to_json
+from senano_jax.profiling.measure import Report, Scope, measure, to_json
 from senano_jax.profiling.report import remarks, tables
 from senano_jax.runlog.tables import Table
 from senano_jax.runlog.writer import environment
@@ -38,8 +39,10 @@ The defaults below are those of {name}.
 
 @dataclass(frozen=True)
 class Arguments(Config):
+    stage: int | None = None
+    """Stage to measure, counted from 0; the last one by default."""
     window_blocks: int | None = None
-    """Long attention window in blocks of 128 tokens; that of the end of the run by default."""
+    """Long attention window in blocks of 128 tokens; that of the end of the stage by default."""
     sweep: tuple[int, ...] = ()
     """Repeat the timing for windows of so many blocks."""
     evaluation: bool = False
@@ -71,10 +74,12 @@ def main(arguments: Sequence[str]) -> Report:
     _check(args)
     start_jax(config.dtype, config.compilation_cache)
 
-    final = window_blocks(config.steps, config.steps, config.final_window_tokens)
-    window = args.window_blocks or final
+    plan = Plan(config)
+    stage = plan.stages[-1 if args.stage is None else args.stage]
+    window = args.window_blocks or plan.window(stage.end)
     swept = (w for w in args.sweep if w != window)
-    plan = Plan(
+    scope = Scope(
+        stage=stage.index,
         windows=(window, *swept),
         steps=args.profile_steps,
         warmup=args.warmup,
@@ -83,12 +88,13 @@ def main(arguments: Sequence[str]) -> Report:
         shards_required=config.data.train_files != base.data.train_files,
     )
     console = Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH)
-    report = measure(config, plan, lambda line: console.print(Text(f"{line} ...")))
+    report = measure(config, scope, lambda line: console.print(Text(f"{line} ...")))
+    which = f" of stage {report.stage} (0 to {report.stages - 1})" if report.stages > 1 else ""
     console.print(
         Text(
-            f"{name}: {report.parameters:,} parameters, {config.dtype}, steps of {config.batch_tokens:,} tokens on "
-            f"{report.devices} x {report.device_kind} (micro-batches: {report.micro_batches}; tokens of a sequence: "
-            f"{config.seq_len:,}), read from {report.token_source}"
+            f"{name}: {report.parameters:,} parameters, {config.dtype}, steps{which} of {report.tokens_per_step:,} "
+            f"tokens on {report.devices} x {report.device_kind} (micro-batches: {report.micro_batches}; tokens of a "
+            f"sequence: {report.seq_len:,}), read from {report.token_source}"
         )
     )
     for table in tables(report):
@@ -117,6 +123,9 @@ def _check(args: Arguments) -> None:
     for flag, value in [*least_one, *(("--sweep", window) for window in args.sweep)]:
         if value is not None and value < 1:
             raise UserError(f"{flag} is {value}; it must be at least 1")
+    stages = len(args.stages) or 1
+    if args.stage is not None and not 0 <= args.stage < stages:
+        raise UserError(f"--stage is {args.stage}; the run has stages 0 to {stages - 1}")
     if args.warmup < 0:
         raise UserError(f"--warmup is {args.warmup}; it must not be negative")
     check_output_file("--json", args.json)

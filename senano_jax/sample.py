@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import jax
 import tyro
 
-from senano_jax.config import Config, check_config
+from senano_jax.config import Config
+from senano_jax.config_check import check_config
 from senano_jax.config_file import read_config
 from senano_jax.data.bpe import load_bpe
 from senano_jax.data.vocabulary import END_OF_TEXT
@@ -20,7 +21,7 @@ from senano_jax.errors import UserError, one_line_errors
 from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import abstract_params, make_model
 from senano_jax.model.sampling import generate
-from senano_jax.plan import window_blocks
+from senano_jax.plan import Plan
 from senano_jax.presets import preset
 from senano_jax.train import with_dashes
 from senano_jax.training.mesh import make_mesh
@@ -64,16 +65,17 @@ def main(arguments: Sequence[str]) -> list[str]:
     config = _config(args)
     encoding = load_bpe(args.bpe_dir)
     prompt = [END_OF_TEXT, *encoding.encode_ordinary(args.prompt)]  # a document starts with this token
-    if len(prompt) + args.tokens > config.seq_len:
+    plan = Plan(config)
+    if len(prompt) + args.tokens > plan.longest_sequence:
         raise UserError(
-            f"--tokens {args.tokens} after a prompt of {len(prompt)} tokens is more than the {config.seq_len} of a "
-            "training sequence; write fewer, or shorten --prompt"
+            f"--tokens {args.tokens} after a prompt of {len(prompt)} tokens is more than the {plan.longest_sequence} "
+            "of a training sequence; write fewer, or shorten --prompt"
         )
     start_jax(config.dtype, config.compilation_cache)
     model = make_model(config.model, config.dtype)
     params, step = load_weights(args.source, config.model, abstract_params(model), make_mesh(1), args.step)
     step = config.steps if step is None else step
-    window = window_blocks(step, config.steps, config.final_window_tokens, config.initial_window_tokens)
+    window = plan.evaluation_window(step)
 
     texts = []
     for sample in range(args.num_samples):

@@ -10,7 +10,8 @@ import optax
 import pytest
 from oracles import relative_error
 
-from senano_jax.config import changed, check_config
+from senano_jax.config import changed
+from senano_jax.config_check import check_config
 from senano_jax.errors import UserError
 from senano_jax.optim.average import AverageState, read_out, with_tail_average
 from senano_jax.optim.config import TailAverage

@@ -5,8 +5,10 @@ import re
 
 import pytest
 
-from senano_jax.config import Config, LayerSchedule, check_config, check_split
+from senano_jax.config import Config, LayerSchedule
+from senano_jax.config_check import check_config, check_split
 from senano_jax.errors import UserError
+from senano_jax.plan import Plan
 from senano_jax.presets import PRESETS, preset
 
 
@@ -33,7 +35,7 @@ def test_presets_can_work(name):
     config = preset(name)
     check_config(config)
     for devices in (1, 2, 4):
-        check_split(config, devices, 1)
+        check_split(Plan(config), devices, 1)
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
@@ -194,7 +196,7 @@ def test_the_nearest_value_that_is_proposed_is_accepted():
 @pytest.mark.parametrize(("devices", "micro_batches"), [(3, 1), (8, 4), (1, 5), (32, 1)])
 def test_a_step_that_cannot_be_dealt_out_is_refused(devices, micro_batches):
     """The numbers and the three flags that can mend it."""
-    message = refusal(check_split, preset("recurrent"), devices, micro_batches)
+    message = refusal(check_split, Plan(preset("recurrent")), devices, micro_batches)
     assert "16 sequences" in message
     assert f"{devices} devices x {micro_batches} micro-batches" in message
     assert "change --devices, --micro-batches or --batch-tokens" in message
@@ -205,4 +207,4 @@ def test_even_splits_are_accepted():
     for devices in (1, 2, 4, 8, 16):
         for micro_batches in (1, 2, 4, 8, 16):
             if devices * micro_batches <= 16:
-                check_split(preset("recurrent"), devices, micro_batches)
+                check_split(Plan(preset("recurrent")), devices, micro_batches)

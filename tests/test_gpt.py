@@ -44,14 +44,6 @@ def test_value_embeddings_count_as_parameters():
     assert [(leaf.shape, leaf.dtype) for leaf in tables] == [((50_257, 768), jnp.dtype("bfloat16"))] * 4
 
 
-@pytest.mark.parametrize("name", ["recurrent", "no-value-embeddings", "value-embeddings"])
-def test_matrices_are_counted_from_the_configuration(name):
-    """All parameters but those of fewer than two dimensions."""
-    model = preset(name).model
-    leaves = jax.tree.leaves(abstract_params(make_model(preset(name).model, "bfloat16")))
-    assert model.matrix_entries == sum(leaf.size for leaf in leaves if leaf.ndim >= 2)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def init(model, seed=0):
     tokens = jnp.zeros((1, 128), jnp.int32)

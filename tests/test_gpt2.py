@@ -26,13 +26,6 @@ def test_parameter_count_and_types(dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
-def test_matrices_are_counted_from_the_configuration():
-    """All parameters but those of fewer than two dimensions."""
-    config = preset("llmc")
-    leaves = jax.tree.leaves(abstract_params(make_model(config.model, config.dtype)))
-    assert config.model.matrix_entries == sum(leaf.size for leaf in leaves if leaf.ndim >= 2)
-
-
 def test_activations_have_the_type_of_the_run():
     """Each is computed from float32 weights; the loss is a float32 sum."""
     model = tiny_gpt2("bfloat16")

@@ -31,7 +31,7 @@ import jax, numpy as np
 from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.mesh import make_mesh, replicated
 from senano_jax.training.processes import join_processes
-from senano_jax.training.resume import Position, restore
+from senano_jax.training.resume import Bookmark, restore
 from senano_jax.training.state import TrainState
 
 join_processes()
@@ -39,7 +39,7 @@ mesh = make_mesh(None)
 state = jax.device_put(TrainState(np.int32(0), {"a": np.ones(3)}, {"b": np.zeros(2)}), replicated(mesh))
 with Checkpoints(Path(sys.argv[1])) as checkpoints:
     for step in (1, 2):
-        checkpoints.save(step, state, Position(step, 0, 0.0, False, {})._asdict())
+        checkpoints.save(step, state, Bookmark(step, 0, 0.0, False, {})._asdict())
     read = checkpoints._reader.restore
     def fail_in_one(path, **items):
         if jax.process_index() == 1 and path.name == "2":

@@ -15,6 +15,7 @@ from senano_jax.attention import END_OF_TEXT
 from senano_jax.data import sample
 from senano_jax.data.shards import open_shard, write_shard
 from senano_jax.errors import UserError
+from senano_jax.plan import Plan
 from senano_jax.presets import preset
 from senano_jax.profile import main
 from senano_jax.profiling.compilation import compile_program, executed_work, planned_memory
@@ -118,10 +119,14 @@ def with_shards(config, pattern):
     return dataclasses.replace(config, data=dataclasses.replace(config.data, train_files=pattern))
 
 
+def feed_of(config, **options):
+    return open_feed(config, Plan(config).stages[0], **options)
+
+
 def test_shards_are_read_again_when_they_run_out(tmp_path):
     tokens = np.arange(2100) % 1000
     write_shard(tmp_path / "a.bin", tokens)
-    feed = open_feed(with_shards(small(), str(tmp_path / "*.bin")), shards_required=True)
+    feed = feed_of(with_shards(small(), str(tmp_path / "*.bin")), shards_required=True)
     batches = [next(feed.batches) for _ in range(3)]
     assert feed.description.endswith("*.bin") and batches[0].shape == (2, 513)
     np.testing.assert_array_equal(batches[0].ravel()[:513], tokens[:513])
@@ -131,21 +136,21 @@ def test_shards_are_read_again_when_they_run_out(tmp_path):
 
 def test_missing_shards_give_way_to_the_sample_and_then_to_synthetic_documents():
     config = with_shards(small(), "/nowhere/*.bin")
-    feed = open_feed(config, shards_required=False)
+    feed = feed_of(config, shards_required=False)
     assert feed.description == "the bundled sample"
     feed.batches.close()
     longer = dataclasses.replace(config, batch_tokens=512 * (1 + len(open_shard(sample.TRAIN)) // 512))
-    feed = open_feed(longer, shards_required=False)
+    feed = feed_of(longer, shards_required=False)
     assert "synthetic" in feed.description
     assert next(feed.batches).shape == (longer.batch_sequences, 513)
 
 
 def test_shards_asked_for_must_be_there_and_hold_a_step(tmp_path):
     with pytest.raises(UserError, match="no shard matches"):
-        open_feed(with_shards(small(), "/nowhere/*.bin"), shards_required=True)
+        feed_of(with_shards(small(), "/nowhere/*.bin"), shards_required=True)
     write_shard(tmp_path / "a.bin", np.zeros(900, int))
     with pytest.raises(UserError, match="less than one step of 1,024 tokens"):
-        open_feed(with_shards(small(), str(tmp_path / "a.bin")), shards_required=True)
+        feed_of(with_shards(small(), str(tmp_path / "a.bin")), shards_required=True)
 
 
 def test_synthetic_documents_have_the_stated_mean_length():

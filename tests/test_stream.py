@@ -177,11 +177,11 @@ def test_the_stream_gives_all_whole_sequences(corpus):
 
 def test_more_tokens_than_there_are_is_refused_with_the_shards_it_takes(corpus):
     paths, _ = corpus
-    require_tokens("t_*.bin", paths, TOTAL - 1)  # n tokens take n + 1: the last target
+    require_tokens("t_*.bin", paths, TOTAL - 1, 22)  # n tokens take n + 1: the last target
     with pytest.raises(UserError, match=r"'t_\*\.bin' matches 3 shards with 181 tokens, the run needs 182 .* 2 "):
-        require_tokens("t_*.bin", paths, TOTAL)
+        require_tokens("t_*.bin", paths, TOTAL, 22)
     with pytest.raises(UserError, match=r"never repeated: give it 10 shards of 101 tokens"):
-        require_tokens("t_*.bin", paths, 1009)
+        require_tokens("t_*.bin", paths, 1009, 22)
 
 
 def test_validation_is_the_first_tokens_in_order(corpus):
@@ -199,3 +199,53 @@ def test_validation_refuses_what_is_not_whole_or_not_there(corpus):
     assert len(validation_sequences("t_*.bin", paths, 180, 20)) == 9
     with pytest.raises(UserError, match=r"holds 181 tokens, --data.val-tokens 200 .* use --data.val-tokens 180"):
         validation_sequences("t_*.bin", paths, 200, 20)
+
+
+@pytest.mark.parametrize("process_count", [1, 2])
+@pytest.mark.parametrize("discard_tokens", [0, 3])
+def test_batches_may_change_their_size_and_length(corpus, process_count, discard_tokens):
+    """Every token once, in order, over all borders and wherever the stream is saved; the oracle counts by hand."""
+    paths, tokens = corpus
+    sizes = [(5, 2)] * 3 + [(4, 6)] * 2 + [(4, 2)] + [(18, 2)] + [(1, 8)]  # tokens of a sequence, sequences
+    for saved_before in range(len(sizes)):
+        streams = [
+            TokenStream(paths, *sizes[0], process_index=p, process_count=process_count, discard_tokens=discard_tokens)
+            for p in range(process_count)
+        ]
+        first = 0
+        for step, (seq_len, sequences) in enumerate(sizes):
+            if step == saved_before:
+                state = json.loads(json.dumps(streams[0].get_state()))
+                streams = [
+                    TokenStream(
+                        paths,
+                        seq_len,
+                        sequences,
+                        process_index=p,
+                        process_count=process_count,
+                        discard_tokens=discard_tokens,
+                        start_token=state["next_token"],
+                    )
+                    for p in range(process_count)
+                ]
+            for stream in streams:
+                stream.resize(seq_len, sequences)
+            batches = [next(stream) for stream in streams]
+            given = np.concatenate([batch.tokens for batch in batches])
+            end = first + seq_len * sequences
+            assert {(batch.first_token, batch.end_token) for batch in batches} == {(first, end)}
+            assert given.shape == (sequences, seq_len + 1)
+            np.testing.assert_array_equal(given[:, :-1].ravel(), tokens[first:end])
+            np.testing.assert_array_equal(given[:, 1:].ravel(), tokens[first + 1 : end + 1])
+            first = end + discard_tokens
+
+
+def test_an_uneven_share_of_a_later_batch_is_refused(corpus):
+    stream = TokenStream(corpus[0], 5, 2, process_count=2)
+    with pytest.raises(UserError, match=r"3 sequences a batch .* 2 processes"):
+        stream.resize(5, 3)
+
+
+def test_a_shard_too_short_for_the_longest_sequence_is_refused_before_training(corpus):
+    with pytest.raises(UserError, match=f"^{corpus[0][1]} is shorter than one sequence: it holds 23 tokens"):
+        require_tokens("t_*.bin", corpus[0], 100, 23)

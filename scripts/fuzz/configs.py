@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from fuzz.damage import change, damaged, deep
-from senano_jax.config import check_config
+from senano_jax.config_check import check_config
 from senano_jax.config_file import read_config, write_config
 from senano_jax.data.shards import find_shards
 from senano_jax.errors import UserError

@@ -6,7 +6,7 @@ span shards, so all that is left over is what does not fill the last sequence.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +44,7 @@ class SequenceSource:
     ):
         self._paths = list(shards)
         self._shards = [Shard(path) for path in self._paths]
-        for path, shard in zip(self._paths, self._shards):
-            if len(shard) <= seq_len:
-                raise UserError(
-                    f"{path} is shorter than one sequence: it holds {len(shard)} tokens, it takes {seq_len} "
-                    "and a last target; leave the file out, or lower --seq-len or --data.val-seq-len"
-                )
+        _check_lengths(self._paths, map(len, self._shards), seq_len)
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         self._seq_len = seq_len
         self._start = start
@@ -102,8 +97,9 @@ class TokenStream:
     """An iterator of `Batch`es that reads ahead in threads and can be saved and resumed at any token.
 
     Process p of P gets the p-th part of each global batch of `batch_sequences` sequences, so that the
-    parts side by side are in file order. After every batch `discard_tokens` tokens are skipped. The stream
-    ends (StopIteration) when the tokens left do not fill a global batch.
+    parts side by side are in file order. Both sizes can be changed between two batches. After every batch
+    `discard_tokens` tokens are skipped. The stream ends (StopIteration) when the tokens left do not fill a
+    global batch.
 
     Raises UserError if the shards are unsound, and, from `next`, when a token that is not GPT-2's is reached.
     """
@@ -119,18 +115,13 @@ class TokenStream:
         discard_tokens: int = 0,
         start_token: int = 0,
     ):
-        if batch_sequences % process_count:
-            raise UserError(
-                f"{batch_sequences} sequences a batch cannot be shared evenly by {process_count} processes: "
-                "change --batch-tokens or --seq-len"
-            )
         self._shards = list(shards)
-        self._seq_len = seq_len
-        self._batch_sequences = batch_sequences
         self._process_index = process_index
         self._process_count = process_count
         self._discard_tokens = discard_tokens
-        self.set_state({"next_token": start_token})
+        self._next_token = start_token
+        self._seq_len = self._batch_sequences = 0
+        self.resize(seq_len, batch_sequences)
 
     def __iter__(self) -> "TokenStream":
         return self
@@ -145,6 +136,18 @@ class TokenStream:
         end = first + self._batch_sequences * self._seq_len
         self._next_token = end + self._discard_tokens
         return Batch(tokens, first, end)
+
+    def resize(self, seq_len: int, batch_sequences: int) -> None:
+        """Continues where it is with batches of another size. Raises UserError if they cannot be shared evenly."""
+        if (seq_len, batch_sequences) == (self._seq_len, self._batch_sequences):
+            return
+        if batch_sequences % self._process_count:
+            raise UserError(
+                f"{batch_sequences} sequences a batch cannot be shared evenly by {self._process_count} processes: "
+                "change --batch-tokens or --seq-len"
+            )
+        self._seq_len, self._batch_sequences = seq_len, batch_sequences
+        self.set_state(self.get_state())
 
     def get_state(self) -> dict[str, Any]:
         """JSON: `next_token`, the position of the first token not handed out yet (and not to be skipped)."""
@@ -189,20 +192,30 @@ class TokenStream:
         )
 
 
-def require_tokens(pattern: str, shards: Sequence[Path], tokens_needed: int) -> None:
-    """Raises UserError unless the shards found by `pattern` hold `tokens_needed` inputs and a last target.
+def require_tokens(pattern: str, shards: Sequence[Path], tokens_needed: int, seq_len: int) -> None:
+    """Raises UserError unless the shards found by `pattern` hold `tokens_needed` inputs and a last target, and each of
+    them one sequence of `seq_len` tokens.
 
     `tokens_needed` counts what the stream passes from position 0 to the end of the run, skipped tokens too.
     """
     sizes = [len(open_shard(path)) for path in shards]
     if sum(sizes) > tokens_needed:
-        return
+        return _check_lengths(shards, sizes, seq_len)
     shards_needed = -(-(tokens_needed + 1) // max(sizes))
     raise UserError(
         f"{pattern!r} matches {len(sizes)} shards with {sum(sizes):,} tokens, the run needs "
         f"{tokens_needed + 1:,} and samples are never repeated: give it {shards_needed} shards of "
         f"{max(sizes):,} tokens, or lower --steps or --batch-tokens"
     )
+
+
+def _check_lengths(paths: Sequence[Path], lengths: Iterable[int], seq_len: int) -> None:
+    for path, length in zip(paths, lengths):
+        if length <= seq_len:
+            raise UserError(
+                f"{path} is shorter than one sequence: it holds {length} tokens, it takes {seq_len} "
+                "and a last target; leave the file out, or lower --seq-len or --data.val-seq-len"
+            )
 
 
 def validation_sequences(

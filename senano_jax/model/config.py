@@ -89,11 +89,6 @@ class TransformerConfig:
         """For each attention of one forward pass: does it see the long window?"""
         raise NotImplementedError
 
-    @property
-    def matrix_entries(self) -> int:
-        """Entries of all matrices and tables: the parameters but for norms, biases and scalars."""
-        raise NotImplementedError
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(TransformerConfig):
@@ -124,13 +119,6 @@ class ModelConfig(TransformerConfig):
         layers = self.layers
         return tuple(layers.has_long_window(n) for n in layers.order if n not in layers.no_attention)
 
-    @property
-    def matrix_entries(self) -> int:
-        layers = self.layers.layers
-        attentions = layers - len(set(self.layers.no_attention))
-        rows = (1 + self.value_embeddings) * self.vocab_size + self.padded_vocab_size
-        return (4 * attentions + 2 * self.mlp_expansion * layers) * self.dim**2 + rows * self.dim
-
 
 @dataclass(frozen=True, kw_only=True)
 class Gpt2Config(TransformerConfig):
@@ -150,11 +138,6 @@ class Gpt2Config(TransformerConfig):
     @property
     def attention_windows(self) -> tuple[bool, ...]:
         return (True,) * self.num_layers
-
-    @property
-    def matrix_entries(self) -> int:
-        rows = self.padded_vocab_size + self.max_length
-        return (4 + 2 * self.mlp_expansion) * self.num_layers * self.dim**2 + rows * self.dim
 
 
 def check_model(model: ModelConfig | Gpt2Config) -> None:

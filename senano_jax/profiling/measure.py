@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from senano_jax.config import Config
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import validation_sequences
 from senano_jax.errors import UserError
-from senano_jax.model.build import Model, Params, abstract_params, count_parameters, make_model
-from senano_jax.optim.recipe import make_optimizer
+from senano_jax.model.build import Params, count_parameters
 from senano_jax.profiling.compilation import (
     Compilation,
     ExecutedWork,
@@ -34,18 +31,19 @@ from senano_jax.profiling.kernels import KernelTimes, busy_fraction, kernel_time
 from senano_jax.profiling.timing import Spread, StepRunner
 from senano_jax.profiling.tokens import open_feed, synthetic_sequences
 from senano_jax.training.evaluation import Evaluator, group_size
-from senano_jax.training.mesh import DATA_AXIS, choose_micro_batches, make_mesh, place_batch
+from senano_jax.training.mesh import place_batch
 from senano_jax.training.state import init_state
-from senano_jax.training.step import make_train_step
+from senano_jax.training.wiring import Wiring, wire
 
 TRACED_STEPS = 2
 EVALUATIONS = 3  # timed, after one that compiles
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to measure besides compilation, arithmetic and memory."""
+class Scope:
+    """What to measure, besides compilation, arithmetic and memory."""
 
+    stage: int  # index of the stage whose step it is
     windows: tuple[int, ...]  # long windows in blocks; the first one gets the whole report
     steps: int  # timed steps
     warmup: int  # steps before them
@@ -87,10 +85,13 @@ class Kernels:
 @dataclass(frozen=True)
 class Report:
     parameters: int
+    stage: int
+    stages: int  # of the run
     device_kind: str
     devices: int
     micro_batches: int
     tokens_per_step: int
+    seq_len: int
     token_source: str
     compilation: Compilation
     executed: ExecutedWork
@@ -107,57 +108,59 @@ class Report:
     kernels_missing: str  # why there are none
 
 
-def measure(config: Config, plan: Plan, say: Callable[[str], None]) -> Report:
-    """Compiles the training step of `config` and runs it; `say` gets a line before each long part."""
-    mesh = make_mesh(config.devices)
+def measure(config: Config, scope: Scope, say: Callable[[str], None]) -> Report:
+    """Compiles the training step of a stage of `config` and runs it; `say` gets a line before each long part."""
+    wiring = wire(config)
+    mesh, stage = wiring.mesh, wiring.plan.stages[scope.stage]
     device = mesh.devices.flat[0]
-    micro_batches = choose_micro_batches(config, mesh.size)
-    feed = open_feed(config, shards_required=plan.shards_required)
+    micro_batches = wiring.micro_batches[stage.index]
+    feed = open_feed(config, stage, shards_required=scope.shards_required)
     with contextlib.closing(feed.batches):
         first_batch = next(feed.batches)
-        model = make_model(config.model, config.dtype)
-        optimizer = make_optimizer(config.optimizer, config.steps, DATA_AXIS)
-        state = init_state(model, optimizer, config.seed, mesh)
+        state = init_state(wiring.model, wiring.optimizer, config.seed, mesh)
 
         say("compiling")
-        tokens = place_batch(mesh, first_batch, micro_batches)
-        program = compile_program(make_train_step(model, optimizer, mesh), state, tokens, np.int32(plan.windows[0]))
-        runner = StepRunner(program.run, state, mesh, micro_batches, feed)
+        tokens, inputs = place_batch(mesh, first_batch, micro_batches), wiring.plan.inputs(stage.first)
+        program = compile_program(wiring.train_steps[stage.index], state, tokens, *inputs)
+        runner = StepRunner(program.run, inputs, state, mesh, micro_batches, feed)
         del state, tokens  # the runner donates the state; nothing may hold on to it
 
         peak = peak_flops(device.device_kind, config.dtype)
 
         def speed(window: int, step_ms: Spread) -> Speed:
-            flops = step_flops(config.model, first_batch[:, :-1], window)
+            flops = step_flops(stage.model, first_batch[:, :-1], window)
             flops_per_s = flops.total / step_ms.median * 1000
             mfu = flops_per_s / (peak * mesh.size) if peak else None
-            return Speed(window, flops, step_ms, config.batch_tokens / step_ms.median * 1000, mfu)
+            return Speed(window, flops, step_ms, stage.batch_tokens / step_ms.median * 1000, mfu)
 
-        window = plan.windows[0]
-        say(f"timing {plan.steps} steps twice at a window of {window} blocks")
-        runner.steps(plan.warmup, window)
-        synchronised = runner.synchronised(plan.steps, window)
-        pipelined, host = runner.pipelined(plan.steps, window)
+        window = scope.windows[0]
+        say(f"timing {scope.steps} steps twice at a window of {window} blocks")
+        runner.steps(scope.warmup, window)
+        synchronised = runner.synchronised(scope.steps, window)
+        pipelined, host = runner.pipelined(scope.steps, window)
         sweep = []
-        for swept in plan.windows[1:]:
-            say(f"timing {plan.steps} steps at a window of {swept} blocks")
-            runner.steps(plan.warmup, swept)
-            sweep.append(speed(swept, runner.pipelined(plan.steps, swept)[0]))
+        for swept in scope.windows[1:]:
+            say(f"timing {scope.steps} steps at a window of {swept} blocks")
+            runner.steps(scope.warmup, swept)
+            sweep.append(speed(swept, runner.pipelined(scope.steps, swept)[0]))
         stats = device.memory_stats() or {}
 
         evaluation = None
-        if plan.evaluation:
+        if scope.evaluation:
             say("timing the evaluation")
-            evaluation = _time_evaluation(config, model, mesh, runner.params, window)
+            evaluation = _time_evaluation(config, wiring, runner.params, window)
 
         say("tracing")
-        kernels, kernels_missing = _trace(runner, program, window, plan.trace_dir)
+        kernels, kernels_missing = _trace(runner, program, window, scope.trace_dir)
     return Report(
-        parameters=count_parameters(abstract_params(model)),
+        parameters=count_parameters(wiring.state.params),
+        stage=stage.index,
+        stages=len(wiring.plan.stages),
         device_kind=device.device_kind,
         devices=mesh.size,
         micro_batches=micro_batches,
-        tokens_per_step=config.batch_tokens,
+        tokens_per_step=stage.batch_tokens,
+        seq_len=stage.seq_len,
         token_source=feed.description,
         compilation=program.compilation,
         executed=executed_work(program.run),
@@ -175,8 +178,9 @@ def measure(config: Config, plan: Plan, say: Callable[[str], None]) -> Report:
     )
 
 
-def _time_evaluation(config: Config, model: Model, mesh: Mesh, params: Params, window: int) -> Evaluation:
+def _time_evaluation(config: Config, wiring: Wiring, params: Params, window: int) -> Evaluation:
     """One round: on each device as many validation sequences as training evaluates at a time."""
+    mesh = wiring.mesh
     length = config.data.val_seq_len
     count = mesh.size * group_size(config.data.val_tokens // length, length, mesh.size)
     try:
@@ -185,7 +189,7 @@ def _time_evaluation(config: Config, model: Model, mesh: Mesh, params: Params, w
     except UserError:  # no shards, or too short ones: the time does not depend on the words
         source = "synthetic documents"
         rows = synthetic_sequences(count, length + 1, config.model.vocab_size)
-    evaluate = Evaluator(model, mesh, rows)
+    evaluate = Evaluator(wiring.model, mesh, rows)
     evaluate(params, window)
     times = []
     for _ in range(EVALUATIONS):

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from senano_jax.model.build import Params
+from senano_jax.plan import StepInputs
 from senano_jax.profiling.tokens import Feed
 from senano_jax.training.mesh import place_batch
 from senano_jax.training.state import TrainState
@@ -41,10 +42,20 @@ class StepTimes:
 
 
 class StepRunner:
-    """Runs a compiled training step on batches of a feed and carries the donated state along."""
+    """Runs a compiled training step on batches of a feed and carries the donated state along. `inputs` are those of
+    every step, but for the window."""
 
-    def __init__(self, program: jax.stages.Compiled, state: TrainState, mesh: Mesh, micro_batches: int, feed: Feed):
+    def __init__(
+        self,
+        program: jax.stages.Compiled,
+        inputs: StepInputs,
+        state: TrainState,
+        mesh: Mesh,
+        micro_batches: int,
+        feed: Feed,
+    ):
         self._program = program
+        self._inputs = inputs
         self._state = state
         self._mesh = mesh
         self._micro_batches = micro_batches
@@ -93,5 +104,6 @@ class StepRunner:
         return place_batch(self._mesh, next(self._feed.batches), self._micro_batches)
 
     def _queue(self, tokens: jax.Array, window: int, program: jax.stages.Compiled | None = None):
-        self._state, metrics = (program or self._program)(self._state, tokens, np.int32(window))
+        inputs = self._inputs._replace(window_blocks=np.int32(window))
+        self._state, metrics = (program or self._program)(self._state, tokens, *inputs)
         return metrics

@@ -15,6 +15,7 @@ from senano_jax.data.shards import find_shards, open_shard
 from senano_jax.data.stream import TokenStream
 from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.errors import UserError
+from senano_jax.plan import PlannedStage
 
 MEAN_DOCUMENT = 720  # tokens, FineWeb's mean; the spread below is FineWeb's too
 DOCUMENT_SIGMA = 1.2  # of the logarithm of the length
@@ -30,8 +31,9 @@ class Feed(NamedTuple):
     batches: Batches
 
 
-def open_feed(config: Config, *, shards_required: bool) -> Feed:
-    """Batches from config.data.train_files; if they are missing, from the bundled sample; if it is too short, made up.
+def open_feed(config: Config, stage: PlannedStage, *, shards_required: bool) -> Feed:
+    """Batches of a stage: from config.data.train_files; if they are missing, from the bundled sample; if it is too
+    short, made up.
 
     Real batches come through the training loop's own reader, from the start again when they run out. Raises UserError
     for shards that are unsound, and with `shards_required` for shards that are missing or hold less than a batch.
@@ -42,18 +44,18 @@ def open_feed(config: Config, *, shards_required: bool) -> Feed:
         if shards_required:
             raise
         shards = []
-    if shards and _holds_a_batch(shards, config):
+    if shards and _holds_a_batch(shards, stage):
         bundled = config.data.train_files == sample.TRAIN
-        return Feed("the bundled sample" if bundled else config.data.train_files, _repeat(shards, config))
+        return Feed("the bundled sample" if bundled else config.data.train_files, _repeat(shards, stage))
     if shards_required:
         raise UserError(
-            f"{config.data.train_files!r} holds less than one step of {config.batch_tokens:,} tokens; "
+            f"{config.data.train_files!r} holds less than one step of {stage.batch_tokens:,} tokens; "
             "give --data.train-files more shards or lower --batch-tokens"
         )
-    if _holds_a_batch([Path(sample.TRAIN)], config):
-        return Feed("the bundled sample", _repeat([Path(sample.TRAIN)], config))
+    if _holds_a_batch([Path(sample.TRAIN)], stage):
+        return Feed("the bundled sample", _repeat([Path(sample.TRAIN)], stage))
     description = f"synthetic documents (log-normal lengths, {MEAN_DOCUMENT} tokens on average)"
-    return Feed(description, _repeat_synthetic(config))
+    return Feed(description, _repeat_synthetic(stage))
 
 
 def synthetic_sequences(count: int, length: int, vocabulary: int, seed: int = 0) -> Int32[np.ndarray, "count length"]:
@@ -68,18 +70,18 @@ def synthetic_sequences(count: int, length: int, vocabulary: int, seed: int = 0)
     return tokens.reshape(count, length)
 
 
-def _repeat_synthetic(config: Config) -> Batches:
-    shape = (config.batch_sequences, config.seq_len + 1)
+def _repeat_synthetic(stage: PlannedStage) -> Batches:
+    shape = (stage.sequences, stage.seq_len + 1)
     seeds = range(SYNTHETIC_BATCHES)
-    yield from itertools.cycle([synthetic_sequences(*shape, config.model.vocab_size, seed) for seed in seeds])
+    yield from itertools.cycle([synthetic_sequences(*shape, stage.model.vocab_size, seed) for seed in seeds])
 
 
-def _holds_a_batch(shards: list[Path], config: Config) -> bool:
-    return sum(len(open_shard(path)) for path in shards) > config.batch_tokens
+def _holds_a_batch(shards: list[Path], stage: PlannedStage) -> bool:
+    return sum(len(open_shard(path)) for path in shards) > stage.batch_tokens
 
 
-def _repeat(shards: list[Path], config: Config) -> Batches:
+def _repeat(shards: list[Path], stage: PlannedStage) -> Batches:
     while True:
-        with contextlib.closing(TokenStream(shards, config.seq_len, config.batch_sequences)) as stream:
+        with contextlib.closing(TokenStream(shards, stage.seq_len, stage.sequences)) as stream:
             for batch in stream:
                 yield batch.tokens

@@ -4,6 +4,8 @@ import rich.console
 import rich.progress
 from rich.text import Text
 
+from senano_jax.plan import Plan
+
 
 class _Left(rich.progress.TimeRemainingColumn):
     """The time that is left, while steps are made."""
@@ -13,14 +15,16 @@ class _Left(rich.progress.TimeRemainingColumn):
 
 
 class Progress:
-    """A context manager; `total_steps` is the length of the run. Prints nothing if `visible` is False."""
+    """A context manager. The bar and the time left go by tokens, of which steps may hold more and more. Prints nothing
+    if `visible` is False."""
 
-    def __init__(self, total_steps: int, visible: bool = True):
+    def __init__(self, plan: Plan, visible: bool = True):
+        self._plan = plan
         self._console = rich.console.Console(highlight=False, quiet=not visible, soft_wrap=True)
         self._bar = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._bar = rich.progress.Progress(
-                rich.progress.TextColumn("step {task.completed}/{task.total}"),
+                rich.progress.TextColumn("step {task.fields[step]}/{task.fields[steps]}"),
                 rich.progress.BarColumn(bar_width=30),
                 rich.progress.TextColumn("{task.fields[figures]}"),
                 rich.progress.TextColumn("{task.fields[doing]}"),
@@ -29,12 +33,14 @@ class Progress:
                 transient=True,
                 speed_estimate_period=120,
             )
-            self._task = self._bar.add_task("train", total=total_steps, figures="", doing="compiling")
+            self._task = self._bar.add_task(
+                "train", total=plan.total_tokens, step=0, steps=plan.steps, figures="", doing="compiling"
+            )
 
     def starting_at(self, step: int) -> "Progress":
         """Itself, for a run that goes on after `step` steps."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+            self._bar.update(self._task, completed=self._plan.tokens_after(step), step=step)
         return self
 
     def __enter__(self) -> "Progress":
@@ -52,7 +58,8 @@ class Progress:
             self._console.print(line, markup=False)
         else:
             figures = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s"
-            self._bar.update(self._task, completed=step, figures=figures, doing="")
+            completed = self._plan.tokens_after(step)
+            self._bar.update(self._task, completed=completed, step=step, figures=figures, doing="")
 
     def doing(self, what: str) -> None:
         """Shows on the live line what is done between two steps."""

@@ -16,6 +16,7 @@ import jax
 from senano_jax.config import Config
 from senano_jax.errors import UserError
 from senano_jax.files import write_atomically
+from senano_jax.plan import Plan
 
 OF_STEP = ("loss", "grad_norm", "lr", "momentum", "window", "tokens_per_s")
 OF_EVALUATION = ("val_loss",)
@@ -49,7 +50,7 @@ class TensorBoard:
         folder = run_dir / "tensorboard"
         replaced = first_step + 1 if first_step else 0
         self._steps = _EventFile(folder / "steps", replaced)
-        self._tokens = _EventFile(folder / "tokens", replaced * config.batch_tokens)
+        self._tokens = _EventFile(folder / "tokens", Plan(config).tokens_after(replaced))
 
     def write(self, record: Record) -> None:
         values = _values(record)

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from senano_jax.config import Config, check_config
+from senano_jax.config import Config
+from senano_jax.config_check import check_config
 from senano_jax.config_file import read_config
 from senano_jax.data.fineweb import DATASET, TRAINING_SHARD, VALIDATION_SHARD
 from senano_jax.files import read_json_object
 from senano_jax.model.build import abstract_params, count_parameters, make_model
+from senano_jax.plan import Plan
 from senano_jax.runlog.curves import RunLog
 from senano_jax.runlog.data_record import PARTS, Shards, read_data
 from senano_jax.runlog.run_folder import read_run_folder
@@ -88,8 +90,9 @@ def order_rule(config: Config, run: RunLog, data: Shards | None) -> Verdict:
         return Verdict(rule, "fail", f"{config.data.discard_micro_batch:,} tokens are skipped after every step")
     if twice := _twice(data):
         return Verdict(rule, "fail", f"{twice[0]} and {twice[1]} have the same content")
+    plan = Plan(config)
     for step, point in enumerate(run.train_points, start=1):
-        tokens = step * config.batch_tokens
+        tokens = plan.tokens_after(step)
         if point.step != step:
             return Verdict(rule, "fail", f"metrics.jsonl has no line for step {step}")
         if point.tokens != tokens:
@@ -100,13 +103,14 @@ def order_rule(config: Config, run: RunLog, data: Shards | None) -> Verdict:
             figure = f"{point.tokens_read:,} tokens read and {tokens:,} trained on after step {step}"
             return Verdict(rule, "fail", figure)
     steps = len(run.train_points)
-    figure = f"{format_tokens(steps * config.batch_tokens)} tokens in {steps:,} steps without a gap"
+    trained = plan.tokens_after(steps)
+    figure = f"{format_tokens(trained)} tokens in {steps:,} steps without a gap"
     if config.init_from is not None:
         figure += f"; but it began with weights from {config.init_from}, and what those had read is not known"
         return Verdict(rule, "not verifiable", figure)
     if steps < config.steps:
         return Verdict(rule, "not verifiable", f"{figure}; {_progress(run)}")
-    return Verdict(rule, "pass", figure, steps * config.batch_tokens)
+    return Verdict(rule, "pass", figure, trained)
 
 
 def fineweb_rule(data: Shards | None) -> Verdict:
@@ -151,7 +155,7 @@ def time_rule(config: Config, run: RunLog, devices: Sequence[str]) -> Verdict:
         if run.complete:
             return Verdict(rule, "pass", figure, time)
         return Verdict(rule, "not verifiable", f"{figure}; {_progress(run)}", time)
-    planned = config.steps * config.batch_tokens
+    planned = Plan(config).total_tokens
     scaled = time * planned / run.final.tokens * len(devices) / DEVICES if run.final.tokens else None
     figure += f" ({run.final.tokens / time * 1000:,.0f} tokens/s, compilation included)"
     if scaled and len(devices) != DEVICES:

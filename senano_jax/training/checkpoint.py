@@ -23,8 +23,9 @@ from senano_jax.files import write_atomically
 from senano_jax.model.build import Params, abstract_params, make_model
 from senano_jax.training.mesh import replicated
 from senano_jax.training.processes import of_first_process, together
-from senano_jax.training.state import TrainState
+from senano_jax.training.state import TrainState, state_shardings
 
+_READOUT_CHECKSUMS = "readout_checksums"  # in the record of a checkpoint that holds weights read out
 _LOSS = "metrics/metrics"  # where orbax keeps the validation loss of a checkpoint
 
 
@@ -71,21 +72,32 @@ class Checkpoints:
         )
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
 
-    def save(self, step: int, state: TrainState, record: dict[str, Any], val_loss: float | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        record: dict[str, Any],
+        val_loss: float | None = None,
+        readout: Params | None = None,
+    ) -> None:
         """Starts to save, and returns once the arrays are copied; an earlier save is waited for first.
 
-        `record` is JSON: what else the run needs to go on. `val_loss` is the validation loss of these weights.
+        `record` is JSON: what else the run needs to go on. `readout` holds the weights to use in place of the state's,
+        if there are others; `val_loss` is the validation loss of the weights to use.
         """
         record = {**record, "checksums": jax.device_get(_checksums(state)).tolist()}
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+        }
+        if readout is not None:
+            record[_READOUT_CHECKSUMS] = jax.device_get(_checksums(readout)).tolist()
+            items["readout"] = ocp.args.StandardSave(readout)
         record["crc32"] = _crc32(record)
         self._guarded(
             lambda: self._manager.save(
                 step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
-                    optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-                    record=ocp.args.JsonSave(record),
-                ),
+                args=ocp.args.Composite(record=ocp.args.JsonSave(record), **items),
                 metrics=None if val_loss is None else {"val_loss": val_loss},
                 force=True,
             )
@@ -101,23 +113,29 @@ class Checkpoints:
 
         `abstract` is the state's tree of shapes and dtypes. Raises UserError if anything is missing or damaged.
         """
+        placed = _placed(abstract, state_shardings(abstract, mesh))
         items = self._read(
             step,
-            params=ocp.args.StandardRestore(_placed(abstract.params, mesh)),
-            optimizer=ocp.args.StandardRestore(_placed({"step": abstract.step, "opt_state": abstract.opt_state}, mesh)),
+            params=ocp.args.StandardRestore(placed.params),
+            optimizer=ocp.args.StandardRestore({"step": placed.step, "opt_state": placed.opt_state}),
             record=ocp.args.JsonRestore(),
         )
         optimizer = items["optimizer"]
         state = TrainState(optimizer["step"], items["params"], optimizer["opt_state"])
-        return state, self._checked(step, items["record"], state, slice(None))
+        return state, self._checked(step, items["record"], state)
 
     def restore_params(self, step: int, abstract: Params, mesh: Mesh) -> Params:
-        """The weights alone. Raises UserError if they cannot be read, do not fit or are damaged."""
-        items = self._read(
-            step, params=ocp.args.StandardRestore(_placed(abstract, mesh)), record=ocp.args.JsonRestore()
-        )
-        params = items["params"]
-        self._checked(step, items["record"], params, slice(1, 1 + len(jax.tree.leaves(params))))  # after the step
+        """The weights to use, alone: those read out, if there are any, else those of the state. Raises UserError if
+        they cannot be read, do not fit or are damaged."""
+        record = self._read(step, record=ocp.args.JsonRestore())["record"]
+        has_readout = isinstance(record, dict) and _READOUT_CHECKSUMS in record
+        name = "readout" if has_readout else "params"
+        shardings = jax.tree.map(lambda _: replicated(mesh), abstract)
+        params = self._read(step, **{name: ocp.args.StandardRestore(_placed(abstract, shardings))})[name]
+        if has_readout:
+            self._checked(step, record, params, _READOUT_CHECKSUMS)
+        else:
+            self._checked(step, record, params, part=slice(1, 1 + len(jax.tree.leaves(params))))  # after the step
         return params
 
     def delete_after(self, step: int) -> None:
@@ -165,12 +183,15 @@ class Checkpoints:
         except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
             raise UserError(f"checkpoint {step} in {self._folder} cannot be read: {_short(error)}") from None
 
-    def _checked(self, step: int, record: Any, tree: Any, part: slice) -> dict[str, Any]:
-        """The record, if `part` of its checksums are those of `tree`. Raises UserError if either is damaged."""
+    def _checked(
+        self, step: int, record: Any, tree: Any, name: str = "checksums", part: slice = slice(None)
+    ) -> dict[str, Any]:
+        """The record, if `part` of its checksums of that name are those of `tree`. Raises UserError if either is
+        damaged."""
         fault = None
-        if not isinstance(record, dict) or not isinstance(record.get("checksums"), list):
+        if not isinstance(record, dict) or not isinstance(record.get(name), list):
             fault = "it has no checksums"
-        elif record["checksums"][part] != jax.device_get(_checksums(tree)).tolist():
+        elif record[name][part] != jax.device_get(_checksums(tree)).tolist():
             fault = "its checksums do not match"
         elif record.get("crc32", _crc32(record)) != _crc32(record):
             fault = "the checksum of its record does not match"
@@ -259,8 +280,8 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} cannot be used for checkpoints ({reason})") from None
 
 
-def _placed(tree: Any, mesh: Mesh) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree)
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def _short(error: Exception) -> str:

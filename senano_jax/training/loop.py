@@ -1,33 +1,33 @@
 """A training run from shards to final loss, read from top to bottom."""
 
 import contextlib
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from senano_jax.config import Config, check_config
+from senano_jax.config import Config
+from senano_jax.config_check import check_config
 from senano_jax.data.identity import needed_shards
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import TokenStream, require_tokens
 from senano_jax.errors import UserError
 from senano_jax.jax_settings import start_jax
-from senano_jax.model.build import count_parameters, make_model
-from senano_jax.optim.recipe import make_optimizer
+from senano_jax.model.build import count_parameters
 from senano_jax.output import lasting_output
-from senano_jax.plan import window_blocks
-from senano_jax.runlog.data_record import DataRecord
+from senano_jax.plan import Plan
 from senano_jax.runlog.progress import Progress
 from senano_jax.runlog.sinks import Sinks
 from senano_jax.training.clock import Clock
 from senano_jax.training.evaluation import make_evaluator
-from senano_jax.training.mesh import DATA_AXIS, choose_micro_batches, make_mesh, place_batch
+from senano_jax.training.mesh import place_batch
 from senano_jax.training.processes import StopVote, together
 from senano_jax.training.recorder import Recorder, RunningStep, wait_for_step
-from senano_jax.training.resume import Position, begin_or_resume, check_same_run, open_run
-from senano_jax.training.step import make_train_step
+from senano_jax.training.resume import Bookmark, begin_or_resume, check_same_run, open_run
+from senano_jax.training.state import params_to_evaluate
 from senano_jax.training.stop import Stopped, StopRequest
+from senano_jax.training.wiring import Wiring, wire
 
 
 def train(config: Config, preset: str) -> Path:
@@ -38,6 +38,83 @@ def train(config: Config, preset: str) -> Path:
     a signal asked it to stop, once the run is saved. JAX's settings are changed for the whole process.
     """
     start_jax(config.dtype, config.compilation_cache)
+    sinks, shards = _checked(config)
+    wiring = wire(config)
+    plan = wiring.plan
+    with together():
+        evaluate = make_evaluator(config, wiring.model, wiring.mesh)
+    vote = StopVote(wiring.mesh)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lasting_output(notice=True))
+        progress = Progress(plan, visible=jax.process_index() == 0)
+        run = stack.enter_context(open_run(config, preset, _needed_shards(plan, shards)))
+        begun = begin_or_resume(wiring, preset, run, progress.say)
+        if begun is None:
+            progress.say(f"the run in {run.folder.path} is complete: {plan.steps} steps")
+            return run.folder.path
+        state, bookmark = begun
+        first_step, evaluated = bookmark.step, bookmark.evaluated
+        stack.enter_context(sinks.open(run.folder.path, first_step, progress.say))
+        stream = stack.enter_context(contextlib.closing(_open_stream(plan, shards, bookmark)))
+        clock = Clock(bookmark.train_ms)
+        recorder = Recorder(run.folder, sinks, progress, clock, plan, run.newest_checkpoint)
+        progress.say(_introduction(preset, wiring, run.folder.path, first_step))
+
+        waiter = stack.enter_context(ThreadPoolExecutor(1))
+        stop = stack.enter_context(StopRequest())
+        stack.enter_context(progress.starting_at(first_step))
+        clock.start()
+        for step in range(first_step, plan.steps + 1):
+            last = step == plan.steps
+            evaluation_due = last or (config.val_every and step % config.val_every == 0)
+            checkpoint_due = last or (config.checkpoint_every and step % config.checkpoint_every == 0)
+            if evaluation_due or checkpoint_due or recorder.stopping:
+                recorder.catch_up()
+            stopping, val_loss = recorder.stopping, None
+            if evaluation_due and not evaluated and (last or not stopping):
+                clock.stop()
+                progress.doing("evaluating")
+                window = plan.evaluation_window(step)
+                val_loss = evaluate(params_to_evaluate(state), window)
+                recorder.evaluation(step, val_loss, window)
+                if 0 < step == first_step:  # its checkpoint was saved in haste, without
+                    run.checkpoints.add_loss(step, val_loss)
+                clock.start()
+            if (checkpoint_due or stopping) and step > first_step:
+                progress.doing("saving")
+                run.save(step, state, stream.get_state()["next_token"], clock.milliseconds, val_loss)
+            if last or stopping:
+                break
+            evaluated = False
+
+            stage, inputs = plan.stage(step), plan.inputs(step)
+            progress.doing("compiling" if step in (first_step, stage.first) else "")
+            stream.resize(stage.seq_len, stage.sequences)
+            tokens = place_batch(wiring.mesh, next(stream).tokens, wiring.micro_batches[stage.index])
+            state, metrics = wiring.train_steps[stage.index](state, tokens, *inputs)
+            for value in metrics:  # starts the copy now: one asked for later would wait for the steps queued behind
+                value.copy_to_host_async()
+            finished = waiter.submit(wait_for_step, metrics, vote(stop.received is not None), clock)
+            recorder.queued(RunningStep(step + 1, finished, inputs, stream.get_state()["next_token"]))
+
+        progress.doing("saving")
+        run.checkpoints.steps()  # waits for the last save
+        if stopping and not last:
+            progress.say(
+                f"{stop.received or 'another process'}: stopped after step {step}, saved; resume with: "
+                f"python -m senano_jax.train --run-dir {run.folder.path} --resume"
+            )
+        elif peak := _peak_memory_mib():
+            recorder.say(f"peak memory allocated: {peak} MiB")
+    if stopping or stop.received is not None:
+        raise Stopped(run.folder.path, stop.received or "another process")
+    return run.folder.path
+
+
+def _checked(config: Config) -> tuple[Sinks, list[Path]]:
+    """The tools to watch the run with, and the shards to train on. Raises UserError for what cannot work whatever the
+    devices are."""
     if jax.process_count() > 1 and config.run_dir is None:
         raise UserError("a run of several processes needs --run-dir, the same folder for all of them")
     with together():
@@ -45,117 +122,50 @@ def train(config: Config, preset: str) -> Path:
         if config.resume is not None:
             check_same_run(config, Path(config.run_dir))
         sinks = Sinks(config)
-        shards = find_shards(config.data.train_files)
-        discard = config.data.discard_micro_batch
-        stream_tokens = config.steps * (config.batch_tokens + discard) - discard
-        require_tokens(config.data.train_files, shards, stream_tokens)
+        plan, pattern = Plan(config), config.data.train_files
+        shards = find_shards(pattern)
+        require_tokens(pattern, shards, plan.stream_tokens, plan.longest_sequence)
+    return sinks, shards
 
-    mesh = make_mesh(config.devices)
-    micro_batches = choose_micro_batches(config, mesh.size)
-    model = make_model(config.model, config.dtype)
-    with together():
-        evaluate = make_evaluator(config, model, mesh)
-    optimizer = make_optimizer(config.optimizer, config.steps, DATA_AXIS)
-    train_step = make_train_step(model, optimizer, mesh)
-    vote = StopVote(mesh)
-    needed = {
-        "train": needed_shards(shards, stream_tokens),
-        "val": needed_shards(find_shards(config.data.val_files), config.data.val_tokens),
+
+def _needed_shards(plan: Plan, shards: Sequence[Path]) -> dict[str, list[Path]]:
+    """The shards that the run reads of each part."""
+    data = plan.config.data
+    return {
+        "train": needed_shards(shards, plan.stream_tokens),
+        "val": needed_shards(find_shards(data.val_files), data.val_tokens),
     }
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(lasting_output(notice=True))
-        progress = Progress(config.steps, visible=jax.process_index() == 0)
-        run, checkpoints = stack.enter_context(open_run(config, preset))
-        data_record = stack.enter_context(DataRecord(run.path, needed))
-        begun = begin_or_resume(config, preset, run, data_record, checkpoints, model, optimizer, mesh, progress.say)
-        if begun is None:
-            progress.say(f"the run in {run.path} is complete: {config.steps} steps")
-            return run.path
-        state, position = begun
-        first_step, evaluated = position.step, position.evaluated
-        stack.enter_context(sinks.open(run.path, first_step, progress.say))
-        stream = stack.enter_context(
-            contextlib.closing(
-                TokenStream(
-                    shards,
-                    config.seq_len,
-                    config.batch_sequences,
-                    process_index=jax.process_index(),
-                    process_count=jax.process_count(),
-                    discard_tokens=discard,
-                    start_token=position.next_token,
-                )
-            )
-        )
-        clock = Clock(position.train_ms)
-        recorder = Recorder(run, sinks, progress, clock, config, lambda: next(iter(checkpoints.steps()), None))
-        where = f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {micro_batches} micro-batches"
-        parameters = count_parameters(state.params)
-        intro = f"{preset}: {parameters:,} parameters, {config.steps} steps of {config.batch_tokens:,} tokens"
-        progress.say(f"{intro} ({where}), run folder {run.path}" + (f", from step {first_step}" if first_step else ""))
 
-        waiter = stack.enter_context(ThreadPoolExecutor(1))
-        stop = stack.enter_context(StopRequest())
-        stack.enter_context(progress.starting_at(first_step))
-        clock.start()
-        stopping = False
-        running = None  # the newest step; it is recorded once the next one is queued behind it, so no device waits
-        for step in range(first_step, config.steps + 1):
-            window = window_blocks(step, config.steps, config.final_window_tokens, config.initial_window_tokens)
-            last = step == config.steps
-            evaluation_due = last or (config.val_every and step % config.val_every == 0)
-            checkpoint_due = last or (config.checkpoint_every and step % config.checkpoint_every == 0)
-            if running is not None and (evaluation_due or checkpoint_due or stopping):
-                stopping |= recorder.step(running)
-                running = None
-            val_loss = None
-            if evaluation_due and not evaluated and (last or not stopping):
-                clock.stop()
-                progress.doing("evaluating")
-                val_loss = evaluate(state.params, window)
-                recorder.evaluation(step, val_loss, window)
-                if 0 < step == first_step:  # its checkpoint was saved in haste, without
-                    checkpoints.add_loss(step, val_loss)
-                clock.start()
-            if (checkpoint_due or stopping) and step > first_step:
-                position = Position(
-                    step=step,
-                    next_token=stream.get_state()["next_token"],
-                    train_ms=clock.milliseconds,
-                    evaluated=val_loss is not None,
-                    run_folder=run.position(),
-                )
-                progress.doing("saving")
-                data_record.wait()
-                checkpoints.save(step, state, position._asdict(), val_loss)
-            if last or stopping:
-                break
-            evaluated = False
-            progress.doing("compiling" if step == first_step else "")
+def _open_stream(plan: Plan, shards: Sequence[Path], bookmark: Bookmark) -> TokenStream:
+    stage = plan.stage(bookmark.step)
+    return TokenStream(
+        shards,
+        stage.seq_len,
+        stage.sequences,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        discard_tokens=plan.config.data.discard_micro_batch,
+        start_token=bookmark.next_token,
+    )
 
-            batch = next(stream)
-            tokens = place_batch(mesh, batch.tokens, micro_batches)
-            state, metrics = train_step(state, tokens, np.int32(window))
-            for value in metrics:  # starts the copy now: one asked for later would wait for the steps queued behind
-                value.copy_to_host_async()
-            finished = waiter.submit(wait_for_step, metrics, vote(stop.received is not None), clock)
-            if running is not None:
-                stopping = recorder.step(running)
-            running = RunningStep(step + 1, finished, window, stream.get_state()["next_token"])
 
-        progress.doing("saving")
-        checkpoints.steps()  # waits for the last save
-        if stopping and not last:
-            progress.say(
-                f"{stop.received or 'another process'}: stopped after step {step}, saved; resume with: "
-                f"python -m senano_jax.train --run-dir {run.path} --resume"
-            )
-        elif peak := _peak_memory_mib():
-            recorder.say(f"peak memory allocated: {peak} MiB")
-    if stopping or stop.received is not None:
-        raise Stopped(run.path, stop.received or "another process")
-    return run.path
+def _introduction(preset: str, wiring: Wiring, run_dir: Path, first_step: int) -> str:
+    plan, mesh = wiring.plan, wiring.mesh
+    parameters, count = count_parameters(wiring.state.params), len(plan.stages)
+    stages = f" in {count} stages" if count > 1 else ""
+    batches = _listed(f"{stage.batch_tokens:,}" for stage in plan.stages)
+    where = f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {_listed(wiring.micro_batches)} micro-batches"
+    return (
+        f"{preset}: {parameters:,} parameters, {plan.steps} steps{stages} of {batches} tokens ({where}), "
+        f"run folder {run_dir}" + (f", from step {first_step}" if first_step else "")
+    )
+
+
+def _listed(values: Iterable[object]) -> str:
+    """Each value once, in their order: "1, 2 and 4"."""
+    *others, last = dict.fromkeys(map(str, values))
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _peak_memory_mib() -> int:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import jax
 
-from senano_jax.config import Config
 from senano_jax.errors import UserError
 from senano_jax.optim.recipe import schedule_values
+from senano_jax.plan import Plan, StepInputs
 from senano_jax.runlog.progress import Progress
 from senano_jax.runlog.sinks import Sinks
 from senano_jax.runlog.writer import RunFolder
@@ -29,7 +29,7 @@ class RunningStep(NamedTuple):
 
     step: int  # counted from 1
     finished: Future[FinishedStep]
-    window: int  # blocks of 128 tokens
+    inputs: StepInputs
     tokens_read: int  # position of the stream after it
 
 
@@ -39,7 +39,11 @@ def wait_for_step(metrics: StepMetrics, stop: jax.Array | bool, clock: Clock) ->
 
 
 class Recorder:
-    """Writes a line for every step and evaluation; `newest_checkpoint` tells what a failed run can go back to."""
+    """Writes a line for every step and evaluation; `newest_checkpoint` tells what a failed run can go back to.
+
+    A step is recorded once the next one is queued behind it, so that no device waits. Whatever waits for one raises
+    UserError if its loss or gradient is not finite.
+    """
 
     def __init__(
         self,
@@ -47,23 +51,37 @@ class Recorder:
         sinks: Sinks,
         progress: Progress,
         clock: Clock,
-        config: Config,
+        plan: Plan,
         newest_checkpoint: Callable[[], int | None],
     ):
-        self._run, self._sinks, self._progress, self._clock, self._config = run, sinks, progress, clock, config
+        self._run, self._sinks, self._progress, self._clock, self._plan = run, sinks, progress, clock, plan
         self._newest_checkpoint = newest_checkpoint
         self._finished_ms = clock.milliseconds
-        # all at once: a scalar from the device would wait for the step it is running
-        self._schedules = schedule_values(config.optimizer, config.steps)
+        self._running: RunningStep | None = None  # the newest step
+        self.stopping = False  # a recorded step found that the run should stop
+        # All at once: a scalar from the device would wait for the step it is running.
+        self._schedules = schedule_values(plan.config.optimizer, plan.steps)
+        if any(stage.rate != 1 for stage in plan.stages):
+            rates = [plan.stage(step).rate for step in range(plan.steps)]
+            self._schedules["lr"] = self._schedules["lr"] * rates
 
     def say(self, line: str) -> None:
         self._run.log(line)
         self._progress.say(line)
 
-    def step(self, running: RunningStep) -> bool:
-        """Waits for a step and records it; returns whether the run should stop. Raises UserError if its loss or
-        gradient is not finite."""
-        step, config = running.step, self._config
+    def queued(self, step: RunningStep) -> None:
+        """Takes a new step, and waits for the one before it."""
+        self.catch_up()
+        self._running = step
+
+    def catch_up(self) -> None:
+        """Waits for the newest step."""
+        if self._running is not None:
+            self._record(self._running)
+            self._running = None
+
+    def _record(self, running: RunningStep) -> None:
+        step, plan = running.step, self._plan
         loss, grad_norm, train_ms, stop = running.finished.result()
         started_ms, self._finished_ms = self._finished_ms, train_ms
         if not math.isfinite(loss + grad_norm):
@@ -74,33 +92,33 @@ class Recorder:
                 "lower the learning rates, or look at the data"
             )
         step_ms = self._finished_ms - started_ms
-        tokens_per_s = config.batch_tokens / step_ms * 1000
+        tokens_per_s = plan.stage(step - 1).batch_tokens / step_ms * 1000
         self._metric(
             step=step,
-            tokens_trained=step * config.batch_tokens,
+            tokens_trained=plan.tokens_after(step),
             tokens_read=running.tokens_read,
             loss=loss,
             grad_norm=grad_norm,
             **{name: float(values[step - 1]) for name, values in self._schedules.items()},
-            window=running.window,
+            window=int(running.inputs.window_blocks),
             step_ms=round(step_ms, 3),
             tokens_per_s=round(tokens_per_s, 1),
         )
-        line = f"step:{step}/{config.steps} {self._times(self._finished_ms, step)} loss:{loss:.4f}"
+        line = f"step:{step}/{plan.steps} {self._times(self._finished_ms, step)} loss:{loss:.4f}"
         self._run.log(line)
         self._progress.step(step, loss, tokens_per_s, f"{line} tokens/s:{tokens_per_s:.0f}")
-        return stop
+        self.stopping |= stop
 
     def evaluation(self, step: int, val_loss: float, window: int) -> None:
         """Records an evaluation after `step` steps, with the clock stopped. Raises UserError if it is not finite."""
-        tokens, train_ms = step * self._config.batch_tokens, self._clock.milliseconds
+        tokens, train_ms = self._plan.tokens_after(step), self._clock.milliseconds
         if not math.isfinite(val_loss):
             raise UserError(f"the validation loss after step {step} is {val_loss}; look at the weights and the data")
         self._metric(
             step=step, tokens_trained=tokens, val_loss=val_loss, window=window, train_time_ms=round(train_ms, 3)
         )
         times = self._times(train_ms, step)
-        self.say(f"step:{step}/{self._config.steps} val_loss:{val_loss:.4f} {times} tokens:{tokens / 1e6:.2f}M")
+        self.say(f"step:{step}/{self._plan.steps} val_loss:{val_loss:.4f} {times} tokens:{tokens / 1e6:.2f}M")
 
     def _metric(self, **record: float) -> None:
         self._run.metric(**record)

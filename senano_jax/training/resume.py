@@ -1,26 +1,26 @@
 """Beginning a run, or going on with one that was stopped: is it the same run, and from which checkpoint?"""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import optax
 from jax.sharding import Mesh
 
 from senano_jax.config import Config, settings
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
-from senano_jax.model.build import Model, count_parameters
+from senano_jax.model.build import count_parameters
 from senano_jax.runlog.data_record import DataRecord
 from senano_jax.runlog.writer import RunFolder, new_run_dir
 from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.processes import together
-from senano_jax.training.state import TrainState, abstract_state, init_state, with_params
+from senano_jax.training.state import TrainState, init_state, params_to_evaluate, with_params
 from senano_jax.training.weights import load_weights
+from senano_jax.training.wiring import Wiring
 
 
-class Position(NamedTuple):
+class Bookmark(NamedTuple):
     """What is saved beside the state: all else that a run needs to go on."""
 
     step: int  # steps done
@@ -30,10 +30,29 @@ class Position(NamedTuple):
     run_folder: dict[str, int]  # bytes of its files
 
 
+class OpenRun(NamedTuple):
+    """The folder of a run, locked, and what is kept in it."""
+
+    folder: RunFolder
+    checkpoints: Checkpoints
+    data_record: DataRecord
+
+    def save(self, step: int, state: TrainState, next_token: int, train_ms: float, val_loss: float | None) -> None:
+        """Starts to save a checkpoint; `val_loss` is that of its weights, if they have been evaluated."""
+        bookmark = Bookmark(step, next_token, train_ms, val_loss is not None, self.folder.position())
+        self.data_record.wait()
+        params = params_to_evaluate(state)
+        readout = None if params is state.params else params
+        self.checkpoints.save(step, state, bookmark._asdict(), val_loss, readout)
+
+    def newest_checkpoint(self) -> int | None:
+        return next(iter(self.checkpoints.steps()), None)
+
+
 @contextlib.contextmanager
-def open_run(config: Config, preset: str) -> Iterator[tuple[RunFolder, Checkpoints]]:
-    """The run folder, locked, and the checkpoints in it. Raises UserError if it is in use, cannot be written, or holds
-    a run that `config` does not resume."""
+def open_run(config: Config, preset: str, shards: Mapping[str, Sequence[Path]]) -> Iterator[OpenRun]:
+    """For a run that reads these `shards` of each part. Raises UserError if its folder is in use, cannot be written, or
+    holds a run that `config` does not resume."""
     run = RunFolder(Path(config.run_dir or new_run_dir(preset)))
     with contextlib.ExitStack() as stack:
         with together():
@@ -41,59 +60,52 @@ def open_run(config: Config, preset: str) -> Iterator[tuple[RunFolder, Checkpoin
             if config.resume is None:
                 run.refuse_if_started()
         folder = run.path / "checkpoints"
-        yield run, stack.enter_context(Checkpoints(folder, config.checkpoint_keep, config.checkpoint_keep_every))
+        checkpoints = stack.enter_context(Checkpoints(folder, config.checkpoint_keep, config.checkpoint_keep_every))
+        yield OpenRun(run, checkpoints, stack.enter_context(DataRecord(run.path, shards)))
 
 
 def begin_or_resume(
-    config: Config,
-    preset: str,
-    run: RunFolder,
-    data_record: DataRecord,
-    checkpoints: Checkpoints,
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    say: Callable[[str], None],
-) -> tuple[TrainState, Position] | None:
-    """State and position of a new run or of the one in the folder, whose records now end there.
+    wiring: Wiring, preset: str, run: OpenRun, say: Callable[[str], None]
+) -> tuple[TrainState, Bookmark] | None:
+    """State and bookmark of a new run or of the one in the folder, whose records now end there.
 
     None if that run is complete; it is left as it is. Raises UserError, before anything is changed, if the run cannot
     begin or go on.
     """
-    abstract = abstract_state(model, optimizer)
-    restored = None if config.resume is None else restore(checkpoints, config.resume, abstract, mesh, say)
+    config, mesh, checkpoints = wiring.plan.config, wiring.mesh, run.checkpoints
+    restored = None if config.resume is None else restore(checkpoints, config.resume, wiring.state, mesh, say)
     if restored is not None:
-        state, position = restored
-        if position.step == config.steps and position.evaluated:
+        state, bookmark = restored
+        if bookmark.step == config.steps and bookmark.evaluated:
             return None
     else:
-        state = init_state(model, optimizer, config.seed, mesh)
-        position = Position(0, 0, 0.0, evaluated=False, run_folder={"metrics": 0, "log": 0})
+        state = init_state(wiring.model, wiring.optimizer, config.seed, mesh)
+        bookmark = Bookmark(0, 0, 0.0, evaluated=False, run_folder={"metrics": 0, "log": 0})
         if config.init_from is not None:
-            params, _ = load_weights(config.init_from, config.model, abstract.params, mesh)
+            params, _ = load_weights(config.init_from, config.model, wiring.state.params, mesh)
             state = with_params(state, params, mesh)
     with together():
         if config.resume is None:  # only now: a run that could not begin leaves no folder that looks like one
-            data_record.start()
-            run.start(config, preset, count_parameters(abstract.params))
+            run.data_record.start()
+            run.folder.start(config, preset, count_parameters(wiring.state.params))
         else:
-            data_record.go_on(say)
-            run.go_on(position.run_folder)
+            run.data_record.go_on(say)
+            run.folder.go_on(bookmark.run_folder)
     # Only now that nothing can refuse the run any more: it does their steps again, and saves them again.
     if config.resume == "latest":
-        for path in checkpoints.set_aside_after(position.step):
+        for path in checkpoints.set_aside_after(bookmark.step):
             say(f"kept as {path} what could not be read; delete it if it is damaged")
     elif config.resume is not None:
-        checkpoints.delete_after(position.step)
-    return state, position
+        checkpoints.delete_after(bookmark.step)
+    return state, bookmark
 
 
 def check_same_run(config: Config, run_dir: Path) -> None:
     """Raises UserError naming the fields in which `config` differs from the run in `run_dir`."""
     saved, given = settings(read_config(run_dir / "config.json")[0]), settings(config)
-    different = [name for name in saved if saved[name] != given.get(name)]
+    different = [name for name in saved | given if saved.get(name) != given.get(name)]
     if different:
-        differences = ", ".join(f"{name} {saved[name]} -> {given.get(name)}" for name in different)
+        differences = ", ".join(f"{name} {saved.get(name)} -> {given.get(name)}" for name in different)
         raise UserError(
             f"--resume: the run in {run_dir} has another configuration ({differences}); "
             "drop these flags, or start a new run"
@@ -102,8 +114,8 @@ def check_same_run(config: Config, run_dir: Path) -> None:
 
 def restore(
     checkpoints: Checkpoints, wanted: int | str, abstract: TrainState, mesh: Mesh, say: Callable[[str], None]
-) -> tuple[TrainState, Position] | None:
-    """State and position of checkpoint `wanted`, or for "latest" of the newest one that every process can read.
+) -> tuple[TrainState, Bookmark] | None:
+    """State and bookmark of checkpoint `wanted`, or for "latest" of the newest one that every process can read.
 
     Returns None for "latest" if the run was stopped before its first checkpoint. Raises UserError if the step asked
     for is not there, or if all checkpoints are damaged.
@@ -126,13 +138,13 @@ def restore(
 
 def _restore_together(
     checkpoints: Checkpoints, step: int, abstract: TrainState, mesh: Mesh
-) -> tuple[TrainState, Position]:
+) -> tuple[TrainState, Bookmark]:
     with together():
         state, record = checkpoints.restore(step, abstract, mesh)
-        missing = [name for name in Position._fields if name not in record]
+        missing = [name for name in Bookmark._fields if name not in record]
         if missing:
             raise UserError(
                 f"checkpoint {step} does not say where the run was (its record lacks {', '.join(missing)}); "
                 "use its weights with --init-from"
             )
-    return state, Position(*(record[name] for name in Position._fields))
+    return state, Bookmark(*(record[name] for name in Bookmark._fields))

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from senano_jax.model.build import Model, Params, abstract_params
+from senano_jax.optim.average import read_out
 from senano_jax.training.mesh import replicated
 
 
@@ -24,17 +25,28 @@ def abstract_state(model: Model, optimizer: optax.GradientTransformation) -> Tra
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
 
 
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """For each array of a state, or of its abstract form, how it lies on the devices: all of it on each."""
+    return jax.tree.map(lambda _: replicated(mesh), state)
+
+
 def init_state(model: Model, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
-    """A fresh state, made on the devices and the same on all of them."""
+    """A fresh state, made on the devices."""
 
     def init(key):
         tokens = jnp.zeros((1, 128), jnp.int32)
         params = model.init(key, tokens, tokens, 1)["params"]
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    return jax.jit(init, out_shardings=replicated(mesh))(jax.random.key(seed))
+    shardings = state_shardings(abstract_state(model, optimizer), mesh)
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def params_to_evaluate(state: TrainState) -> Params:
+    """What the optimiser reads out: an average of its own, or the parameters themselves, the same object."""
+    return read_out(state.opt_state, state.params)
 
 
 def with_params(state: TrainState, params: Params, mesh: Mesh) -> TrainState:
     """The state with other weights (NumPy arrays are fine)."""
-    return state._replace(params=jax.device_put(params, replicated(mesh)))
+    return state._replace(params=jax.device_put(params, state_shardings(state, mesh).params))

@@ -1,7 +1,7 @@
-"""The compiled training step and evaluation step: data-parallel, one reduction each, window traced."""
+"""The compiled training step and evaluation step: data-parallel, one reduction each, what changes by step traced."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from senano_jax.model.build import Model, Params
 from senano_jax.training.mesh import DATA_AXIS
-from senano_jax.training.state import TrainState
+from senano_jax.training.state import TrainState, state_shardings
 
 
 class StepMetrics(NamedTuple):
@@ -21,14 +21,20 @@ class StepMetrics(NamedTuple):
 
 
 def summed_gradients(
-    model: Model, params: Params, tokens_AST: Int[Array, "A S T+1"], window_blocks: Int[Array, ""] | int
+    model: Model,
+    params: Params,
+    tokens_AST: Int[Array, "A S T+1"],
+    window_blocks: Int[Array, ""] | int,
+    loss_weights: Float[Array, "K"] | None = None,
+    visits: int | None = None,
 ) -> tuple[Float[Array, ""], Params]:
     """The loss summed over all tokens, one micro-batch after the other, and its gradients, all in float32."""
+    options = _given(loss_weights=loss_weights, visits=visits)
     # A float32 view of a bfloat16 embedding makes its gradient accumulate in float32.
     params32 = jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
     def summed_loss(params, tokens_ST):
-        return model.apply({"params": params}, tokens_ST[:, :-1], tokens_ST[:, 1:], window_blocks)
+        return model.apply({"params": params}, tokens_ST[:, :-1], tokens_ST[:, 1:], window_blocks, **options)
 
     def accumulate(total, tokens_ST):
         return jax.tree.map(jnp.add, total, jax.value_and_grad(summed_loss)(params32, tokens_ST)), None
@@ -39,20 +45,22 @@ def summed_gradients(
 
 
 def make_train_step(
-    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> Callable[[TrainState, Int[Array, "A S T+1"], Int[Array, ""]], tuple[TrainState, StepMetrics]]:
-    """A jitted (state, tokens, window_blocks) -> (state, metrics).
+    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, visits: int | None = None
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """A jitted (state, tokens, window_blocks, loss_weights=None, rate=None) -> (state, metrics).
+
+    What follows the tokens are `StepInputs`. The model's loop is applied `visits` times, or as configured.
 
     `tokens` [A, S, T+1] holds A micro-batches; their S sequences are sharded over the mesh, and token t+1 is the target
     of token t. Gradients of the summed loss are added over micro-batches in float32, reduced once over the devices, and
     rounded to their parameter's type: up to the order of sums the update depends on the set of sequences alone. The
     given state is donated. The optimiser must have been made with this mesh's axis name; one that asks for it is told
-    over how many `tokens` the gradients are summed.
+    over how many `tokens` the gradients are summed, and the `rate` that multiplies its learning rates.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def step(state: TrainState, tokens_AST: Array, window_blocks: Array):
-        total = summed_gradients(model, state.params, tokens_AST, window_blocks)
+    def local_step(state: TrainState, tokens_AST: Array, window_blocks: Array, loss_weights: Array | None, rate):
+        total = summed_gradients(model, state.params, tokens_AST, window_blocks, loss_weights, visits)
         with jax.named_scope("reduce"):
             loss, gradients = jax.lax.psum(total, DATA_AXIS)
 
@@ -61,13 +69,29 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(gradients)
             gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.params)
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, tokens=trained)
+            options = _given(tokens=trained, rate=rate)
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, **options)
             params = optax.apply_updates(state.params, updates)
 
         return TrainState(state.step + 1, params, opt_state), StepMetrics(loss / trained, grad_norm)
 
-    sharded = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(None, DATA_AXIS), P()), out_specs=P(), check_vma=False)
-    return jax.jit(sharded, donate_argnums=0)
+    def step(state: TrainState, tokens_AST: Array, window_blocks: Array, loss_weights=None, rate=None):
+        of_state = jax.tree.map(lambda sharding: sharding.spec, state_shardings(state, mesh))
+        sharded = jax.shard_map(
+            local_step,
+            mesh=mesh,
+            in_specs=(of_state, P(None, DATA_AXIS), P(), P(), P()),
+            out_specs=(of_state, P()),
+            check_vma=False,
+        )
+        return sharded(state, tokens_AST, window_blocks, loss_weights, rate)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that are not None: of the others, models and optimisers need know nothing."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def make_eval_step(

@@ -5,16 +5,11 @@ import dataclasses
 import pytest
 
 from senano_jax.errors import UserError
+from senano_jax.plan import Plan
 from senano_jax.presets import preset
-from senano_jax.training import mesh
+from senano_jax.training.memory import activation_bytes, choose_micro_batches
 
 GIB = 2**30
-
-
-@pytest.fixture
-def memory(monkeypatch):
-    """Sets what a device has for activations, in bytes."""
-    return lambda available: monkeypatch.setattr(mesh, "memory_budget", lambda config, devices: available)
 
 
 @pytest.mark.parametrize(
@@ -29,26 +24,24 @@ def memory(monkeypatch):
         ("llmc", 1 * GIB, 1, 256),  # two of them
     ],
 )
-def test_the_fewest_micro_batches_that_fit_are_chosen(memory, name, available, devices, micro_batches):
+def test_the_fewest_micro_batches_that_fit_are_chosen(name, available, devices, micro_batches):
     """They divide the sequences of a device, and half as many would not fit."""
-    memory(available)
     config = preset(name)
-    assert mesh.choose_micro_batches(config, devices) == micro_batches
+    assert choose_micro_batches(Plan(config), devices, available) == (micro_batches,)
     sequences = config.batch_sequences // devices
 
     def needed(n):
-        return mesh.activation_bytes(config, sequences // n * config.seq_len)
+        return activation_bytes(config.model, config.dtype, sequences // n * config.seq_len)
 
     assert needed(micro_batches) <= available
     assert micro_batches == 1 or needed(micro_batches // 2) > available
 
 
-def test_a_sequence_that_does_not_fit_is_refused(memory):
+def test_a_sequence_that_does_not_fit_is_refused():
     """With what it takes and what there is; unless the split was asked for."""
-    memory(10 * GIB)
     config = preset("recurrent")
     with pytest.raises(
         UserError, match=r"--seq-len 24576 takes about 25\.\d GiB .* has 10\.0 GiB; use --model.remat full"
     ):
-        mesh.choose_micro_batches(config, 1)
-    assert mesh.choose_micro_batches(dataclasses.replace(config, micro_batches=16), 1) == 16
+        choose_micro_batches(Plan(config), 1, 10 * GIB)
+    assert choose_micro_batches(Plan(dataclasses.replace(config, micro_batches=16)), 1, 10 * GIB) == (16,)

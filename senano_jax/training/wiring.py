@@ -1,0 +1,50 @@
+"""What training and profiling build from a configuration, in the order that they need it."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import optax
+from jax.sharding import Mesh
+
+from senano_jax.config import Config
+from senano_jax.model.build import Model, make_model
+from senano_jax.optim.recipe import make_optimizer
+from senano_jax.plan import Plan
+from senano_jax.training.memory import choose_micro_batches, memory_budget
+from senano_jax.training.mesh import DATA_AXIS, make_mesh
+from senano_jax.training.state import TrainState, abstract_state
+from senano_jax.training.step import StepMetrics, make_train_step
+
+
+class Wiring(NamedTuple):
+    """All that a training step needs. A stage's entries are found by its index."""
+
+    plan: Plan
+    mesh: Mesh
+    model: Model
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    """Shapes and dtypes."""
+    micro_batches: tuple[int, ...]
+    """For each stage, on each device."""
+    train_steps: tuple[Callable[..., tuple[TrainState, StepMetrics]], ...]
+    """For each stage, see make_train_step. It is compiled by its first call, on the training clock: a run pays for what
+    it comes to, its first step included, and one that is stopped early, or found compiled in the cache, does not wait
+    for programs that it does not need."""
+
+
+def wire(config: Config) -> Wiring:
+    """Allocates nothing. Raises UserError for devices that cannot do what `config` asks for, which has been checked."""
+    plan, mesh = Plan(config), make_mesh(config.devices)
+    model = make_model(config.model, config.dtype)
+    optimizer = make_optimizer(config.optimizer, config.steps, DATA_AXIS)
+    state = abstract_state(model, optimizer)
+    micro_batches = choose_micro_batches(plan, mesh.size, memory_budget(state, mesh))
+
+    @functools.cache
+    def train_step(visits: int | None):
+        return make_train_step(model, optimizer, mesh, visits)
+
+    train_steps = tuple(train_step(stage.visits) for stage in plan.stages)
+    return Wiring(plan, mesh, model, optimizer, state, micro_batches, train_steps)
