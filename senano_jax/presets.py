@@ -126,6 +126,20 @@ def polar_express() -> Config:
     return changed(recurrent(), {"optimizer.matrices.iteration": "polar-express"})
 
 
+def normuon() -> Config:
+    """NorMuon (Li et al., arXiv 2510.05491) with the matrices and rates that modded-nanogpt gives it: queries and keys
+    of two heads together, a lower rate, a fourfold one for the second projection of the MLP."""
+    return changed(
+        polar_express(),
+        {
+            "optimizer.matrices.rate": 0.023,
+            "optimizer.matrices.neuron_b2": 0.9,
+            "optimizer.matrices.query_key_columns": 256,
+            "optimizer.matrices.down_rate": 4.0,
+        },
+    )
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "recurrent": recurrent,
     "no-value-embeddings": no_value_embeddings,
@@ -133,6 +147,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "llmc": llmc,
     "demo": demo,
     "polar-express": polar_express,
+    "normuon": normuon,
 }
 
 

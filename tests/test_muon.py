@@ -8,10 +8,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from oracles import newton_schulz, relative_error
 
-from senano_jax.optim.muon import scale_by_muon
+from senano_jax.optim.muon import orthogonalized, scale_by_muon
 from senano_jax.optim.newton_schulz import ITERATIONS
 
-QUINTIC = ITERATIONS["newton-schulz"]
+QUINTIC = orthogonalized(ITERATIONS["newton-schulz"])
 SHAPES = {"qkv": (3, 32, 32), "out": (32, 32), "up": (32, 128), "down": (128, 32)}
 
 

@@ -6,6 +6,7 @@ The field docstrings are the texts of `--help`; a rule that is None takes no fla
 
 import dataclasses
 import math
+import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -54,6 +55,12 @@ class MuonRule:
     momentum: Ramp
     iteration: Literal["newton-schulz", "polar-express", "six-step"] = "newton-schulz"
     """How matrices are orthogonalised: the first leaves singular values in 0.7 to 1.2, the others nearer to 1."""
+    neuron_b2: float | None = field(default=None, metadata=_FROM_0_TO_1)
+    """NorMuon: decay of the mean squares by which the neurons' steps are equalised; None: Muon."""
+    query_key_columns: int | None = field(default=None, metadata={"least": 1})
+    """Columns of queries and keys that are orthogonalised together, such as those of two heads; None: all."""
+    down_rate: float = 1.0
+    """Factor of the learning rate of the MLP's second projection."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +147,8 @@ def _check(part: Any, flag: str) -> None:
             _check(value, name)
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        elif f.type is int:
-            check_counts({name: value}, least=0)
+        elif int in (f.type, *typing.get_args(f.type)):
+            check_counts({name: value}, least=f.metadata.get("least", 0))
         elif most := f.metadata.get("most"):
             if not 0 <= value <= most:
                 raise UserError(f"{name} is {value}; use a number from 0 to {most}")

@@ -12,8 +12,9 @@ from senano_jax.optim.adam import scale_by_float32_adam
 from senano_jax.optim.average import with_tail_average
 from senano_jax.optim.config import AdamRule, MuonRule, Recipe
 from senano_jax.optim.groups import GROUPS, parameter_group
-from senano_jax.optim.muon import scale_by_muon
+from senano_jax.optim.muon import orthogonalized, scale_by_muon
 from senano_jax.optim.newton_schulz import ITERATIONS
+from senano_jax.optim.normuon import normalized
 from senano_jax.optim.schedules import learning_rate_factor, ramp
 
 # The names of the groups' states in checkpoints.
@@ -66,9 +67,18 @@ def _rule(
 ) -> list[optax.GradientTransformation]:
     rate = scale_by_rate(lambda step: rule.rate * learning_rate_factor(step, steps, recipe.schedule))
     if isinstance(rule, MuonRule):
-        return [scale_by_muon(lambda step: ramp(step, rule.momentum), ITERATIONS[rule.iteration], axis_name), rate]
+        return [_muon(rule, axis_name), rate]
     decay = [optax.add_decayed_weights(rule.decay, mask=_of_two_dimensions)] if rule.decay else []
     return [scale_by_float32_adam(rule.b1, rule.b2, rule.eps), *decay, rate]
+
+
+def _muon(rule: MuonRule, axis_name: str | None) -> optax.GradientTransformation:
+    on_stacks = orthogonalized(ITERATIONS[rule.iteration])
+    if rule.neuron_b2 is not None:
+        on_stacks = normalized(on_stacks, rule.neuron_b2)
+    return scale_by_muon(
+        lambda step: ramp(step, rule.momentum), on_stacks, axis_name, rule.query_key_columns, rule.down_rate
+    )
 
 
 def _of_two_dimensions(params):
