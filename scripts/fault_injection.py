@@ -2,10 +2,12 @@
 
     python scripts/fault_injection.py --kills 200 --terms 20 --workers 2
 
-A run is started, killed with SIGKILL (or stopped with SIGTERM) after a random delay, resumed, killed again, until it is
-done; then the next one starts. Afterwards every finished run must equal an undisturbed one: the same records in
-metrics.jsonl but for times, as many lines in log.txt, parameters and optimiser bit by bit. A kill must never cost a
-checkpoint: a resume that has to go back to an older one counts as a violation. Ends with status 1 on any violation.
+A run is started, killed with SIGKILL (or stopped with SIGTERM or SIGHUP) after a random delay, resumed, killed again,
+until it is done; then the next one starts. Other processes lose their standard output, which is closed after such a
+delay or lies on a full disk from the start, and must not mind. Afterwards every finished run must equal an undisturbed
+one: the same records in metrics.jsonl but for times, as many lines in log.txt, parameters and optimiser bit by bit. A
+kill must never cost a checkpoint: a resume that has to go back to an older one counts as a violation. Ends with status
+1 on any violation.
 
 Each process is forked from one that has imported everything and started nothing, so a start costs compilation (from a
 shared cache) but no imports. Delays count from the start of a process, from the start of its training or from its first
@@ -13,6 +15,7 @@ save, and are drawn from --seed; where a kill lands in a run depends on the mach
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -34,7 +37,7 @@ import numpy as np
 
 from senano_jax import train
 from senano_jax.config_file import read_config
-from senano_jax.errors import UserError
+from senano_jax.errors import one_line_errors
 from senano_jax.model.build import make_model
 from senano_jax.optim.recipe import make_optimizer
 from senano_jax.training.checkpoint import Checkpoints
@@ -49,6 +52,9 @@ RUN = (
 TIMES = ("step_ms", "tokens_per_s", "train_time_ms")
 TRAINING = "run folder"  # in the line that a run prints when it is about to train
 LIMIT_S = 300  # of one process
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "hup": signal.SIGHUP}
+FAULTS = (*SIGNALS, "closed", "full")  # the last two are those of standard output
+COUNTED = {"kill": "kills", "term": "terms", "hup": "hups", "closed": "closed", "full": "full"}  # names of the counts
 
 
 @dataclass
@@ -57,14 +63,16 @@ class Run:
 
     folder: Path
     flags: list[str]
-    planned: str | None = None  # what the present process will suffer: "kill", "term" or nothing
+    planned: str | None = None  # what the present process will suffer, one of FAULTS, or nothing
     delay: float = 0.0
     counted_from: str = "start"  # where the delay begins: "start", "training" or the first "save" of the process
     pid: int = 0
     starts: int = 0
     since: dict[str, float] = field(default_factory=dict)  # when the process came to each of these points
     saved_before: list[int] = field(default_factory=list)
-    signalled: bool = False
+    pipe: int | None = None  # to read from, if standard output will be closed
+    printed: bytes = b""  # into it
+    suffered: bool = False
     finished: bool = False
     violations: list[str] = field(default_factory=list)
 
@@ -74,16 +82,42 @@ class Run:
 
     def start(self) -> None:
         resume = (self.folder / "config.json").exists()  # before it is written there is nothing to resume
-        self.starts, self.since, self.signalled = self.starts + 1, {"start": time.monotonic()}, False
+        self.starts, self.since, self.suffered = self.starts + 1, {"start": time.monotonic()}, False
         self.saved_before = self.checkpoints()
         flags = [*self.flags, f"--run-dir={self.folder}", *(["--resume"] if resume else [])]
+        writing, self.printed = None, b""
+        if self.planned == "closed":
+            self.pipe, writing = os.pipe()
+            os.set_blocking(self.pipe, False)
+        elif self.planned == "full":
+            writing, self.suffered = os.open("/dev/full", os.O_WRONLY), True
         self.pid = os.fork()
         if self.pid == 0:
-            _be_a_training_process(flags, self.output)
+            if self.pipe is not None:
+                os.close(self.pipe)
+            _be_a_training_process(flags, self.output, writing)
+        if writing is not None:
+            os.close(writing)
+
+    def suffer(self) -> None:
+        """Lets happen what is planned."""
+        if self.planned in SIGNALS:
+            os.kill(self.pid, SIGNALS[self.planned])
+        else:
+            self.close_pipe()
+        self.suffered = True
+
+    def close_pipe(self) -> None:
+        if self.pipe is not None:
+            os.close(self.pipe)
+            self.pipe = None
 
     def look(self) -> None:
         """Notes which points the process has come to."""
         now = time.monotonic()
+        if self.pipe is not None:
+            with contextlib.suppress(BlockingIOError):
+                self.printed += os.read(self.pipe, 1 << 16)
         if "training" not in self.since:
             if TRAINING in self.text():
                 self.since["training"] = now
@@ -91,7 +125,8 @@ class Run:
             self.since["save"] = now
 
     def text(self) -> str:
-        return self.output.read_text(errors="replace") if self.output.exists() else ""
+        written = self.output.read_bytes() if self.output.exists() else b""
+        return (self.printed + written).decode(errors="replace")
 
     def in_a_save(self) -> bool:
         return any((self.folder / "checkpoints").glob("*orbax-checkpoint-tmp*"))
@@ -100,17 +135,19 @@ class Run:
         return [int(p.name) for p in (self.folder / "checkpoints").glob("*") if p.name.isdigit()]
 
 
-def _be_a_training_process(flags: list[str], output: Path) -> None:
+def _be_a_training_process(flags: list[str], output: Path, standard_output: int | None) -> None:
+    """Prints into `output`; into `standard_output` what belongs there, if it is given."""
     status = 1
     try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever nohup has set for this script
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, 1)
+        os.dup2(file if standard_output is None else standard_output, 1)
         os.dup2(file, 2)
-        train.main(flags)
+        with one_line_errors(prints_result=False):
+            train.main(flags)
         status = 0
-    except UserError as error:
-        print(f"error: {error}")
-        status = 2
+    except SystemExit as end:
+        status = end.code
     except BaseException:
         traceback.print_exc()
     finally:
@@ -124,7 +161,7 @@ class Campaign:
         self._args, self._folder = args, folder
         self._random = random.Random(args.seed)
         self._flags = [*RUN, f"--steps={args.steps}", f"--compilation-cache={folder / 'xla'}"]
-        self._left = Counter(kill=args.kills, term=args.terms)
+        self._left = Counter(asked(args))
         self._started = time.monotonic()
         self._runs: list[Run] = []
         self.counts: Counter[str] = Counter()
@@ -178,6 +215,7 @@ class Campaign:
         return (
             f"{time.monotonic() - self._started:.0f} s: {self.counts['kills']} kills "
             f"({self.counts['kills_inside_a_save']} inside a save), {self.counts['terms']} terms, "
+            f"{self.counts['hups']} hups, {self.counts['closed']} closed, {self.counts['full']} full, "
             f"{done} of {len(self._runs)} runs finished, {bad} violations"
         )
 
@@ -200,18 +238,18 @@ class Campaign:
         now = time.monotonic()
         run.look()
         since = run.since.get(run.counted_from)
-        due = run.planned and not run.signalled and since is not None and now - since >= run.delay
+        due = run.planned and not run.suffered and since is not None and now - since >= run.delay
         pid, status = os.waitpid(run.pid, os.WNOHANG)
         if pid == 0:
             if due:
-                os.kill(run.pid, signal.SIGKILL if run.planned == "kill" else signal.SIGTERM)
-                run.signalled = True
+                run.suffer()
             elif now - run.since["start"] > LIMIT_S:
                 os.kill(run.pid, signal.SIGKILL)
                 os.waitpid(run.pid, 0)
                 run.violations.append(f"start {run.starts} did not end within {LIMIT_S} s")
                 return True
             return False
+        run.close_pipe()
         self._judge(run, os.waitstatus_to_exitcode(status))
         return True
 
@@ -222,12 +260,13 @@ class Campaign:
         stopped = "stopped after step" in text
         if "going back" in text or "damaged" in text:
             run.violations.append(f"start {run.starts} found a damaged checkpoint: {text.strip()[:300]}")
-        if run.planned and not run.signalled:
+        if run.planned and not run.suffered:
             self._left[run.planned] += 1  # it had ended before: drawn again
         if code == 0 and not stopped:
             run.finished = True
-            self.counts["terms"] += run.signalled and run.planned == "term"
-        elif run.signalled and run.planned == "kill" and code == -signal.SIGKILL:
+            if run.suffered and run.planned != "kill":
+                self.counts[COUNTED[run.planned]] += 1
+        elif run.suffered and run.planned == "kill" and code == -signal.SIGKILL:
             self.counts["kills"] += 1
             if not (run.folder / "config.json").exists():
                 self.counts["kills_before_config_json"] += 1
@@ -237,16 +276,21 @@ class Campaign:
                 self.counts["kills_inside_a_save"] += 1
             if not run.checkpoints():
                 self.counts["kills_before_the_first_checkpoint"] += 1
-        elif run.signalled and run.planned == "term" and code == 0:
-            self.counts["terms"] += 1
-            self.counts["terms_saved"] += 1
+        elif run.suffered and run.planned in ("term", "hup") and code == 0:
+            self.counts[COUNTED[run.planned]] += 1
+            self.counts[COUNTED[run.planned] + "_saved"] += 1
             if run.in_a_save():
-                run.violations.append(f"start {run.starts} left a save unfinished after SIGTERM")
-        elif run.signalled and run.planned == "term" and code == -signal.SIGTERM and before_training:
-            self.counts["terms"] += 1
-            self.counts["terms_before_training"] += 1
+                run.violations.append(f"start {run.starts} left a save unfinished after {run.planned}")
+        elif run.suffered and run.planned in ("term", "hup") and code == -SIGNALS[run.planned] and before_training:
+            self.counts[COUNTED[run.planned]] += 1
+            self.counts[COUNTED[run.planned] + "_before_training"] += 1
         else:
             run.violations.append(f"start {run.starts} ended with status {code}: {text.strip()[-500:]}")
+
+
+def asked(args: argparse.Namespace) -> dict[str, int]:
+    """How often each of FAULTS is to happen."""
+    return {fault: getattr(args, COUNTED[fault]) for fault in FAULTS}
 
 
 def compare(reference: Path, run: Path) -> list[str]:
@@ -290,10 +334,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--terms", type=int, default=20)
+    parser.add_argument("--hups", type=int, default=0)
+    parser.add_argument("--closed", type=int, default=0, help="standard outputs to close")
+    parser.add_argument("--full", type=int, default=0, help="standard outputs on a full disk")
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
     parser.add_argument("--steps", type=int, default=8, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=1e9, help="no new signals after this long")
+    parser.add_argument("--minutes", type=float, default=1e9, help="no new faults after this long")
     parser.add_argument("--json", type=Path, help="file for the result; printed in any case")
     parser.add_argument("--keep", action="store_true", help="keep the folder of the runs")
     args = parser.parse_args()
@@ -308,7 +355,7 @@ def main() -> None:
         campaign.violations += [f"{run.folder.name}: {fault}" for fault in [*run.violations, *faults]]
     result = {
         "seed": args.seed,
-        "asked": {"kills": args.kills, "terms": args.terms},
+        "asked": {COUNTED[fault]: count for fault, count in asked(args).items()},
         "seconds": round(time.monotonic() - campaign._started),
         "runs": len(runs),
         "runs_equal_to_the_undisturbed_one": len(runs) - len({v.split(":")[0] for v in campaign.violations}),

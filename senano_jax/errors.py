@@ -1,8 +1,11 @@
 """One kind of error for whatever the user can mend, printed as one line and without a traceback."""
 
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator
+
+from senano_jax.output import lasting_output, output_failure
 
 
 class UserError(Exception):
@@ -10,17 +13,33 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(*, prints_result: bool = True) -> Iterator[None]:
     """Ends the program when a `UserError` reaches it, with `error: ...` on standard error and status 2, or when the
-    user interrupts it, with status 130."""
-    try:
-        yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    user interrupts it, with status 130.
+
+    A standard output that fails ends nothing. Where it is the result that is printed, that is an error in the end,
+    unless it had a reader that did not want more.
+    """
+    with lasting_output(notice=not prints_result):
+        try:
+            yield
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        except SystemExit:
+            _require_output(prints_result)
+            raise
+        _require_output(prints_result)
+
+
+def _require_output(prints_result: bool) -> None:
+    failure = output_failure()
+    if prints_result and failure is not None and failure.errno != errno.EPIPE:
+        print(f"error: standard output cannot be written ({failure.strerror}); make room and repeat", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 def check_counts(values: dict[str, int], least: int) -> None:

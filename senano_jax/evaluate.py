@@ -12,10 +12,11 @@ import tyro
 from senano_jax.config import Config, DataConfig, check_config
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError, one_line_errors
+from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import abstract_params, make_model
 from senano_jax.plan import window_blocks
 from senano_jax.presets import preset
-from senano_jax.train import configure_jax, value_of, with_dashes
+from senano_jax.train import value_of, with_dashes
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import make_mesh
 from senano_jax.training.weights import load_weights
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str]) -> float:
         model=dataclasses.replace(base.model, attention=args.attention),
     )
     check_config(config)
-    configure_jax(config.dtype, config.compilation_cache)
+    start_jax(config.dtype, config.compilation_cache)
     mesh = make_mesh(config.devices)
     model = make_model(config.model, config.dtype)
     evaluate = make_evaluator(config, model, mesh)

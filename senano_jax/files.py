@@ -1,6 +1,7 @@
-"""Files that are written whole or not at all, and small ones that are not trusted when read."""
+"""Files that are written whole or not at all, small ones that are not trusted when read, and what arguments name."""
 
 import contextlib
+import glob
 import json
 import os
 from pathlib import Path
@@ -8,6 +9,31 @@ from pathlib import Path
 from senano_jax.errors import UserError
 
 MAX_JSON_BYTES = 1 << 20  # of a file that holds one object
+
+
+def expand_home(path: str | os.PathLike) -> Path:
+    """`path` with a leading `~` or `~user` replaced by that home folder; as it is where there is no such user."""
+    try:
+        return Path(os.path.expanduser(path))
+    except ValueError:  # a name that no user can have, such as one with a zero byte
+        return Path(path)
+
+
+def expand(pattern: str | os.PathLike) -> list[Path]:
+    """The paths that an argument names, sorted as text; none where nothing matches.
+
+    `~` is expanded. A path that exists is that path, brackets and stars in its name included; all else is a glob, in
+    which `**` crosses folders.
+    """
+    if not os.fspath(pattern):
+        return []  # not the working folder
+    path = expand_home(pattern)
+    if os.path.lexists(path):
+        return [path]
+    try:
+        return [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    except ValueError:  # a zero byte
+        return []
 
 
 def check_output_file(flag: str, path: Path | None) -> None:

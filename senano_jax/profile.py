@@ -17,13 +17,13 @@ from rich.text import Text
 from senano_jax.config import Config, check_config
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.files import check_output_file, write_atomically
+from senano_jax.jax_settings import start_jax
 from senano_jax.plan import window_blocks
 from senano_jax.presets import PRESETS, preset
 from senano_jax.profiling.measure import Plan, Report, measure, to_json
 from senano_jax.profiling.report import remarks, tables
 from senano_jax.runlog.tables import Table
 from senano_jax.runlog.writer import environment
-from senano_jax.train import configure_jax
 
 _PIPE_WIDTH = 200  # columns when the output is no terminal: nothing is cut
 
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> Report:
     config = Config(**_config_fields(args))
     check_config(config)
     _check(args)
-    configure_jax(config.dtype, config.compilation_cache)
+    start_jax(config.dtype, config.compilation_cache)
 
     final = window_blocks(config.steps, config.steps, config.final_window_tokens)
     window = args.window_blocks or final
@@ -104,6 +104,7 @@ def main(arguments: Sequence[str]) -> Report:
 def _choose_preset(arguments: list[str]) -> tuple[str, list[str]]:
     if arguments and not arguments[0].startswith("-"):
         return arguments[0], arguments[1:]
+    start_jax()
     return "recurrent" if jax.default_backend() == "gpu" else "demo", arguments
 
 

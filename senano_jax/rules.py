@@ -10,6 +10,7 @@ import jax
 import tyro
 
 from senano_jax.errors import one_line_errors
+from senano_jax.jax_settings import start_jax
 from senano_jax.runlog.tables import Table
 from senano_jax.runlog.terminal import print_tables
 from senano_jax.runlog.track_rules import Verdict, check_rules
@@ -53,4 +54,5 @@ def exit_status(verdicts: list[Verdict]) -> int:
 if __name__ == "__main__":
     with one_line_errors():
         jax.config.update("jax_platforms", "cpu")  # only shapes are needed: GPUs stay with whoever uses them
+        start_jax()
         sys.exit(main(tyro.cli(Arguments, prog="python -m senano_jax.rules")))

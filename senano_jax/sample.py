@@ -17,11 +17,12 @@ from senano_jax.config_file import read_config
 from senano_jax.data.bpe import load_bpe
 from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.errors import UserError, one_line_errors
+from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import abstract_params, make_model
 from senano_jax.model.sampling import generate
 from senano_jax.plan import window_blocks
 from senano_jax.presets import preset
-from senano_jax.train import configure_jax, with_dashes
+from senano_jax.train import with_dashes
 from senano_jax.training.mesh import make_mesh
 from senano_jax.training.weights import load_weights
 
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str]) -> list[str]:
             f"--tokens {args.tokens} after a prompt of {len(prompt)} tokens is more than the {config.seq_len} of a "
             "training sequence; write fewer, or shorten --prompt"
         )
-    configure_jax(config.dtype, config.compilation_cache)
+    start_jax(config.dtype, config.compilation_cache)
     model = make_model(config.model, config.dtype)
     params, step = load_weights(args.source, config.model, abstract_params(model), make_mesh(1), args.step)
     step = config.steps if step is None else step

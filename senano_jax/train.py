@@ -1,12 +1,10 @@
 """python -m senano_jax.train [PRESET] [flags]: trains one system of the record table, or a variation of it."""
 
 import glob
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import tyro
 
 from senano_jax.config import Config
@@ -15,6 +13,7 @@ from senano_jax.errors import one_line_errors
 from senano_jax.presets import PRESETS, preset
 from senano_jax.training.loop import train
 from senano_jax.training.processes import join_processes, leave_at_once_on_failure
+from senano_jax.training.stop import Stopped
 
 _DESCRIPTION = """Trains a preset, or a variation of it, on token shards and reports its validation loss.
 
@@ -35,18 +34,11 @@ def main(arguments: Sequence[str]) -> Path:
         description=_DESCRIPTION.format(presets=", ".join(PRESETS), name=name),
         config=(tyro.conf.AvoidSubcommands,),
     )
-    configure_jax(config.dtype, config.compilation_cache)
     join_processes()
-    return train(config, name)
-
-
-def configure_jax(dtype: str, compilation_cache: str | None) -> None:
-    """Settings of the whole process: exact float32 products if asked for, and the cache of compiled programs, unless
-    JAX_COMPILATION_CACHE_DIR names one."""
-    if dtype == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")  # GPUs would round to TF32
-    if compilation_cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path(compilation_cache).expanduser()))
+    try:
+        return train(config, name)
+    except Stopped as stopped:  # saved, and said so: that is success to whoever sent the signal
+        return stopped.run_dir
 
 
 def _choose_defaults(arguments: list[str]) -> tuple[str, Config, list[str]]:
@@ -96,5 +88,5 @@ def value_of(flag: str, arguments: list[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    with leave_at_once_on_failure(), one_line_errors():
+    with leave_at_once_on_failure(), one_line_errors(prints_result=False):
         main(sys.argv[1:])

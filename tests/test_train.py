@@ -19,6 +19,7 @@ from senano_jax.config_file import read_config
 from senano_jax.data import sample
 from senano_jax.data.shards import open_shard, write_shard
 from senano_jax.errors import UserError
+from senano_jax.jax_settings import configure_jax
 from senano_jax.model.build import abstract_params, make_model
 from senano_jax.plan import window_blocks
 from senano_jax.runlog.data_record import read_data
@@ -226,11 +227,11 @@ def test_bad_input_ends_in_one_line_without_a_traceback(arguments, message, tmp_
 
 def test_a_cache_of_compiled_programs_named_in_the_environment_is_kept(monkeypatch):
     before = jax.config.jax_compilation_cache_dir
-    train.configure_jax("bfloat16", "~/elsewhere")
+    configure_jax("bfloat16", "~/elsewhere")
     assert jax.config.jax_compilation_cache_dir == before == os.environ["JAX_COMPILATION_CACHE_DIR"]
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     try:
-        train.configure_jax("bfloat16", "~/elsewhere")
+        configure_jax("bfloat16", "~/elsewhere")
         assert jax.config.jax_compilation_cache_dir == os.path.expanduser("~/elsewhere")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

@@ -2,6 +2,14 @@
 
 import rich.console
 import rich.progress
+from rich.text import Text
+
+
+class _Left(rich.progress.TimeRemainingColumn):
+    """The time that is left, while steps are made."""
+
+    def render(self, task: rich.progress.Task) -> Text:
+        return Text() if task.fields["doing"] else Text("left ") + super().render(task)
 
 
 class Progress:
@@ -10,18 +18,18 @@ class Progress:
     def __init__(self, total_steps: int, visible: bool = True):
         self._console = rich.console.Console(highlight=False, quiet=not visible, soft_wrap=True)
         self._bar = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("step {task.completed}/{task.total}"),
                 rich.progress.BarColumn(bar_width=30),
                 rich.progress.TextColumn("{task.fields[figures]}"),
-                rich.progress.TextColumn("left"),
-                rich.progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                rich.progress.TextColumn("{task.fields[doing]}"),
+                _Left(compact=True),
                 console=self._console,
                 transient=True,
                 speed_estimate_period=120,
             )
-            self._task = self._bar.add_task("train", total=total_steps, figures="compiling")
+            self._task = self._bar.add_task("train", total=total_steps, figures="", doing="compiling")
 
     def starting_at(self, step: int) -> "Progress":
         """Itself, for a run that goes on after `step` steps."""
@@ -43,7 +51,13 @@ class Progress:
         if self._bar is None:
             self._console.print(line, markup=False)
         else:
-            self._bar.update(self._task, completed=step, figures=f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s")
+            figures = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s"
+            self._bar.update(self._task, completed=step, figures=figures, doing="")
+
+    def doing(self, what: str) -> None:
+        """Shows on the live line what is done between two steps."""
+        if self._bar is not None:
+            self._bar.update(self._task, doing=what, refresh=True)
 
     def say(self, line: str) -> None:
         self._console.print(line, markup=False)

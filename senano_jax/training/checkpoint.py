@@ -226,8 +226,8 @@ def _checksums(tree: Any) -> jax.Array:
 
     def checksum(x):
         if x.dtype == jnp.bfloat16:
-            return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32))
-        return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32))
+            return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint16), dtype=jnp.uint32)
+        return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32), dtype=jnp.uint32)
 
     return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
 

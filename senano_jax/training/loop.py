@@ -12,8 +12,10 @@ from senano_jax.data.identity import needed_shards
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import TokenStream, require_tokens
 from senano_jax.errors import UserError
+from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import count_parameters, make_model
 from senano_jax.optim.recipe import make_optimizer
+from senano_jax.output import lasting_output
 from senano_jax.plan import window_blocks
 from senano_jax.runlog.data_record import DataRecord
 from senano_jax.runlog.progress import Progress
@@ -25,15 +27,17 @@ from senano_jax.training.processes import StopVote, together
 from senano_jax.training.recorder import Recorder, RunningStep, wait_for_step
 from senano_jax.training.resume import Position, begin_or_resume, check_same_run, open_run
 from senano_jax.training.step import make_train_step
-from senano_jax.training.stop import StopRequest
+from senano_jax.training.stop import Stopped, StopRequest
 
 
 def train(config: Config, preset: str) -> Path:
     """Runs `config` (derived from the preset of that name), or goes on with it, and returns its run folder.
 
     Raises UserError, before anything is allocated, for values, files or devices that cannot work; and, during the
-    run, for a loss that is no longer finite, bad tokens, or a folder that can no longer be written.
+    run, for a loss that is no longer finite, bad tokens, or a folder that can no longer be written. Raises Stopped if
+    a signal asked it to stop, once the run is saved. JAX's settings are changed for the whole process.
     """
+    start_jax(config.dtype, config.compilation_cache)
     if jax.process_count() > 1 and config.run_dir is None:
         raise UserError("a run of several processes needs --run-dir, the same folder for all of them")
     with together():
@@ -60,6 +64,7 @@ def train(config: Config, preset: str) -> Path:
     }
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(lasting_output(notice=True))
         progress = Progress(config.steps, visible=jax.process_index() == 0)
         run, checkpoints = stack.enter_context(open_run(config, preset))
         data_record = stack.enter_context(DataRecord(run.path, needed))
@@ -107,6 +112,7 @@ def train(config: Config, preset: str) -> Path:
             val_loss = None
             if evaluation_due and not evaluated and (last or not stopping):
                 clock.stop()
+                progress.doing("evaluating")
                 val_loss = evaluate(state.params, window)
                 recorder.evaluation(step, val_loss, window)
                 if 0 < step == first_step:  # its checkpoint was saved in haste, without
@@ -120,11 +126,13 @@ def train(config: Config, preset: str) -> Path:
                     evaluated=val_loss is not None,
                     run_folder=run.position(),
                 )
+                progress.doing("saving")
                 data_record.wait()
                 checkpoints.save(step, state, position._asdict(), val_loss)
             if last or stopping:
                 break
             evaluated = False
+            progress.doing("compiling" if step == first_step else "")
 
             batch = next(stream)
             tokens = place_batch(mesh, batch.tokens, micro_batches)
@@ -136,6 +144,7 @@ def train(config: Config, preset: str) -> Path:
                 stopping = recorder.step(running)
             running = RunningStep(step + 1, finished, window, stream.get_state()["next_token"])
 
+        progress.doing("saving")
         checkpoints.steps()  # waits for the last save
         if stopping and not last:
             progress.say(
@@ -144,6 +153,8 @@ def train(config: Config, preset: str) -> Path:
             )
         elif peak := _peak_memory_mib():
             recorder.say(f"peak memory allocated: {peak} MiB")
+    if stopping or stop.received is not None:
+        raise Stopped(run.path, stop.received or "another process")
     return run.path
 
 

@@ -1,0 +1,82 @@
+"""What the environment asks of JAX: never other numbers, and one line where it cannot be had."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from senano_jax import evaluate, train
+from senano_jax.jax_settings import configure_jax
+
+SMALL = [
+    "demo", "--model.dim=16", "--model.num-heads=2", "--model.layers.loop=0", "--model.layers.visits=0",
+    "--steps=2", "--batch-tokens=512", "--seq-len=256", "--final-window-tokens=256", "--data.val-tokens=512",
+    "--data.val-seq-len=512", "--val-every=0", "--devices=1",
+]  # fmt: skip
+OTHER_NUMBERS = {
+    "JAX_ENABLE_X64": "1",
+    "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
+    "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    "JAX_DEFAULT_PRNG_IMPL": "rbg",
+    "JAX_THREEFRY_PARTITIONABLE": "0",
+    "JAX_RANDOM_SEED_OFFSET": "7",
+    "JAX_SOFTMAX_CUSTOM_JVP": "1",
+    "JAX_DEBUG_NANS": "1",
+    "JAX_DEBUG_INFS": "1",
+    "JAX_TRANSFER_GUARD": "disallow",
+    "JAX_ERROR_CHECKING_BEHAVIOR_NAN": "raise",
+}
+
+
+def command(module, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", f"senano_jax.{module}", *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line.get("loss", line.get("val_loss")) for line in lines]
+
+
+def test_the_environment_changes_no_number_and_no_checkpoint(tmp_path):
+    plain = train.main([*SMALL, f"--run-dir={tmp_path / 'plain'}"])
+    done = command("train", *SMALL, f"--run-dir={tmp_path / 'other'}", **OTHER_NUMBERS)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "other") == losses(plain)
+    done = command("evaluate", plain, **OTHER_NUMBERS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"val_loss:{evaluate.main([str(tmp_path / 'other')]):.6f} tokens:512\n"
+
+
+def test_bfloat16_after_float32_has_its_own_precision():
+    before = jax.config.jax_default_matmul_precision
+    try:
+        configure_jax("float32", None)
+        assert jax.config.jax_default_matmul_precision == "highest"
+        configure_jax("bfloat16", None)
+        assert jax.config.jax_default_matmul_precision is None
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
+
+
+@pytest.mark.parametrize("arguments", [["train", *SMALL], ["profile"]])
+def test_devices_that_are_not_there_are_one_line(arguments):
+    done = command(*arguments, JAX_PLATFORMS="nonsense,cuda")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: JAX_PLATFORMS=nonsense,cuda: JAX finds no such device (")
+    assert "; this machine has " in done.stderr and "change or unset JAX_PLATFORMS" in done.stderr
+
+
+def test_values_that_jax_does_not_know_are_one_line():
+    done = command("train", JAX_ENABLE_X64="maybe")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and "JAX_ENABLE_X64" in done.stderr
