@@ -140,6 +140,12 @@ def normuon() -> Config:
     )
 
 
+def cautious_decay() -> Config:
+    """Weight decay of the matrices where the step shrinks a weight too (Chen et al., arXiv 2510.12402), as in
+    modded-nanogpt."""
+    return changed(normuon(), {"optimizer.matrices.decay": 1.2})
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "recurrent": recurrent,
     "no-value-embeddings": no_value_embeddings,
@@ -148,6 +154,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "demo": demo,
     "polar-express": polar_express,
     "normuon": normuon,
+    "cautious-decay": cautious_decay,
 }
 
 

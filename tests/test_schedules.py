@@ -6,9 +6,11 @@ from math import ceil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from oracle_gpt2 import cosine_lr
 
+from senano_jax.optim.config import Cooldown
 from senano_jax.optim.schedules import learning_rate_factor, ramp
 from senano_jax.plan import window_blocks
 from senano_jax.presets import preset
@@ -57,7 +59,9 @@ def test_the_cooldown_begins_at_60_percent():
 def test_without_cooldown_the_rate_stays():
     """A fraction of 0 divides nothing by zero: 1 at every step that is taken."""
     constant = dataclasses.replace(SCHEDULE, fraction=0.0)
-    assert {float(learning_rate_factor(step, 10, constant)) for step in range(10)} == {1.0}
+    for schedule in (constant, Cooldown(fraction=0.0, floor=1.0)):
+        assert {float(learning_rate_factor(step, 10, schedule)) for step in range(10)} == {1.0}
+        assert learning_rate_factor(np.arange(10), 10, schedule).tolist() == [1.0] * 10
 
 
 @pytest.mark.parametrize("steps", [701, 2000, 20_000])

@@ -61,6 +61,9 @@ class MuonRule:
     """Columns of queries and keys that are orthogonalised together, such as those of two heads; None: all."""
     down_rate: float = 1.0
     """Factor of the learning rate of the MLP's second projection."""
+    decay: float = 0.0
+    """Weight decay: what a step at learning rate 1 takes away of a weight, if it shrinks that weight too; of others,
+    nothing. It falls with the square of the learning rate."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class AdamRule:
     """Adam's epsilon, outside the root; it is compared with gradients summed over a step, or with their means."""
     decay: float = 0.0
     """Share of a weight that a step at learning rate 1 takes away; tensors of fewer than two dimensions are spared."""
+    cautious: bool = False
+    """Decay as Muon's: only weights that the step shrinks too, by the square of the learning rate."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def scale_by_muon(
 
         m <- mu m + (1 - mu) g
         d  = (1 - mu) g + mu m                    (Nesterov)
-        u  = sqrt(max(1, out / in)) rule(d)       (float32)
+        u  = factor rule(d)                       (float32; factor: sqrt(max(1, out / in)), see step_factor)
 
     Leading axes hold separate matrices, each orthogonalised by itself.
 
@@ -72,12 +72,13 @@ def scale_by_muon(
         parts = _matrices(direction)
         stacks = state.stacks if isinstance(state, StackedMuonState) else {}
         orthogonal, stacks = update_stacks(rule, [m for part in parts for m in part], stacks, axis_name)
-        scaled = iter([_aspect(u.shape[-2:]) * u.astype(jnp.float32) for u in orthogonal])
+        of_parts = iter(orthogonal)
         updates = jax.tree.unflatten(
-            jax.tree.structure(direction), [joined([next(scaled) for _ in part]) for part in parts]
+            jax.tree.structure(direction), [joined([next(of_parts) for _ in part]) for part in parts]
         )
-        if down_rate != 1:
-            updates = jax.tree.map_with_path(lambda path, u: down_rate * u if path[-1].key == "down" else u, updates)
+        updates = jax.tree.map_with_path(
+            lambda path, u: step_factor(path, u.shape, down_rate) * u.astype(jnp.float32), updates
+        )
         state = MuonState(state.count + 1, average)
         return updates, StackedMuonState(*state, stacks) if stacks else state
 
@@ -87,7 +88,7 @@ def scale_by_muon(
     return optax.GradientTransformation(init, update)
 
 
-def _aspect(shape: tuple[int, int]) -> float:
-    """How much farther a matrix (in, out) with more outputs than inputs moves."""
-    fan_in, fan_out = shape
-    return max(1, fan_out / fan_in) ** 0.5
+def step_factor(path: tuple, shape: tuple[int, ...], down_rate: float) -> float:
+    """How much farther than an orthogonal matrix the step of a parameter [..., in, out] goes."""
+    fan_in, fan_out = shape[-2:]
+    return max(1, fan_out / fan_in) ** 0.5 * (down_rate if path[-1].key == "down" else 1.0)

@@ -11,8 +11,9 @@ import optax
 from senano_jax.optim.adam import scale_by_float32_adam
 from senano_jax.optim.average import with_tail_average
 from senano_jax.optim.config import AdamRule, MuonRule, Recipe
+from senano_jax.optim.decay import add_cautious_decay
 from senano_jax.optim.groups import GROUPS, parameter_group
-from senano_jax.optim.muon import orthogonalized, scale_by_muon
+from senano_jax.optim.muon import orthogonalized, scale_by_muon, step_factor
 from senano_jax.optim.newton_schulz import ITERATIONS
 from senano_jax.optim.normuon import normalized
 from senano_jax.optim.schedules import learning_rate_factor, ramp
@@ -65,11 +66,19 @@ def make_optimizer(recipe: Recipe, steps: int, axis_name: str | None = None) -> 
 def _rule(
     rule: MuonRule | AdamRule, recipe: Recipe, steps: int, axis_name: str | None
 ) -> list[optax.GradientTransformation]:
-    rate = scale_by_rate(lambda step: rule.rate * learning_rate_factor(step, steps, recipe.schedule))
+    def learning_rate(step):
+        return rule.rate * learning_rate_factor(step, steps, recipe.schedule)
+
     if isinstance(rule, MuonRule):
-        return [_muon(rule, axis_name), rate]
-    decay = [optax.add_decayed_weights(rule.decay, mask=_of_two_dimensions)] if rule.decay else []
-    return [scale_by_float32_adam(rule.b1, rule.b2, rule.eps), *decay, rate]
+        step_rule, factor = _muon(rule, axis_name), lambda path, shape: step_factor(path, shape, rule.down_rate)
+    else:
+        step_rule, factor = scale_by_float32_adam(rule.b1, rule.b2, rule.eps), None
+    decay = []
+    if rule.decay and (isinstance(rule, MuonRule) or rule.cautious):
+        decay = [add_cautious_decay(rule.decay, learning_rate, factor)]
+    elif rule.decay:
+        decay = [optax.add_decayed_weights(rule.decay, mask=_of_two_dimensions)]
+    return [step_rule, *decay, scale_by_rate(learning_rate)]
 
 
 def _muon(rule: MuonRule, axis_name: str | None) -> optax.GradientTransformation:

@@ -24,7 +24,9 @@ def warmup_and_cosine(step: Step, steps: int, schedule: WarmupCosine) -> Float[A
 
 def constant_and_cooldown(step: Step, steps: int, schedule: Cooldown) -> Float[Array, ""]:
     """1 until the cooldown, then linearly down to `floor` at the end of the run; float32."""
-    left = (1 - step / steps) / max(schedule.fraction, 1e-9)
+    if schedule.fraction == 0:
+        return jnp.ones(jnp.shape(step), jnp.float32)
+    left = (1 - step / steps) / schedule.fraction
     return jnp.minimum(1.0, left + (1 - left) * schedule.floor)
 
 
