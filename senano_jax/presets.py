@@ -146,6 +146,23 @@ def cautious_decay() -> Config:
     return changed(normuon(), {"optimizer.matrices.decay": 1.2})
 
 
+def falling_momentum() -> Config:
+    """Muon's momentum falls again over the last 50 steps, as in modded-nanogpt."""
+    return changed(cautious_decay(), {"optimizer.matrices.momentum.cooldown_steps": 50})
+
+
+def long_cooldown() -> Config:
+    """Learning rates fall over the last 60% of the steps, to 0.15 of what they were, as in modded-nanogpt."""
+    return changed(falling_momentum(), {"optimizer.schedule": Cooldown(fraction=0.6, floor=0.15)})
+
+
+def rare_adam() -> Config:
+    """Adam with float32 moments, at every second step on the sum of two gradients, as in modded-nanogpt."""
+    groups = ("head", "embeddings", "scalars")
+    state = {f"optimizer.{group}.state": "float32" for group in groups}
+    return changed(long_cooldown(), state | {f"optimizer.{group}.every": 2 for group in groups})
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "recurrent": recurrent,
     "no-value-embeddings": no_value_embeddings,
@@ -155,6 +172,9 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "polar-express": polar_express,
     "normuon": normuon,
     "cautious-decay": cautious_decay,
+    "falling-momentum": falling_momentum,
+    "long-cooldown": long_cooldown,
+    "rare-adam": rare_adam,
 }
 
 

@@ -36,7 +36,7 @@ class WarmupCosine:
 
 @dataclass(frozen=True)
 class Ramp:
-    """A number that rises linearly at the beginning of the run."""
+    """A number that rises linearly at the beginning of the run, and may fall again at its end."""
 
     start: float = field(metadata=_FROM_0_TO_1)
     """Value at step 0."""
@@ -44,6 +44,8 @@ class Ramp:
     """Value after the warm-up."""
     warmup_steps: int
     """Steps from one to the other."""
+    cooldown_steps: int = 0
+    """Last steps of the run, over which it falls to the start again."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,10 @@ class AdamRule:
     """Share of a weight that a step at learning rate 1 takes away; tensors of fewer than two dimensions are spared."""
     cautious: bool = False
     """Decay as Muon's: only weights that the step shrinks too, by the square of the learning rate."""
+    state: Literal["parameters", "float32"] = "parameters"
+    """Type in which the moments are kept."""
+    every: int = field(default=1, metadata={"least": 1})
+    """Steps between updates, which take the sum of the gradients since the last one."""
 
 
 @dataclass(frozen=True)

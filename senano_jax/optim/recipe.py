@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -69,24 +70,39 @@ def _rule(
     def learning_rate(step):
         return rule.rate * learning_rate_factor(step, steps, recipe.schedule)
 
-    if isinstance(rule, MuonRule):
-        step_rule, factor = _muon(rule, axis_name), lambda path, shape: step_factor(path, shape, rule.down_rate)
-    else:
-        step_rule, factor = scale_by_float32_adam(rule.b1, rule.b2, rule.eps), None
+    if isinstance(rule, AdamRule):
+        return _adam(rule, learning_rate)
     decay = []
-    if rule.decay and (isinstance(rule, MuonRule) or rule.cautious):
-        decay = [add_cautious_decay(rule.decay, learning_rate, factor)]
+    if rule.decay:
+        decay = [
+            add_cautious_decay(rule.decay, learning_rate, lambda path, shape: step_factor(path, shape, rule.down_rate))
+        ]
+    return [_muon(rule, steps, axis_name), *decay, scale_by_rate(learning_rate)]
+
+
+def _adam(rule: AdamRule, learning_rate: Callable) -> list[optax.GradientTransformation]:
+    def rate_of_update(count):
+        return learning_rate(count if rule.every == 1 else rule.every * count + rule.every - 1)
+
+    decay = []
+    if rule.decay and rule.cautious:
+        decay = [add_cautious_decay(rule.decay, rate_of_update)]
     elif rule.decay:
         decay = [optax.add_decayed_weights(rule.decay, mask=_of_two_dimensions)]
-    return [step_rule, *decay, scale_by_rate(learning_rate)]
+    dtype = jnp.float32 if rule.state == "float32" else None
+    transforms = [scale_by_float32_adam(rule.b1, rule.b2, rule.eps, dtype), *decay, scale_by_rate(rate_of_update)]
+    if rule.every == 1:
+        return transforms
+    on_sums = optax.MultiSteps(optax.chain(*transforms), rule.every, use_grad_mean=False)
+    return [optax.GradientTransformationExtraArgs(on_sums.init, on_sums.update)]
 
 
-def _muon(rule: MuonRule, axis_name: str | None) -> optax.GradientTransformation:
+def _muon(rule: MuonRule, steps: int, axis_name: str | None) -> optax.GradientTransformation:
     on_stacks = orthogonalized(ITERATIONS[rule.iteration])
     if rule.neuron_b2 is not None:
         on_stacks = normalized(on_stacks, rule.neuron_b2)
     return scale_by_muon(
-        lambda step: ramp(step, rule.momentum), on_stacks, axis_name, rule.query_key_columns, rule.down_rate
+        lambda step: ramp(step, steps, rule.momentum), on_stacks, axis_name, rule.query_key_columns, rule.down_rate
     )
 
 
@@ -121,5 +137,5 @@ def schedule_values(recipe: Recipe, steps: int) -> dict[str, np.ndarray]:
     every = np.arange(steps)
     values = {"lr": np.asarray(learning_rate_factor(every, steps, recipe.schedule))}
     if isinstance(recipe.matrices, MuonRule):
-        values["momentum"] = np.asarray(ramp(every, recipe.matrices.momentum))
+        values["momentum"] = np.asarray(ramp(every, steps, recipe.matrices.momentum))
     return values
