@@ -13,7 +13,7 @@ from senano_jax.config import (
 )
 from senano_jax.data import sample
 from senano_jax.errors import UserError
-from senano_jax.optim.config import AdamRule, Cooldown, MuonRule, Ramp, Recipe, WarmupCosine
+from senano_jax.optim.config import AdamRule, Cooldown, Mixture, MuonRule, Ramp, Recipe, WarmupCosine
 
 
 def llmc() -> Config:
@@ -163,6 +163,13 @@ def rare_adam() -> Config:
     return changed(long_cooldown(), state | {f"optimizer.{group}.every": 2 for group in groups})
 
 
+def mixed_momentum() -> Config:
+    """Muon's momentum as a mixture of a fast and a slow average from 31% of the run on: Bi-Maxwell, modded-nanogpt's
+    pull request 340."""
+    mixture = Mixture(start=1000 / 3250, fast=0.85, slow=0.98, share=0.4385)
+    return changed(rare_adam(), {"optimizer.matrices.mixture": mixture})
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "recurrent": recurrent,
     "no-value-embeddings": no_value_embeddings,
@@ -175,6 +182,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "falling-momentum": falling_momentum,
     "long-cooldown": long_cooldown,
     "rare-adam": rare_adam,
+    "mixed-momentum": mixed_momentum,
 }
 
 

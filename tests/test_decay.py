@@ -13,6 +13,7 @@ from oracles import relative_error
 from senano_jax.config import changed, settings
 from senano_jax.optim.config import AdamRule, Cooldown, Recipe
 from senano_jax.optim.decay import add_cautious_decay
+from senano_jax.optim.momentum import nesterov
 from senano_jax.optim.muon import orthogonalized, scale_by_muon, step_factor
 from senano_jax.optim.newton_schulz import ITERATIONS
 from senano_jax.optim.normuon import normalized
@@ -81,7 +82,7 @@ def test_muon_with_decay_is_the_original_program(case):
 
     rule = normalized(orthogonalized(ITERATIONS["polar-express"], jnp.float32), 0.9)
     optimizer = optax.chain(
-        scale_by_muon(lambda step: 0.85 + step / 3000, rule, down_rate=4.0),
+        scale_by_muon(nesterov(lambda step: 0.85 + step / 3000), rule, down_rate=4.0),
         add_cautious_decay(1.2, lambda step: 0.023, lambda path, shape: step_factor(path, shape, 4.0)),
         scale_by_rate(lambda step: 0.023),
     )

@@ -17,6 +17,7 @@ from oracles import odd_polynomials, relative_error
 from senano_jax.config import changed, check_config, settings
 from senano_jax.errors import UserError
 from senano_jax.optim.cuts import cut, joined
+from senano_jax.optim.momentum import nesterov
 from senano_jax.optim.muon import orthogonalized, scale_by_muon
 from senano_jax.optim.newton_schulz import ITERATIONS
 from senano_jax.optim.normuon import normalized
@@ -60,7 +61,7 @@ def random_gradients(seed, shapes=SHAPES):
 
 def steps_of(rule, gradients, axis_name=None, wrap=lambda update: update, **options):
     """Yields the updates of each step and the last state's statistics."""
-    optimizer = scale_by_muon(momentum, rule, axis_name, **options)
+    optimizer = scale_by_muon(nesterov(momentum), rule, axis_name, **options)
     state, update = optimizer.init(gradients[0]), jax.jit(wrap(optimizer.update))
     for gradient in gradients:
         updates, state = update(gradient, state)

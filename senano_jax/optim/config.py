@@ -49,12 +49,29 @@ class Ramp:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Momentum of two averages in place of one, late in the run."""
+
+    start: float = field(metadata=_FROM_0_TO_1)
+    """Part of the run after which they part; until then both have the momentum's rate."""
+    fast: float = field(metadata=_FROM_0_TO_1)
+    """Momentum of the one."""
+    slow: float = field(metadata=_FROM_0_TO_1)
+    """Momentum of the other."""
+    share: float = field(metadata=_FROM_0_TO_1)
+    """Weight of the fast one; the rest is that of the slow one."""
+
+
+@dataclass(frozen=True)
 class MuonRule:
     """Momentum, then orthogonalisation of each matrix."""
 
     rate: float
     """Learning rate of Muon."""
     momentum: Ramp
+    """Rate of the average of the gradients, and how much of it is in the step (Nesterov)."""
+    mixture: Mixture | None = None
+    """Two averages late in the run; None: one."""
     iteration: Literal["newton-schulz", "polar-express", "six-step"] = "newton-schulz"
     """How matrices are orthogonalised: the first leaves singular values in 0.7 to 1.2, the others nearer to 1."""
     neuron_b2: float | None = field(default=None, metadata=_FROM_0_TO_1)

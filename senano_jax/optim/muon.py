@@ -4,7 +4,6 @@ Differs from `optax.contrib.muon`: momentum follows a schedule, the averages are
 in bfloat16, and matrices of one shape are orthogonalised as one stack, which several devices can share.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +13,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from senano_jax.optim.cuts import cut, joined
+from senano_jax.optim.momentum import Momentum
 from senano_jax.optim.newton_schulz import Iteration, orthogonalize
 from senano_jax.optim.stacks import StackRule, init_stacks, update_stacks
 
 
 class MuonState(NamedTuple):
     count: Int[Array, ""]  # steps taken
-    momentum: optax.Updates  # moving average of the gradients, like the parameters
+    momentum: optax.Updates  # moving averages of the gradients (see Momentum)
 
 
 class StackedMuonState(NamedTuple):
@@ -37,7 +37,7 @@ def orthogonalized(iteration: Iteration, dtype: DTypeLike = jnp.bfloat16) -> Sta
 
 
 def scale_by_muon(
-    momentum: Callable[[Array], Array],
+    momentum: Momentum,
     rule: StackRule,
     axis_name: str | None = None,
     query_key_columns: int | None = None,
@@ -45,14 +45,12 @@ def scale_by_muon(
 ) -> optax.GradientTransformation:
     """Turns gradients of matrices [..., in, out] into orthogonal steps of unit learning rate.
 
-        m <- mu m + (1 - mu) g
-        d  = (1 - mu) g + mu m                    (Nesterov)
-        u  = factor rule(d)                       (float32; factor: sqrt(max(1, out / in)), see step_factor)
+        u = factor rule(momentum(g))       (float32; factor: sqrt(max(1, out / in)), see step_factor)
 
     Leading axes hold separate matrices, each orthogonalised by itself.
 
     Args:
-      momentum: mu as a function of the step.
+      momentum: what makes a direction of the gradients.
       rule: what orthogonalises the matrices.
       axis_name: a mapped axis whose devices hold equal gradients and share the orthogonalisation (see stacks.py).
       query_key_columns: columns of a matrix into which queries and keys are cut (see `cut`).
@@ -60,15 +58,13 @@ def scale_by_muon(
     """
 
     def init(params):
-        state = MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+        state = MuonState(jnp.zeros((), jnp.int32), momentum.init(params))
         stacks = init_stacks(rule, [m for part in _matrices(params) for m in part])
         return StackedMuonState(*state, stacks) if stacks else state
 
     def update(gradients, state, params=None):
         del params
-        mu = momentum(state.count)
-        average = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, state.momentum, gradients)
-        direction = jax.tree.map(lambda m, g: (1 - mu) * g + mu * m, average, gradients)
+        direction, average = momentum.update(gradients, state.momentum, state.count)
         parts = _matrices(direction)
         stacks = state.stacks if isinstance(state, StackedMuonState) else {}
         orthogonal, stacks = update_stacks(rule, [m for part in parts for m in part], stacks, axis_name)

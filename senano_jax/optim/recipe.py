@@ -14,6 +14,7 @@ from senano_jax.optim.average import with_tail_average
 from senano_jax.optim.config import AdamRule, MuonRule, Recipe
 from senano_jax.optim.decay import add_cautious_decay
 from senano_jax.optim.groups import GROUPS, parameter_group
+from senano_jax.optim.momentum import mixed, nesterov
 from senano_jax.optim.muon import orthogonalized, scale_by_muon, step_factor
 from senano_jax.optim.newton_schulz import ITERATIONS
 from senano_jax.optim.normuon import normalized
@@ -101,9 +102,12 @@ def _muon(rule: MuonRule, steps: int, axis_name: str | None) -> optax.GradientTr
     on_stacks = orthogonalized(ITERATIONS[rule.iteration])
     if rule.neuron_b2 is not None:
         on_stacks = normalized(on_stacks, rule.neuron_b2)
-    return scale_by_muon(
-        lambda step: ramp(step, steps, rule.momentum), on_stacks, axis_name, rule.query_key_columns, rule.down_rate
-    )
+
+    def mu(step):
+        return ramp(step, steps, rule.momentum)
+
+    momentum = nesterov(mu) if rule.mixture is None else mixed(mu, rule.mixture, steps)
+    return scale_by_muon(momentum, on_stacks, axis_name, rule.query_key_columns, rule.down_rate)
 
 
 def _of_two_dimensions(params):
