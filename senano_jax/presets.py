@@ -14,7 +14,7 @@ from senano_jax.config import (
 )
 from senano_jax.data import sample
 from senano_jax.errors import UserError
-from senano_jax.optim.config import AdamRule, Cooldown, MuonRule, Ramp, Recipe, WarmupCosine
+from senano_jax.optim.config import AdamRule, Cooldown, Mixture, MuonRule, Ramp, Recipe, WarmupCosine
 
 
 def llmc() -> Config:
@@ -147,6 +147,50 @@ def batch_ramp() -> Config:
     )
 
 
+def normuon() -> Config:
+    """NorMuon (Li et al., arXiv 2510.05491) with the matrices and rates that modded-nanogpt gives it: queries and keys
+    of two heads together, a lower rate, a fourfold one for the second projection of the MLP."""
+    return changed(
+        polar_express(),
+        {
+            "optimizer.matrices.rate": 0.023,
+            "optimizer.matrices.neuron_b2": 0.9,
+            "optimizer.matrices.query_key_columns": 256,
+            "optimizer.matrices.down_rate": 4.0,
+        },
+    )
+
+
+def cautious_decay() -> Config:
+    """Weight decay of the matrices where the step shrinks a weight too (Chen et al., arXiv 2510.12402), as in
+    modded-nanogpt."""
+    return changed(normuon(), {"optimizer.matrices.decay": 1.2})
+
+
+def falling_momentum() -> Config:
+    """Muon's momentum falls again over the last 50 steps, as in modded-nanogpt."""
+    return changed(cautious_decay(), {"optimizer.matrices.momentum.cooldown_steps": 50})
+
+
+def long_cooldown() -> Config:
+    """Learning rates fall over the last 60% of the steps, to 0.15 of what they were, as in modded-nanogpt."""
+    return changed(falling_momentum(), {"optimizer.schedule": Cooldown(fraction=0.6, floor=0.15)})
+
+
+def rare_adam() -> Config:
+    """Adam with float32 moments, at every second step on the sum of two gradients, as in modded-nanogpt."""
+    groups = ("head", "embeddings", "scalars")
+    state = {f"optimizer.{group}.state": "float32" for group in groups}
+    return changed(long_cooldown(), state | {f"optimizer.{group}.every": 2 for group in groups})
+
+
+def mixed_momentum() -> Config:
+    """Muon's momentum as a mixture of a fast and a slow average from 31% of the run on: Bi-Maxwell, modded-nanogpt's
+    pull request 340."""
+    mixture = Mixture(start=1000 / 3250, fast=0.85, slow=0.98, share=0.4385)
+    return changed(rare_adam(), {"optimizer.matrices.mixture": mixture})
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "recurrent": recurrent,
     "no-value-embeddings": no_value_embeddings,
@@ -155,6 +199,12 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "demo": demo,
     "polar-express": polar_express,
     "batch-ramp": batch_ramp,
+    "normuon": normuon,
+    "cautious-decay": cautious_decay,
+    "falling-momentum": falling_momentum,
+    "long-cooldown": long_cooldown,
+    "rare-adam": rare_adam,
+    "mixed-momentum": mixed_momentum,
 }
 
 

@@ -9,22 +9,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 
 class AdamState(NamedTuple):
     count: Int[Array, ""]  # steps taken
-    mean: optax.Updates  # moving average of the gradients, in the parameters' types
-    square: optax.Updates  # moving average of their squares, in the parameters' types
+    mean: optax.Updates  # moving average of the gradients
+    square: optax.Updates  # moving average of their squares
 
 
-def scale_by_float32_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps), float32; the moments are stored in the parameters' types."""
+def scale_by_float32_adam(
+    b1: float, b2: float, eps: float, dtype: DTypeLike | None = None
+) -> optax.GradientTransformation:
+    """m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps), float32; the moments are stored as `dtype`, or in the parameters'
+    types."""
 
     def init(params):
-        return AdamState(
-            jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
-        )
+        mean, square = (optax.tree.zeros_like(params, dtype=dtype) for _ in range(2))
+        return AdamState(jnp.zeros((), jnp.int32), mean, square)
 
     def update(gradients, state, params=None):
         del params

@@ -6,6 +6,7 @@ The field docstrings are the texts of `--help`; a rule that is None takes no fla
 
 import dataclasses
 import math
+import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ class WarmupCosine:
 
 @dataclass(frozen=True)
 class Ramp:
-    """A number that rises linearly at the beginning of the run."""
+    """A number that rises linearly at the beginning of the run, and may fall again at its end."""
 
     start: float = field(metadata=_FROM_0_TO_1)
     """Value at step 0."""
@@ -43,6 +44,22 @@ class Ramp:
     """Value after the warm-up."""
     warmup_steps: int
     """Steps from one to the other."""
+    cooldown_steps: int = 0
+    """Last steps of the run, over which it falls to the start again."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Momentum of two averages in place of one, late in the run."""
+
+    start: float = field(metadata=_FROM_0_TO_1)
+    """Part of the run after which they part; until then both have the momentum's rate."""
+    fast: float = field(metadata=_FROM_0_TO_1)
+    """Momentum of the one."""
+    slow: float = field(metadata=_FROM_0_TO_1)
+    """Momentum of the other."""
+    share: float = field(metadata=_FROM_0_TO_1)
+    """Weight of the fast one; the rest is that of the slow one."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +69,20 @@ class MuonRule:
     rate: float
     """Learning rate of Muon."""
     momentum: Ramp
+    """Rate of the average of the gradients, and how much of it is in the step (Nesterov)."""
+    mixture: Mixture | None = None
+    """Two averages late in the run; None: one."""
     iteration: Literal["newton-schulz", "polar-express", "six-step"] = "newton-schulz"
     """How matrices are orthogonalised: the first leaves singular values in 0.7 to 1.2, the others nearer to 1."""
+    neuron_b2: float | None = field(default=None, metadata=_FROM_0_TO_1)
+    """NorMuon: decay of the mean squares by which the neurons' steps are equalised; None: Muon."""
+    query_key_columns: int | None = field(default=None, metadata={"least": 1})
+    """Columns of queries and keys that are orthogonalised together, such as those of two heads; None: all."""
+    down_rate: float = 1.0
+    """Factor of the learning rate of the MLP's second projection."""
+    decay: float = 0.0
+    """Weight decay: what a step at learning rate 1 takes away of a weight, if it shrinks that weight too; of others,
+    nothing. It falls with the square of the learning rate."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +99,12 @@ class AdamRule:
     """Adam's epsilon, outside the root; it is compared with gradients summed over a step, or with their means."""
     decay: float = 0.0
     """Share of a weight that a step at learning rate 1 takes away; tensors of fewer than two dimensions are spared."""
+    cautious: bool = False
+    """Decay as Muon's: only weights that the step shrinks too, by the square of the learning rate."""
+    state: Literal["parameters", "float32"] = "parameters"
+    """Type in which the moments are kept."""
+    every: int = field(default=1, metadata={"least": 1})
+    """Steps between updates, which take the sum of the gradients since the last one."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +175,8 @@ def _check(part: Any, flag: str) -> None:
             _check(value, name)
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        elif f.type is int:
-            check_counts({name: value}, least=0)
+        elif int in (f.type, *typing.get_args(f.type)):
+            check_counts({name: value}, least=f.metadata.get("least", 0))
         elif most := f.metadata.get("most"):
             if not 0 <= value <= most:
                 raise UserError(f"{name} is {value}; use a number from 0 to {most}")

@@ -5,15 +5,19 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from senano_jax.optim.adam import scale_by_float32_adam
 from senano_jax.optim.average import with_tail_average
 from senano_jax.optim.config import AdamRule, MuonRule, Recipe
+from senano_jax.optim.decay import add_cautious_decay
 from senano_jax.optim.groups import GROUPS, parameter_group
-from senano_jax.optim.muon import scale_by_muon
+from senano_jax.optim.momentum import mixed, nesterov
+from senano_jax.optim.muon import orthogonalized, scale_by_muon, step_factor
 from senano_jax.optim.newton_schulz import ITERATIONS
+from senano_jax.optim.normuon import normalized
 from senano_jax.optim.schedules import learning_rate_factor, ramp
 
 # The names of the groups' states in checkpoints.
@@ -64,11 +68,46 @@ def make_optimizer(recipe: Recipe, steps: int, axis_name: str | None = None) -> 
 def _rule(
     rule: MuonRule | AdamRule, recipe: Recipe, steps: int, axis_name: str | None
 ) -> list[optax.GradientTransformation]:
-    rate = scale_by_rate(lambda step: rule.rate * learning_rate_factor(step, steps, recipe.schedule))
-    if isinstance(rule, MuonRule):
-        return [scale_by_muon(lambda step: ramp(step, rule.momentum), ITERATIONS[rule.iteration], axis_name), rate]
-    decay = [optax.add_decayed_weights(rule.decay, mask=_of_two_dimensions)] if rule.decay else []
-    return [scale_by_float32_adam(rule.b1, rule.b2, rule.eps), *decay, rate]
+    def learning_rate(step):
+        return rule.rate * learning_rate_factor(step, steps, recipe.schedule)
+
+    if isinstance(rule, AdamRule):
+        return _adam(rule, learning_rate)
+    decay = []
+    if rule.decay:
+        decay = [
+            add_cautious_decay(rule.decay, learning_rate, lambda path, shape: step_factor(path, shape, rule.down_rate))
+        ]
+    return [_muon(rule, steps, axis_name), *decay, scale_by_rate(learning_rate)]
+
+
+def _adam(rule: AdamRule, learning_rate: Callable) -> list[optax.GradientTransformation]:
+    def rate_of_update(count):
+        return learning_rate(count if rule.every == 1 else rule.every * count + rule.every - 1)
+
+    decay = []
+    if rule.decay and rule.cautious:
+        decay = [add_cautious_decay(rule.decay, rate_of_update)]
+    elif rule.decay:
+        decay = [optax.add_decayed_weights(rule.decay, mask=_of_two_dimensions)]
+    dtype = jnp.float32 if rule.state == "float32" else None
+    transforms = [scale_by_float32_adam(rule.b1, rule.b2, rule.eps, dtype), *decay, scale_by_rate(rate_of_update)]
+    if rule.every == 1:
+        return transforms
+    on_sums = optax.MultiSteps(optax.chain(*transforms), rule.every, use_grad_mean=False)
+    return [optax.GradientTransformationExtraArgs(on_sums.init, on_sums.update)]
+
+
+def _muon(rule: MuonRule, steps: int, axis_name: str | None) -> optax.GradientTransformation:
+    on_stacks = orthogonalized(ITERATIONS[rule.iteration])
+    if rule.neuron_b2 is not None:
+        on_stacks = normalized(on_stacks, rule.neuron_b2)
+
+    def mu(step):
+        return ramp(step, steps, rule.momentum)
+
+    momentum = nesterov(mu) if rule.mixture is None else mixed(mu, rule.mixture, steps)
+    return scale_by_muon(momentum, on_stacks, axis_name, rule.query_key_columns, rule.down_rate)
 
 
 def _of_two_dimensions(params):
@@ -102,5 +141,5 @@ def schedule_values(recipe: Recipe, steps: int) -> dict[str, np.ndarray]:
     every = np.arange(steps)
     values = {"lr": np.asarray(learning_rate_factor(every, steps, recipe.schedule))}
     if isinstance(recipe.matrices, MuonRule):
-        values["momentum"] = np.asarray(ramp(every, recipe.matrices.momentum))
+        values["momentum"] = np.asarray(ramp(every, steps, recipe.matrices.momentum))
     return values

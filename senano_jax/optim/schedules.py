@@ -24,11 +24,15 @@ def warmup_and_cosine(step: Step, steps: int, schedule: WarmupCosine) -> Float[A
 
 def constant_and_cooldown(step: Step, steps: int, schedule: Cooldown) -> Float[Array, ""]:
     """1 until the cooldown, then linearly down to `floor` at the end of the run; float32."""
-    left = (1 - step / steps) / max(schedule.fraction, 1e-9)
+    if schedule.fraction == 0:
+        return jnp.ones(jnp.shape(step), jnp.float32)
+    left = (1 - step / steps) / schedule.fraction
     return jnp.minimum(1.0, left + (1 - left) * schedule.floor)
 
 
-def ramp(step: Step, values: Ramp) -> Float[Array, ""]:
-    """Linear from `start` to `end` over the warm-up; float32."""
+def ramp(step: Step, steps: int, values: Ramp) -> Float[Array, ""]:
+    """Linear from `start` to `end` over the warm-up, and back to `start` over the cooldown; float32."""
     progress = jnp.minimum(step / max(values.warmup_steps, 1), 1.0)
+    if values.cooldown_steps:
+        progress = jnp.minimum(progress, (steps - step) / values.cooldown_steps)
     return values.start + progress * (values.end - values.start)

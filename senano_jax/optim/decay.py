@@ -1,0 +1,46 @@
+"""Weight decay that waits for the step to agree (Chen et al., 2025, arXiv 2510.12402: cautious weight decay)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+
+def add_cautious_decay(
+    decay: float,
+    learning_rate: Callable[[Array], Array],
+    factor: Callable[[tuple, tuple[int, ...]], float] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adds decay to steps u of unit learning rate that have not been multiplied by the learning rate r yet:
+
+        u <- u + r factor decay x       where u x > 0, elsewhere u <- u           (float32)
+
+    So x moves by r^2 factor decay x towards zero, where the step leads there too: decay falls with the square of the
+    schedule. Tensors of fewer than two dimensions are spared.
+
+    Args:
+      learning_rate: r as a function of the step; the keyword argument `rate` of `update` multiplies it.
+      factor: of (path, shape) of a parameter, the factor that its u contains; 1 if None. With one, weights whose step
+        is zero decay too, as the original does for Muon and not for Adam.
+    """
+
+    def init(params):
+        del params
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params, *, rate=None, **_):
+        r = learning_rate(state.count) if rate is None else rate * learning_rate(state.count)
+
+        def decayed(path, u, x):
+            if x.ndim < 2:
+                return u
+            along = u * x > 0 if factor is None else u * x >= 0
+            strength = r * decay * (1.0 if factor is None else factor(path, x.shape))
+            return u + strength * jnp.where(along, x.astype(jnp.float32), 0)
+
+        updates = jax.tree.map_with_path(decayed, updates, params)
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
