@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Arc, FancyBboxPatch
 
 from senano_jax.config import LayerSchedule
+from senano_jax.model.schedule import UNet
 from senano_jax.presets import preset
 
 matplotlib.use("svg")
@@ -39,7 +40,7 @@ def draw(layers: LayerSchedule, path: Path) -> None:
         )
         axes.add_patch(box)
         axes.text(position, 0.36, str(layer), ha="center", va="center", color="white", fontsize=10, weight="bold")
-    for position in range(layers.skips):
+    for position in range(UNet().skips(layers)):
         other = layers.positions - 1 - position
         width = other - position
         axes.add_patch(

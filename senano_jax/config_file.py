@@ -121,7 +121,8 @@ def parse(kind: Any, value: Any, path: Path, field: str) -> Any:
         types = typing.get_type_hints(kind)
         if unknown := sorted(value.keys() - types.keys()):
             raise UserError(f"{path}: unknown field {_join(field, unknown[0])}; was it written by another version?")
-        needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+        # Of a default and its factory one is MISSING, or both are.
+        needed = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory}
         if missing := sorted(needed - value.keys()):
             raise UserError(f"{path}: field {_join(field, missing[0])} is missing; was it written by another version?")
         return kind(**{name: parse(types[name], item, path, _join(field, name)) for name, item in value.items()})

@@ -60,7 +60,7 @@ def test_record_presets_are_the_published_runs(name, trained_tokens, sequences, 
     assert (config.batch_sequences, config.batch_tokens, config.dtype) == (sequences, 393_216, "bfloat16")
     assert (config.data.val_tokens, config.data.val_seq_len, config.val_every) == (10_485_760, val_seq_len, 125)
     layers = config.model.layers
-    assert (layers.layers, layers.positions, layers.skips) == (12, positions, positions // 2)
+    assert (layers.layers, layers.positions, config.model.trunk.skips(layers)) == (12, positions, positions // 2)
     assert (config.model.dim, config.model.head_dim) == (768, 128)
     assert (config.model.vocab_size, config.model.padded_vocab_size) == (50_257, 50_304)
 

@@ -187,7 +187,7 @@ def pytorch_weights(config, rng):
     weights = {
         "embed.weight": rng.standard_normal((config.vocab_size, D)),
         "lm_head.weight": rng.standard_normal((config.padded_vocab_size, D)),
-        "skip_weights": 1 + 0.3 * rng.standard_normal(config.layers.skips),
+        "skip_weights": 1 + 0.3 * rng.standard_normal(config.trunk.skips(config.layers)),
     }
     for n in range(config.layers.layers):
         weights |= {

@@ -9,9 +9,21 @@ import numpy as np
 import pytest
 from oracles import cross_entropies, relative_error, soft_capped_logits
 
-from senano_jax.model.loss import CHUNK_TOKENS, cross_entropy, soft_cap, soft_capped_cross_entropy
+from senano_jax.model import loss as loss_module
+from senano_jax.model.cap import Plain, SoftCap
+from senano_jax.model.loss import CHUNK_TOKENS
+from senano_jax.model.targets import targets_of
 
 DIM, VOCABULARY = 32, 300
+
+
+def soft_capped_cross_entropy(x, head, targets, chunk_tokens=None):
+    return loss_module.cross_entropy(x, head, targets_of(targets, None), SoftCap(), chunk_tokens=chunk_tokens)
+
+
+def cross_entropy(x, head, targets, vocab_size, chunk_tokens=None):
+    cap = Plain(vocab_size)
+    return loss_module.cross_entropy(x, head, targets_of(targets, None), cap, chunk_tokens=chunk_tokens)
 
 
 def inputs(seed=0, dtype=jnp.float32, tokens=(2, 96)):
@@ -37,7 +49,7 @@ def test_loss_is_the_sum_over_tokens():
     loss = soft_capped_cross_entropy(x, head, targets)
     assert loss.dtype == jnp.float32
     assert float(loss) == pytest.approx(expected, rel=1e-6)
-    np.testing.assert_allclose(soft_cap(x @ head, DIM), logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(SoftCap().at_width(DIM).logits(x @ head), logits, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_are_those_of_the_formula_in_float64():

@@ -17,9 +17,9 @@ def inputs(tokens, logits, dtype):
     return z, jax.random.randint(keys[1], (tokens,), 0, logits)
 
 
-def expected(z, targets):
+def expected(z, targets, shift=0.0):
     """Float64 NumPy."""
-    z = np.asarray(z, np.float64)
+    z = np.asarray(z, np.float64) + shift
     sigmoid = 1 / (1 + np.exp(-SLOPE * z))
     exponentials = np.exp(CAP * sigmoid)
     total = exponentials.sum(-1, keepdims=True)
@@ -33,6 +33,13 @@ def test_against_numpy():
         results = logsumexp_and_gradient(z, targets, cap=CAP, slope=SLOPE, launch=launch, interpret=True)
         for result, reference in zip(results, expected(z, targets)):
             np.testing.assert_allclose(result, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_a_shift_before_the_cap():
+    z, targets = inputs(8, 384, jnp.float32)
+    results = logsumexp_and_gradient(z, targets, cap=CAP, slope=SLOPE, shift=150.0, interpret=True)
+    for result, reference in zip(results, expected(z, targets, 150)):
+        np.testing.assert_allclose(result, reference, rtol=1e-4, atol=1e-6)
 
 
 def test_what_it_takes():

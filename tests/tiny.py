@@ -66,6 +66,6 @@ def small_run(path: Path, steps: tuple[int, ...]) -> Path:
     with RunFolder(path) as run, Checkpoints(path / "checkpoints") as checkpoints:
         run.start(config, "demo", 0)
         for step in steps:
-            params = params | {"skip_weights": jnp.full(model.layers.skips, step, jnp.float32)}
+            params = params | {"skip_weights": jnp.full(model.trunk.skips(model.layers), step, jnp.float32)}
             checkpoints.save(step, TrainState(jnp.int32(step), params, ()), {"step": step})
     return path

@@ -6,51 +6,10 @@ from typing import ClassVar, Literal
 from senano_jax.data.vocabulary import VOCAB_SIZE
 from senano_jax.errors import UserError, check_counts
 from senano_jax.kernels import triton
+from senano_jax.model.cap import SoftCap
+from senano_jax.model.schedule import LayerSchedule, UNet, Weighted
 
-
-@dataclass(frozen=True)
-class LayerSchedule:
-    """Order in which stored layers are applied: prelude once, loop `visits` times over the same weights, coda once.
-
-    Layers are numbered in that order. `LayerSchedule(3, 6, 4, 3)` is 0,1,2,(3..8)x4,9,10,11: 12 layers, 30 positions.
-    """
-
-    prelude: int
-    """Layers applied once before the loop; at least one, because the first layer's values feed all others."""
-    loop: int
-    """Layers of the loop; even, so that every visit meets the same windows."""
-    visits: int
-    """Times the loop is applied; even, because position i feeds position N-1-i through a skip."""
-    coda: int
-    """Layers applied once after the loop; as many as in the prelude."""
-    long_windows: tuple[int, ...] | None = None
-    """Layers that attend over the long window, the others over half of it; by default those of even number."""
-    no_attention: tuple[int, ...] = ()
-    """Layers that are an MLP alone."""
-
-    @property
-    def layers(self) -> int:
-        """Stored layers."""
-        return self.prelude + self.loop + self.coda
-
-    @property
-    def positions(self) -> int:
-        """Layer applications in one forward pass."""
-        return self.prelude + self.loop * self.visits + self.coda
-
-    @property
-    def skips(self) -> int:
-        """Skip connections: the second half of the positions each reads one of the first half."""
-        return self.positions // 2
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """The layer at each position."""
-        first, end = self.prelude, self.prelude + self.loop
-        return (*range(first), *(*range(first, end),) * self.visits, *range(end, self.layers))
-
-    def has_long_window(self, layer: int) -> bool:
-        return layer % 2 == 0 if self.long_windows is None else layer in self.long_windows
+GATE_INPUTS = 12  # channels of the normalised stream that a gate reads, the first ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +51,8 @@ class TransformerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(TransformerConfig):
-    """modded-nanogpt's transformer and what became of it: skips over depth, rotary positions, soft-capped logits."""
+    """modded-nanogpt's transformer and what became of it: rotary positions, values from the first layer or by token,
+    soft-capped logits."""
 
     sees_documents = True
 
@@ -104,6 +64,26 @@ class ModelConfig(TransformerConfig):
     unroll: bool = field(default=False, metadata={"free": True})
     """Unroll the scan over the loop's visits in the compiled program: faster on a GPU, slower to compile. The demo
     alone leaves it, to compile sooner."""
+    trunk: UNet | Weighted = field(default_factory=UNet)
+    """How the residual stream runs through the layers."""
+    mlp_widths: tuple[tuple[int, int], ...] = ()
+    """Layers whose MLP has another hidden width than the others: pairs of a layer and its width."""
+    cap: SoftCap = field(default_factory=SoftCap)
+    """From the head's products to logits."""
+    logit_bias: bool = False
+    """Learn a number a column of the head that is added to its products before the cap."""
+    head_gate: bool = False
+    """Multiply what each attention head gives by a gate between 0 and 1 that the layer's input opens, with weights of
+    its own for each visit."""
+
+    def mlp_width(self, layer: int) -> int:
+        """Hidden units of a layer's MLP."""
+        return dict(self.mlp_widths).get(layer, self.mlp_expansion * self.dim)
+
+    @property
+    def has_parameters_by_visit(self) -> bool:
+        """Whether layers of the loop have parameters that differ from visit to visit."""
+        return self.head_gate or isinstance(self.trunk, Weighted)
 
     def value_table(self, layer: int) -> int | None:
         """The value embedding that a layer mixes in, if any."""
@@ -175,6 +155,10 @@ def check_model(model: ModelConfig | Gpt2Config) -> None:
         )
     if isinstance(model, ModelConfig):
         _check_schedule(model)
+        check_counts({"--model.mlp-widths": min((width for _, width in model.mlp_widths), default=1)}, least=1)
+        model.cap.check("--model.cap")
+        if model.head_gate and model.dim < GATE_INPUTS:
+            raise UserError(f"--model.head-gate reads {GATE_INPUTS} channels, --model.dim is {model.dim}; widen it")
 
 
 def _check_schedule(model: ModelConfig) -> None:
@@ -187,19 +171,11 @@ def _check_schedule(model: ModelConfig) -> None:
         },
         least=0,
     )
-    if layers.prelude != layers.coda:
-        raise UserError(
-            f"--model.layers.prelude {layers.prelude} differs from --model.layers.coda {layers.coda}; "
-            "skips pair the positions of the two halves, so they must be equal"
-        )
-    if layers.loop and (layers.loop % 2 or layers.visits % 2 or layers.visits < 2):
-        raise UserError(
-            f"--model.layers.loop {layers.loop} and --model.layers.visits {layers.visits} must both be even: "
-            "windows alternate by position and skips pair the two halves of the visits"
-        )
+    model.trunk.check(layers)
     for flag, named in {
         "--model.layers.long-windows": layers.long_windows or (),
         "--model.layers.no-attention": layers.no_attention,
+        "--model.mlp-widths": tuple(layer for layer, _ in model.mlp_widths),
     }.items():
         if unknown := [n for n in named if not 0 <= n < layers.layers]:
             raise UserError(f"{flag} names layer {unknown[0]}; there are layers 0 to {layers.layers - 1}")

@@ -26,22 +26,24 @@ def fits(tokens: int, logits: int, launch: triton.RowLaunch = DEFAULT_LAUNCH) ->
     return tokens % launch.rows == 0 and logits % COLUMNS == 0
 
 
-@functools.partial(jax.jit, static_argnames=("cap", "slope", "launch", "interpret"))
+@functools.partial(jax.jit, static_argnames=("cap", "slope", "shift", "launch", "interpret"))
 def logsumexp_and_gradient(
     z: Float[Array, "N V"],
     targets: Int[Array, "N"],
     *,
     cap: float,
     slope: float,
+    shift: float = 0.0,
     launch: triton.RowLaunch = DEFAULT_LAUNCH,
     interpret: bool = False,
 ) -> tuple[Float[Array, "N"], Float[Array, "N V"]]:
-    """For logits = cap * sigmoid(slope * z): their log-sum-exp (float32) and the cross-entropy's gradient of z."""
+    """For logits = cap * sigmoid(slope * (z + shift)): their log-sum-exp (float32) and the cross-entropy's gradient of
+    z."""
     tokens, logits = z.shape
     rows = pl.BlockSpec((launch.rows, logits), lambda n: (n, 0))
     of_token = pl.BlockSpec((launch.rows,), lambda n: (n,))
     return triton.call(
-        functools.partial(_kernel, cap=cap, slope=slope, interpret=interpret),
+        functools.partial(_kernel, cap=cap, slope=slope, shift=shift, interpret=interpret),
         name="loss_and_gradient",
         grid=(tokens // launch.rows,),
         in_specs=[rows, of_token],
@@ -52,14 +54,14 @@ def logsumexp_and_gradient(
     )(z, targets)
 
 
-def _kernel(z_ref, target_ref, logsumexp_ref, dz_ref, *, cap: float, slope: float, interpret: bool):
+def _kernel(z_ref, target_ref, logsumexp_ref, dz_ref, *, cap: float, slope: float, shift: float, interpret: bool):
     exp2, reciprocal = triton.scaled_exp2(interpret), triton.reciprocal(interpret)
     tokens, logits = z_ref.shape
     binary_cap = cap * math.log2(math.e)
 
     def sigmoid(start):
         z_RC = z_ref[:, pl.ds(start, COLUMNS)].astype(jnp.float32)
-        return reciprocal(1 + exp2(z_RC, -slope * math.log2(math.e), 0.0))
+        return reciprocal(1 + exp2(z_RC, -slope * math.log2(math.e), shift * slope * math.log2(math.e)))
 
     def add(c, sum_RC):
         # Logits lie in (0, cap), so exp cannot overflow.

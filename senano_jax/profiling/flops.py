@@ -1,17 +1,25 @@
 """How much arithmetic the model asks for, from its configuration alone, and what the device could do.
 
 Model FLOPs count what the mathematics needs: every matrix product of every layer APPLICATION (a layer of the loop
-counts once a visit) and of the head, and attention over the pairs of query and key that see each other. A product
-[m, k] x [k, n] is 2mkn; the backward pass is twice the forward pass. Neither recomputation nor the optimiser counts.
+counts once a visit) and of the head, as the traced program has them, and attention over the pairs of query and key that
+see each other. A product [m, k] x [k, n] is 2mkn; the backward pass is twice the forward pass. Neither recomputation
+nor the optimiser counts.
 """
 
+import dataclasses
+import functools
+import math
 from dataclasses import dataclass
 
+import jax
+import jax.extend.core
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from senano_jax.attention import document_start, window_intervals
+from senano_jax.attention import BLOCK, document_start, window_intervals
 from senano_jax.config import TransformerConfig
+from senano_jax.model.build import abstract_params, make_model
 
 # Dense bfloat16 products, FLOP/s, from the vendor's data sheets; the first name found in device_kind counts.
 PEAK_BFLOAT16 = {
@@ -37,10 +45,31 @@ class ModelFlops:
         return self.matrix_products + self.attention
 
 
+@functools.cache
 def matrix_flops_per_token(model: TransformerConfig) -> int:
-    """Forward FLOPs of one token in the matrix products: qkv, output and MLP at every position, and the head."""
-    squares = 4 * len(model.attention_windows) + 2 * model.mlp_expansion * model.positions
-    return 2 * squares * model.dim**2 + 2 * model.dim * model.padded_vocab_size
+    """Forward FLOPs of one token in all products but attention's.
+
+    Counted in the program of one block of tokens: in float32, for which no product is part of a kernel, and with dense
+    attention, whose products are those of all pairs.
+    """
+    program = make_model(dataclasses.replace(model, attention="dense", remat="none"), "float32")
+    tokens = jax.ShapeDtypeStruct((1, BLOCK), jnp.int32)
+    forward = jax.make_jaxpr(lambda params, tokens: program.apply({"params": params}, tokens, tokens, 1))
+    attention = len(model.attention_windows) * attention_flops_per_pair(model) * BLOCK**2
+    return (product_flops(forward(abstract_params(program), tokens).jaxpr) - attention) // BLOCK
+
+
+def product_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
+    """FLOPs of all products in a program, those inside a scan once a turn."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += turns * sum(product_flops(inner) for inner in jax.extend.core.jaxprs_in_params(equation.params))
+    return total
 
 
 def attention_flops_per_pair(model: TransformerConfig) -> int:

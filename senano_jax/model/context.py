@@ -1,0 +1,19 @@
+"""What a layer sees beside the residual stream."""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+from senano_jax.attention import Intervals
+
+
+class Context(NamedTuple):
+    """The same for all applications of layers, but for `first_v`, which the first one makes."""
+
+    tokens: Int[Array, "B T"]
+    starts: Int[Array, "B T"]  # of each token, the index of its document's first one
+    x0: Float[Array, "B T D"]  # normalised embedding
+    first_v: Float[Array, "B T H K"] | None  # values of the first layer; None there and with value embeddings
+    value_embeddings: tuple[Float[Array, "B T H K"], ...]  # of the tokens, one a table
+    rotary: tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]
+    windows: dict[bool, Intervals]  # by whether the layer has a long one

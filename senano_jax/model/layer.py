@@ -1,0 +1,106 @@
+"""One layer: attention with a value residual and a squared-ReLU MLP, to be applied one by one.
+
+How they meet the residual stream is a trunk's matter, whose layers add it to this class.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from senano_jax.attention import Intervals, attend
+from senano_jax.model.config import ModelConfig
+from senano_jax.model.context import Context
+from senano_jax.model.elementwise import weighted_sum
+from senano_jax.model.heads import prepare_heads
+from senano_jax.model.pieces import pieces_of
+from senano_jax.model.schedule import Weighted
+from senano_jax.model.squared_relu import squared_relu_mlp
+
+ATTENTION_SCALE = 0.12  # in place of head_dim**-0.5; from modded-nanogpt
+
+
+def uniform_fan_in(key, shape, dtype=jnp.float32):
+    """Uniform with standard deviation 0.5 / sqrt(fan_in), for matrices [..., in, out]."""
+    bound = 3**0.5 * 0.5 * shape[-2] ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with normalised queries and keys and a learned share of values from elsewhere.
+
+    Parameters: qkv [3, D, D], out [D, D] and the shares, value_lambdas [2] with value embeddings and value_residual
+    without, [] or, in a trunk whose weights differ between applications, [visits].
+    """
+
+    config: ModelConfig
+    layer: int
+
+    @nn.compact
+    def __call__(self, x_BTD, other_v_BTHK, rotary, intervals: Intervals, visit=0):
+        """Returns the output and the values it weighs.
+
+        `other_v_BTHK` is those of the first layer or the tokens' value embeddings. None mixes nothing: what the first
+        layer returns is later layers' `other_v_BTHK`. `visit` numbers the applications of this layer.
+        """
+        c = self.config
+        B, T, D = x_BTD.shape
+        qkv_3DD = self.param("qkv", uniform_fan_in, (3, D, D))
+        out_DD = self.param("out", nn.initializers.zeros, (D, D))
+
+        # One product, so that its gradient is one too.
+        qkv_DE = jnp.swapaxes(qkv_3DD.astype(x_BTD.dtype), 0, 1).reshape(D, 3 * D)
+        qkv_BTE = x_BTD @ qkv_DE
+        if c.value_embeddings:
+            lambdas = self.param("value_lambdas", nn.initializers.constant(0.5), (2,))
+            q, k, v = prepare_heads(qkv_BTE, None, jnp.float32(0), rotary, c.num_heads)
+            others = [] if other_v_BTHK is None else [(lambdas[1], other_v_BTHK)]
+            v = weighted_sum((lambdas[0], v), *others, dtype=v.dtype)
+        else:
+            by_visit = isinstance(c.trunk, Weighted)
+            shape = (c.layers.visits_of(self.layer),) if by_visit else ()
+            value_residual = self.param("value_residual", nn.initializers.constant(0.5), shape)
+            if by_visit:
+                value_residual = value_residual[visit]
+            q, k, v = prepare_heads(qkv_BTE, other_v_BTHK, value_residual, rotary, c.num_heads)
+        y_BTHK = attend(q, k, v, intervals, ATTENTION_SCALE, c.attention)
+        for piece in pieces_of(c, self.layer):
+            y_BTHK = piece.after(y_BTHK, v, x_BTD, visit)
+        return y_BTHK.reshape(B, T, D) @ out_DD.astype(x_BTD.dtype), v
+
+
+class Mlp(nn.Module):
+    """Two matrices around relu(x)^2."""
+
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        D, F = x_BTD.shape[-1], self.hidden
+        up_DF = self.param("up", uniform_fan_in, (D, F))
+        down_FD = self.param("down", nn.initializers.zeros, (F, D))
+        return squared_relu_mlp(x_BTD, up_DF.astype(x_BTD.dtype), down_FD.astype(x_BTD.dtype))
+
+
+class Layer(nn.Module):
+    """Two sublayers, each taking the normalised residual stream and returning what is to be added to it."""
+
+    config: ModelConfig
+    layer: int
+
+    def setup(self):
+        if self.has_attention:
+            self.attention = Attention(self.config, self.layer)
+        self.mlp = Mlp(self.config.mlp_width(self.layer))
+
+    @property
+    def has_attention(self) -> bool:
+        return self.layer not in self.config.layers.no_attention
+
+    def attend(self, x_BTD, context: Context, visit=0):
+        """Attention with the values and the window that this layer takes; returns the output and the values that it
+        weighed."""
+        c = self.config
+        table = c.value_table(self.layer)
+        other_v = context.first_v if table is None else context.value_embeddings[table]
+        intervals = context.windows[c.layers.has_long_window(self.layer)]
+        return self.attention(x_BTD, other_v, context.rotary, intervals, visit)

@@ -1,0 +1,19 @@
+"""What attention can be given besides: small modules, each in a file, and the one place that says which layer has
+which.
+
+A piece is a linen module with `after(y_BTHK, v_BTHK, x_BTD, visit)`: attention's output [B, T, H, K] before its last
+product, from what attention gave, the values that it weighed, the layer's normalised input and the number of this visit
+of the layer, an int or a traced one. Parameters that differ between visits have these as their first axis.
+"""
+
+from flax import linen as nn
+
+from senano_jax.model.config import ModelConfig
+from senano_jax.model.pieces.head_gate import HeadGate
+
+
+def pieces_of(model: ModelConfig, layer: int) -> tuple[nn.Module, ...]:
+    """The pieces of a layer's attention, in the order in which they are applied; to be called where the module's
+    children are made."""
+    visits = model.layers.visits_of(layer)
+    return (HeadGate(visits, model.num_heads, name="head_gate"),) if model.head_gate else ()

@@ -1,0 +1,132 @@
+"""A residual stream without skip connections whose weights differ from application to application.
+
+Stored layers are shared by the visits of the loop; how much of the stream stays, and how much of each sublayer and of
+the embedding is added, is not (modded-nanogpt's weights by layer, here by application; sublayers of the loop begin with
+visits^(-1/2), as their shared matrices move all visits at once).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from senano_jax.model.config import ModelConfig
+from senano_jax.model.context import Context
+from senano_jax.model.elementwise import weighted_sum
+from senano_jax.model.layer import Layer
+from senano_jax.model.norm_fork import norm_fork
+from senano_jax.model.remat import rematerialised
+from senano_jax.model.schedule import LayerSchedule
+
+
+class Weights(NamedTuple):
+    """Of one application, or with leading axes of several; pairs are of attention and MLP. Float32."""
+
+    stream: Float[Array, "*S 2"]
+    added: Float[Array, "*S 2"]
+    x0: Float[Array, "*S"]
+
+
+class WeightedLayer(Layer):
+    """x <- stream_0 x + added_0 attention(norm x) + x0 x_0, then x <- stream_1 x + added_1 mlp(norm x)."""
+
+    def __call__(self, x_BTD, weights: Weights, context: Context, visit: Int[Array, ""] | int):
+        """Returns the new residual stream, float32 and not rounded, and the values of the attention, None without one.
+
+        Without attention its term is missing. What attention adds is not rounded into the stream.
+        """
+        dtype = context.x0.dtype
+        x_BTD, v_BTHK, y_BTD = x_BTD.astype(dtype), None, None
+        if self.has_attention:
+            x_BTD, normed_BTD = norm_fork(x_BTD)
+            y_BTD, v_BTHK = self.attend(normed_BTD, context, visit)
+            y_BTD = weighted_sum((weights.added[0], y_BTD), dtype=dtype)
+        x_BTD = weighted_sum((weights.stream[0], x_BTD), (weights.x0, context.x0), dtype=dtype)
+        x_BTD, normed_BTD = norm_fork(x_BTD, y_BTD)
+        mlp_BTD = self.mlp(normed_BTD)
+        return weighted_sum((weights.stream[1], x_BTD), (weights.added[1], mlp_BTD), dtype=jnp.float32), v_BTHK
+
+
+class LoopVisit(nn.Module):
+    """One visit of all layers of the loop."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c, layers = self.config, self.config.layers
+        layer_class = rematerialised(WeightedLayer, c.remat, scanned=not c.unroll)
+        for layer in range(layers.prelude, layers.prelude + layers.loop):
+            setattr(self, f"layer_{layer}", layer_class(c, layer))
+
+    def __call__(self, x: Float[Array, "B T D"], of_visit: tuple[Weights, Int[Array, ""]], context: Context):
+        """`of_visit` is the weights, with a leading axis of the loop's layers, and the number of the visit."""
+        layers = self.config.layers
+        weights, visit = of_visit
+        for j, layer in enumerate(range(layers.prelude, layers.prelude + layers.loop)):
+            x, _ = getattr(self, f"layer_{layer}")(x, _at(weights, j), context, visit)
+        return x, None
+
+
+class WeightedTrunk(nn.Module):
+    """Parameters, float32, by application: stream_weights [N, 2], added_weights [N, 2], x0_weights [N]; and the layers.
+
+    Attention and MLP of one application have the two columns.
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        c, layers = self.config, self.config.layers
+        N = layers.positions
+        stream = nn.initializers.constant(c.trunk.growth ** (1 / (2 * N)))
+        self.stream_weights = self.param("stream_weights", stream, (N, 2))
+        self.added_weights = self.param("added_weights", lambda key: initial_added_weights(layers))
+        self.x0_weights = self.param("x0_weights", nn.initializers.zeros, (N,))
+        layer_class = rematerialised(WeightedLayer, c.remat)
+        for layer in (*range(layers.prelude), *range(layers.prelude + layers.loop, layers.layers)):
+            setattr(self, f"layer_{layer}", layer_class(c, layer))
+        if layers.loop:
+            self.loop = LoopVisit(c)
+
+    def __call__(self, context: Context, visits: int | None = None) -> Float[Array, "B T D"]:
+        """The first `visits` visits of the loop, by default all. Raises ValueError for more than there are."""
+        c, layers = self.config, self.config.layers
+        visits = layers.visits if visits is None else visits
+        if layers.loop and not 1 <= visits <= layers.visits:
+            raise ValueError(f"the loop has weights for 1 to {layers.visits} visits, not for {visits}")
+        weights = Weights(self.stream_weights, self.added_weights, self.x0_weights)
+        x = context.x0.astype(jnp.float32)
+        for layer in range(layers.prelude):
+            x, v = getattr(self, f"layer_{layer}")(x, _at(weights, layer), context, 0)
+            if layer == 0 and not c.value_embeddings:
+                context = context._replace(first_v=v)
+        if layers.loop:
+            x = self._loop(x, weights, context, visits)
+        for layer in range(layers.prelude + layers.loop, layers.layers):
+            x, _ = getattr(self, f"layer_{layer}")(x, _at(weights, layer - layers.layers), context, 0)
+        return x
+
+    def _loop(self, x, weights: Weights, context: Context, visits: int):
+        c, layers = self.config, self.config.layers
+        end = layers.prelude + layers.loop * visits
+        of_loop = jax.tree.map(lambda w: w[layers.prelude : end].reshape(visits, layers.loop, *w.shape[1:]), weights)
+        scan = nn.scan(
+            lambda loop, x, of_visit: loop(x, of_visit, context),
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            length=visits,
+            unroll=visits if c.unroll else 1,
+        )
+        return scan(self.loop, x, (of_loop, jnp.arange(visits)))[0]
+
+
+def initial_added_weights(layers: LayerSchedule) -> Float[Array, "N 2"]:
+    """1, and visits^(-1/2) in the loop."""
+    of_application = [layers.visits_of(layer) ** -0.5 for layer in layers.order]
+    return jnp.repeat(jnp.array(of_application, jnp.float32)[:, None], 2, axis=1)
+
+
+def _at(weights: Weights, index: int) -> Weights:
+    return jax.tree.map(lambda w: w[index], weights)

@@ -1,0 +1,80 @@
+"""The loss of the ladder's systems in float64 NumPy, application by application, from the program's parameter tree.
+
+Gradients are checked by `slope`: the derivative along a direction, by central differences.
+"""
+
+import numpy as np
+from oracles import norm, rotary, visible_pairs
+
+
+def loss(params, tokens, targets, window_blocks, loss_weights, *, layers, heads, cap) -> float:
+    """Summed over the tokens of one sequence; `loss_weights` are those of the tokens 1, 2, .. ahead, `layers` is
+    (prelude, loop, visits, coda) and `cap` (height, divisor, shift)."""
+    prelude, loop, visits, coda = layers
+    applications = [(params[f"layer_{n}"], n, 0) for n in range(prelude)]
+    for visit in range(visits):
+        applications += [(params["loop"][f"layer_{n}"], n, visit) for n in range(prelude, prelude + loop)]
+    last = prelude + loop + coda
+    applications += [(params[f"layer_{n}"], n, 0) for n in range(prelude + loop, last)]
+
+    visible = [visible_pairs(tokens, window_blocks), visible_pairs(tokens, max(1, window_blocks // 2))]
+    x = x0 = norm(params["embedding"][tokens])
+    count, first_v, kept = len(applications), None, []
+    for i, (layer, n, visit) in enumerate(applications):
+        where = (first_v, visible[n % 2], heads, visit)
+        if "stream_weights" in params:
+            y, v = attention(layer["attention"], norm(x), *where)
+            stream, added = params["stream_weights"][i], params["added_weights"][i]
+            x = stream[0] * x + added[0] * y + params["x0_weights"][i] * x0
+            x = stream[1] * x + added[1] * mlp(layer["mlp"], x)
+        else:
+            if i >= count // 2:
+                x = x + params["skip_weights"][i - count // 2] * kept[count - 1 - i]
+            x = layer["lambdas"][0] * x + layer["lambdas"][1] * x0
+            y, v = attention(layer["attention"], norm(x), *where)
+            x = x + y
+            x = x + mlp(layer["mlp"], x)
+            kept.append(x)
+        first_v = v if i == 0 else first_v
+
+    height, divisor, shift = cap
+    z = norm(x) @ params["head"] + params.get("logit_bias", 0)
+    logits = height / (1 + np.exp(-(z + shift) / divisor))
+    logsumexp = np.log(np.exp(logits).sum(-1))
+    total = 0.0
+    for k, weight in enumerate(loss_weights):
+        for t in range(len(tokens) - k):
+            total += weight * (logsumexp[t] - logits[t, targets[t + k]])
+    return total
+
+
+def attention(w, x, first_v, visible, heads, visit):
+    """What attention adds, and the values that it weighs."""
+    q, k, v = ((x @ matrix).reshape(len(x), heads, -1) for matrix in w["qkv"])
+    if first_v is not None:
+        share = w["value_residual"] if np.ndim(w["value_residual"]) == 0 else w["value_residual"][visit]
+        v = (1 - share) * v + share * first_v
+    q, k = rotary(norm(q)), rotary(norm(k))
+    y = np.zeros_like(v)
+    for h in range(heads):
+        weights = np.where(visible, np.exp(0.12 * q[:, h] @ k[:, h].T), 0)
+        y[:, h] = weights @ v[:, h] / weights.sum(-1, keepdims=True)
+        if "head_gate" in w:
+            y[:, h] /= 1 + np.exp(-x[:, :12] @ w["head_gate"]["gate"][visit, h])[:, None]
+    return y.reshape(x.shape) @ w["out"], v
+
+
+def mlp(w, x):
+    return np.maximum(norm(x) @ w["up"], 0) ** 2 @ w["down"]
+
+
+def slope(function, params, path, direction, step=1e-5) -> float:
+    """Derivative of function(params) where the array at `path` moves along `direction`."""
+
+    def moved(tree, keys, by):
+        key, *rest = keys
+        return tree | {key: moved(tree[key], rest, by) if rest else tree[key] + by}
+
+    return (function(moved(params, path, step * direction)) - function(moved(params, path, -step * direction))) / (
+        2 * step
+    )
