@@ -40,6 +40,8 @@ FULL_DOCUMENT = 700
 FULL_MICRO_BATCH = 32_768  # tokens, at most: less than half of an H100's 80 GB in bfloat16
 SEED = 0
 
+# The systems of the record table and the demo, which never change a bit; presets of the ladder may.
+SYSTEMS = ("recurrent", "no-value-embeddings", "value-embeddings", "llmc", "demo")
 AS_IT_IS = "as it is"
 # Beside the presets themselves, once for each way that a model can be built.
 VARIANTS = {
@@ -80,21 +82,23 @@ def from_first(name: str, *modules: str) -> Callable:
 
 make_model = from_first("make_model", "senano_jax.model.build", "senano_jax.training.state")
 make_optimizer = from_first("make_optimizer", "senano_jax.optim.recipe", "senano_jax.optim.groups")
-window_blocks = from_first("window_blocks", "senano_jax.optim.schedules")
+window_blocks = from_first("window_blocks", "senano_jax.plan", "senano_jax.optim.schedules")
 init_state = from_first("init_state", "senano_jax.training.state")
 make_train_step = from_first("make_train_step", "senano_jax.training.step")
 make_eval_step = from_first("make_eval_step", "senano_jax.training.step")
-make_mesh, choose_micro_batches, place_batch, place_sequences = (
-    from_first(name, "senano_jax.training.mesh")
-    for name in ("make_mesh", "choose_micro_batches", "place_batch", "place_sequences")
+make_mesh, place_batch, place_sequences = (
+    from_first(name, "senano_jax.training.mesh") for name in ("make_mesh", "place_batch", "place_sequences")
 )
+MODEL_OF_TWO = (
+    make_model.__module__ == "senano_jax.model.build"
+)  # configuration of the model, dtype; before, of the run
 
 
 def cases(name: str, *, full: bool, devices: int) -> Iterator[Case]:
     """The preset as it is; or small, in both types, some with the loop the other way or with blocks computed again."""
     if full:
         config = preset(name)
-        sequences = config.batch_sequences // devices
+        sequences = config.batch_tokens // config.seq_len // devices
         size = math.gcd(sequences, max(1, FULL_MICRO_BATCH // config.seq_len))
         config = dataclasses.replace(config, steps=STEPS, micro_batches=sequences // size)
         yield Case(name, config.dtype, "full width", config, FULL_DOCUMENT)
@@ -127,12 +131,10 @@ def shrunk(config: Any) -> Any:
         model = dataclasses.replace(model, layers=layers, value_embeddings=min(model.value_embeddings, 1))
     else:
         model = dataclasses.replace(model, num_layers=2, max_length=TINY_LENGTH)
-    warmups = {"warmup_steps": 1, "momentum_warmup_steps": 2}
-    warmups = {name: steps for name, steps in warmups.items() if hasattr(config.optimizer, name)}
     return dataclasses.replace(
         config,
         model=model,
-        optimizer=dataclasses.replace(config.optimizer, **warmups),
+        optimizer=warmed_up_early(config.optimizer),
         steps=STEPS,
         seq_len=TINY_LENGTH,
         batch_tokens=TINY_SEQUENCES * TINY_LENGTH,
@@ -140,6 +142,20 @@ def shrunk(config: Any) -> Any:
         final_window_tokens=TINY_LENGTH,
         micro_batches=2,
     )
+
+
+def warmed_up_early(part: Any) -> Any:
+    """The part of an optimiser's configuration, its warm-ups shortened so that the steps see their end."""
+    changes = {}
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = warmed_up_early(value)
+        elif field.name == "momentum_warmup_steps" or (field.name == "warmup_steps" and hasattr(part, "start")):
+            changes[field.name] = 2
+        elif field.name == "warmup_steps":
+            changes[field.name] = 1
+    return dataclasses.replace(part, **changes)
 
 
 def measure(case: Case, devices: int = 1) -> Measured:
@@ -150,8 +166,7 @@ def measure(case: Case, devices: int = 1) -> Measured:
     """
     config = case.config
     mesh = make_mesh(devices)
-    micro_batches = choose_micro_batches(config, mesh.size)
-    model = make_model(config)
+    model = make_model(config.model, config.dtype) if MODEL_OF_TWO else make_model(config)
     optimizer = keeping_gradients(make_optimizer(config.optimizer, config.steps, mesh.axis_names[0]))
     state = init_state(model, optimizer, config.seed, mesh)
     measured = {"initial weights": by_path(state.params)}
@@ -169,7 +184,7 @@ def measure(case: Case, devices: int = 1) -> Measured:
     metrics = {}
     for n, batch in enumerate(batches):
         window = window_blocks(n, config.steps, config.final_window_tokens, config.initial_window_tokens)
-        state, (loss, norm) = step(state, place_batch(mesh, batch, micro_batches), np.int32(window))
+        state, (loss, norm) = step(state, place_batch(mesh, batch, config.micro_batches), np.int32(window))
         metrics |= {f"{n} loss": np.asarray(loss), f"{n} gradient norm": np.asarray(norm)}
         if n == 0:
             measured["gradients"] = by_path(state.opt_state.gradients)
@@ -197,7 +212,7 @@ def keeping_gradients(optimizer: optax.GradientTransformation) -> optax.Gradient
 def sequences(config: Any, document: int, seed: int) -> np.ndarray:
     """int32 [S, T+1]: a step's, of random tokens, in which a document of `document` tokens on average begins."""
     rng = np.random.default_rng(seed)
-    shape = (config.batch_sequences, config.seq_len + 1)
+    shape = (config.batch_tokens // config.seq_len, config.seq_len + 1)
     tokens = rng.integers(0, END_OF_TEXT, shape, np.int32)
     return np.where(rng.random(shape) < 1 / document, np.int32(END_OF_TEXT), tokens)
 

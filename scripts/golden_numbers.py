@@ -16,9 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from bits_probe import Case, Measured, cases, measure
-
-from senano_jax.presets import PRESETS
+from bits_probe import SYSTEMS, Case, Measured, cases, measure
 
 FILE = Path(__file__).resolve().parents[1] / "tests" / "data" / "golden.json"
 NORMED = ("initial weights", "gradients")
@@ -27,8 +25,8 @@ Numbers = Mapping[str, Mapping[str, float]]  # by what they are, then by name
 
 
 def golden_cases() -> dict[str, Case]:
-    """Every preset in float32, and one in bfloat16, by name."""
-    every = [case for name in PRESETS for case in cases(name, full=False, devices=1)]
+    """Every system in float32, and one in bfloat16, by name."""
+    every = [case for name in SYSTEMS for case in cases(name, full=False, devices=1)]
     first = {f"{case.preset} {case.dtype}": case for case in reversed(every)}
     return {name: first[name] for name in sorted(first) if name.endswith("float32") or name == "recurrent bfloat16"}
 

@@ -29,6 +29,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from bits_probe import SYSTEMS
 
 from senano_jax.errors import UserError, check_counts, one_line_errors
 from senano_jax.presets import PRESETS
@@ -186,14 +187,17 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", metavar="BASE", help="revision, or path of a checkout")
     parser.add_argument(
-        "--preset", action="append", choices=PRESETS, help="may be repeated; default: all, with --full recurrent"
+        "--preset",
+        action="append",
+        choices=PRESETS,
+        help="may be repeated; default: the record systems and demo, with --full recurrent",
     )
     parser.add_argument("--full", action="store_true", help="at full width, three steps: needs a GPU")
     parser.add_argument("--devices", type=int, default=1, help="that a step is spread over; 1 or 2 of a CPU")
     parser.add_argument("--twice", action="store_true", help="first measure the base twice, compiled anew")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # else hundreds of megabytes stay in the temporary folder
-    args.preset = args.preset or (["recurrent"] if args.full else list(PRESETS))
+    args.preset = args.preset or (["recurrent"] if args.full else list(SYSTEMS))
     with one_line_errors(), tempfile.TemporaryDirectory(prefix="same-bits-") as temporary:
         check_counts({"--devices": args.devices}, 1)
         folder = Path(temporary)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from senano_jax.errors import UserError
-from senano_jax.presets import PRESETS
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 bits_probe, golden, same_bits = (importlib.import_module(n) for n in ("bits_probe", "golden_numbers", "same_bits"))
@@ -27,7 +26,7 @@ TOLERANCE = {
 
 def test_every_preset_has_its_numbers():
     assert set(STORED) == set(CASES)
-    assert {case.preset for case in CASES.values()} == set(PRESETS)
+    assert {case.preset for case in CASES.values()} == set(SYSTEMS)
 
 
 @pytest.mark.parametrize("name", STORED)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from oracles import relative_error
 
-from senano_jax.config import changed, check_config, settings
+from senano_jax.config import changed, settings
+from senano_jax.config_check import check_config
 from senano_jax.errors import UserError
 from senano_jax.optim.config import Mixture
 from senano_jax.optim.momentum import mixed, nesterov

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from oracles import odd_polynomials, relative_error
 
-from senano_jax.config import changed, check_config, settings
+from senano_jax.config import changed, settings
+from senano_jax.config_check import check_config
 from senano_jax.errors import UserError
 from senano_jax.optim.cuts import cut, joined
 from senano_jax.optim.momentum import nesterov

@@ -11,7 +11,8 @@ import optax
 import pytest
 from oracles import relative_error
 
-from senano_jax.config import changed, check_config, settings
+from senano_jax.config import changed, settings
+from senano_jax.config_check import check_config
 from senano_jax.errors import UserError
 from senano_jax.optim.config import AdamRule, Cooldown, Recipe
 from senano_jax.optim.recipe import make_optimizer
