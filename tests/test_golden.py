@@ -26,7 +26,7 @@ TOLERANCE = {
 
 def test_every_preset_has_its_numbers():
     assert set(STORED) == set(CASES)
-    assert {case.preset for case in CASES.values()} == set(SYSTEMS)
+    assert {case.preset for case in CASES.values()} == set(bits_probe.SYSTEMS)
 
 
 @pytest.mark.parametrize("name", STORED)
