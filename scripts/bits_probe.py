@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import sys
@@ -80,13 +81,12 @@ def from_first(name: str, *modules: str) -> Callable:
 
 make_model = from_first("make_model", "senano_jax.model.build", "senano_jax.training.state")
 make_optimizer = from_first("make_optimizer", "senano_jax.optim.recipe", "senano_jax.optim.groups")
-window_blocks = from_first("window_blocks", "senano_jax.optim.schedules")
+window_blocks = from_first("window_blocks", "senano_jax.plan", "senano_jax.optim.schedules")
 init_state = from_first("init_state", "senano_jax.training.state")
 make_train_step = from_first("make_train_step", "senano_jax.training.step")
 make_eval_step = from_first("make_eval_step", "senano_jax.training.step")
-make_mesh, choose_micro_batches, place_batch, place_sequences = (
-    from_first(name, "senano_jax.training.mesh")
-    for name in ("make_mesh", "choose_micro_batches", "place_batch", "place_sequences")
+make_mesh, place_batch, place_sequences = (
+    from_first(name, "senano_jax.training.mesh") for name in ("make_mesh", "place_batch", "place_sequences")
 )
 
 
@@ -127,12 +127,10 @@ def shrunk(config: Any) -> Any:
         model = dataclasses.replace(model, layers=layers, value_embeddings=min(model.value_embeddings, 1))
     else:
         model = dataclasses.replace(model, num_layers=2, max_length=TINY_LENGTH)
-    warmups = {"warmup_steps": 1, "momentum_warmup_steps": 2}
-    warmups = {name: steps for name, steps in warmups.items() if hasattr(config.optimizer, name)}
     return dataclasses.replace(
         config,
         model=model,
-        optimizer=dataclasses.replace(config.optimizer, **warmups),
+        optimizer=warmed_up_soon(config.optimizer),
         steps=STEPS,
         seq_len=TINY_LENGTH,
         batch_tokens=TINY_SEQUENCES * TINY_LENGTH,
@@ -140,6 +138,19 @@ def shrunk(config: Any) -> Any:
         final_window_tokens=TINY_LENGTH,
         micro_batches=2,
     )
+
+
+def warmed_up_soon(optimizer: Any) -> Any:
+    """With warm-ups that end within the steps: one of the rate, two of the momentum."""
+    warmups = {"warmup_steps": 1, "momentum_warmup_steps": 2}  # of an optimiser from before there were recipes
+    parts = {name: steps for name, steps in warmups.items() if hasattr(optimizer, name)}
+    for name, part, steps in (("schedule", None, 1), ("matrices", "momentum", 2)):
+        held = getattr(optimizer, name, None)
+        inner = getattr(held, part, None) if part else held
+        if hasattr(inner, "warmup_steps"):
+            inner = dataclasses.replace(inner, warmup_steps=steps)
+            parts[name] = dataclasses.replace(held, **{part: inner}) if part else inner
+    return dataclasses.replace(optimizer, **parts)
 
 
 def measure(case: Case, devices: int = 1) -> Measured:
@@ -150,8 +161,9 @@ def measure(case: Case, devices: int = 1) -> Measured:
     """
     config = case.config
     mesh = make_mesh(devices)
-    micro_batches = choose_micro_batches(config, mesh.size)
-    model = make_model(config)
+    micro_batches = config.micro_batches
+    one_argument = len(inspect.signature(make_model).parameters) == 1  # before model/build.py
+    model = make_model(config) if one_argument else make_model(config.model, config.dtype)
     optimizer = keeping_gradients(make_optimizer(config.optimizer, config.steps, mesh.axis_names[0]))
     state = init_state(model, optimizer, config.seed, mesh)
     measured = {"initial weights": by_path(state.params)}
