@@ -84,7 +84,8 @@ def test_every_step_is_recorded_with_the_tokens_of_its_stage(finished):
     ]
     assert f"step:6/{STEPS} val_loss:" in (finished / "log.txt").read_text()
     assert "tokens:0.01M" in (finished / "log.txt").read_text()
-    assert read_log(finished).tokens_trained == TOKENS[-1]
+    log = read_log(finished)
+    assert log.tokens_trained == log.planned_tokens == TOKENS[-1]
     order = next(verdict for verdict in check_rules(finished) if verdict.rule == "every token once, in order")
     assert (order.status, order.value) == ("pass", TOKENS[-1])
     config, _ = read_config(finished / "config.json")
