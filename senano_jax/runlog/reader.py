@@ -59,7 +59,7 @@ def read_logs(
 
 def _refuse_batch(text: str, batch: BatchPlan | None) -> None:
     if batch is not None:
-        raise UserError(f"{text} counts its tokens itself; leave away the @ behind its name")
+        raise UserError(f"{text} counts its tokens itself; leave out the @ behind its name")
 
 
 def _read_published(name: str) -> RunLog:

@@ -85,7 +85,7 @@ class _Reading:
         """Trained on at the record; None for a step of training whose tokens the log does not count."""
         if record.tokens is not None:
             if self._given:
-                line.damaged("the log counts its tokens itself", "leave away the @ behind its name; the line is")
+                line.damaged("the log counts its tokens itself", "leave out the @ behind its name; the line is")
             return record.tokens
         if self._given:
             return self._given.tokens_after(record.step)
