@@ -3,9 +3,10 @@
 import math
 
 from senano_jax.attention import BLOCK
-from senano_jax.config import Config, Gpt2Config, Stage
+from senano_jax.config import Config, Gpt2Config, ModelConfig, Stage
 from senano_jax.errors import UserError, check_counts
 from senano_jax.model.config import check_model
+from senano_jax.model.schedule import UNet
 from senano_jax.optim.config import check_optimizer
 from senano_jax.plan import Plan, PlannedStage
 
@@ -61,7 +62,7 @@ def check_config(config: Config) -> None:
             )
     _check_windows(config)
     for number, stage in enumerate(config.stages):
-        _check_stage(number, stage)
+        _check_stage(number, stage, model)
     plan = Plan(config)
     for stage in plan.stages:
         _check_steps(config, plan, stage)
@@ -105,7 +106,7 @@ def _check_windows(config: Config) -> None:
         )
 
 
-def _check_stage(number: int, stage: Stage) -> None:
+def _check_stage(number: int, stage: Stage, model: ModelConfig | Gpt2Config) -> None:
     """What is wrong with a stage wherever it stands."""
     if not (math.isfinite(stage.part) and stage.part > 0):
         raise UserError(f"{_flag(number, 'part')} is {stage.part}; use a number above 0")
@@ -115,10 +116,19 @@ def _check_stage(number: int, stage: Stage) -> None:
         if not (math.isfinite(weight) and weight >= 0):
             raise UserError(f"{_flag(number, 'ahead')} holds {weight}; use weights of 0 or more")
     if stage.visits is not None:
+        _check_visits(f"{_flag(number, 'visits')} {stage.visits}", stage.visits, model)
+
+
+def _check_visits(what: str, visits: int, model: ModelConfig | Gpt2Config) -> None:
+    if isinstance(model, Gpt2Config) or not model.layers.loop:
+        raise UserError(f"{what}: this model has no loop; leave it out")
+    if isinstance(model.trunk, UNet):
         raise UserError(
-            f"{_flag(number, 'visits')} {stage.visits}: this model's skips pair the first half of its layer "
-            "applications with the second, so that their number stays; leave it out"
+            f"{what}: this model's skips pair the first half of its layer applications with the second, so that their "
+            "number stays; leave it out"
         )
+    if not 1 <= visits <= model.layers.visits:
+        raise UserError(f"{what}: the model has weights for 1 to {model.layers.visits} visits (--model.layers.visits)")
 
 
 def _check_steps(config: Config, plan: Plan, stage: PlannedStage) -> None:

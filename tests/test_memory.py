@@ -2,12 +2,18 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from senano_jax.errors import UserError
+from senano_jax.model.build import make_model
+from senano_jax.optim.recipe import make_optimizer
 from senano_jax.plan import Plan
 from senano_jax.presets import preset
-from senano_jax.training.memory import activation_bytes, choose_micro_batches
+from senano_jax.training.memory import activation_bytes, choose_micro_batches, memory_budget, state_bytes
+from senano_jax.training.mesh import make_mesh
+from senano_jax.training.state import TrainState, abstract_state
 
 GIB = 2**30
 
@@ -45,3 +51,42 @@ def test_a_sequence_that_does_not_fit_is_refused():
     ):
         choose_micro_batches(Plan(config), 1, 10 * GIB)
     assert choose_micro_batches(Plan(dataclasses.replace(config, micro_batches=16)), 1, 10 * GIB) == (16,)
+
+
+def test_each_stage_is_split_by_itself():
+    """Sequences of the ramp take 16.9 GiB; of 8, 16 and 24 three fit, so two of the 8 and 16, and three of the 24."""
+    plan = Plan(preset("batch-ramp"))
+    assert choose_micro_batches(plan, 1, 55 * GIB) == (4, 8, 8)
+    assert choose_micro_batches(plan, 8, 55 * GIB) == (1, 1, 1)
+
+
+def test_a_state_takes_the_bytes_of_its_arrays_on_every_device():
+    shapes = {"a": jax.ShapeDtypeStruct((3, 5), jnp.bfloat16), "b": jax.ShapeDtypeStruct((7,), jnp.float32)}
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, {"m": shapes["b"]})
+    for devices in (1, 4):
+        assert state_bytes(state, make_mesh(devices)) == 4 + 30 + 28 + 28
+
+
+@pytest.mark.parametrize(
+    ("name", "on_80_gb", "on_24_gib_of_a_cpu"),
+    [
+        ("recurrent", 8, None),
+        ("no-value-embeddings", 4, 16),
+        ("value-embeddings", 4, None),
+        ("llmc", 8, 16),
+        ("demo", 1, 1),
+    ],
+)
+def test_the_presets_are_split_as_they_have_been(name, on_80_gb, on_24_gib_of_a_cpu, monkeypatch):
+    """On one device, of which JAX takes three quarters (a GPU) or all (a CPU); None: refused."""
+    config, mesh = preset(name), make_mesh(1)
+    state = abstract_state(make_model(config.model, config.dtype), make_optimizer(config.optimizer, config.steps))
+    for total, micro_batches in ((0.75 * 79.6 * GIB, on_80_gb), (24 * GIB, on_24_gib_of_a_cpu)):
+        pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": int(total) // 4096}
+        monkeypatch.setattr("senano_jax.training.memory.os.sysconf", pages.get)
+        budget = memory_budget(state, mesh)
+        if micro_batches is None:
+            with pytest.raises(UserError, match=r"use --model\.remat full"):
+                choose_micro_batches(Plan(config), 1, budget)
+        else:
+            assert choose_micro_batches(Plan(config), 1, budget) == (micro_batches,)

@@ -10,6 +10,7 @@ from senano_jax.config import Config, Stage, changed, settings
 from senano_jax.config_check import check_config, check_split
 from senano_jax.config_file import read_config, write_config
 from senano_jax.errors import UserError
+from senano_jax.model.schedule import Weighted
 from senano_jax.plan import Plan, StepInputs, window_blocks
 from senano_jax.presets import PRESETS, preset
 
@@ -144,6 +145,8 @@ def test_the_window_of_evaluations_grows_to_its_own_end():
         (staged(Stage(part=1, rate=-1.0)), ["--stages.0.rate is -1.0", "0 or more"]),
         (staged(Stage(part=1, ahead=((1, 1), (float("inf"), 0)))), ["--stages.0.ahead holds inf"]),
         (staged(Stage(part=1, visits=4)), ["--stages.0.visits 4", "skips pair", "leave it out"]),
+        (staged(Stage(part=1, visits=3), **{"model.trunk": Weighted()}), ["--stages.0.visits 3", "1 to 2 visits"]),
+        (changed(preset("llmc"), {"stages": (Stage(part=1, visits=1),)}), ["--stages.0.visits 1", "no loop"]),
         (staged(evaluation_window_tokens=0), ["--evaluation-window-tokens is 0"]),
         (staged(evaluation_window_tokens=8192), ["--evaluation-window-tokens 8192", "--data.val-seq-len 4096"]),
         (
@@ -158,6 +161,12 @@ def test_stages_that_cannot_work_are_refused_in_one_line(config, fragments):
     assert "\n" not in str(caught.value)
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+def test_a_loop_of_weighted_applications_may_be_visited_less_often():
+    config = staged(Stage(part=1, visits=1), Stage(part=1), **{"model.trunk": Weighted()})
+    check_config(config)
+    assert [stage.model.positions for stage in Plan(config).stages] == [4, 6]
 
 
 def test_a_short_sequence_may_be_one_of_a_short_window():

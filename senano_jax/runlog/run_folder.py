@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 from senano_jax.config import FREE_NAMES, settings
+from senano_jax.config_check import check_config
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
 from senano_jax.files import read_json_object
+from senano_jax.plan import Plan
 from senano_jax.runlog.curves import RunLog
 from senano_jax.runlog.data_record import read_data
 from senano_jax.runlog.log_lines import Line, PointCollector, is_not_finite, read_lines
@@ -60,7 +62,7 @@ def read_run_folder(folder: Path, name: str | None = None) -> RunLog:
         hardware=_hardware(folder / "environment.json"),
         diverged=collector.diverged,
         validation=_validation(folder, config.get("data"), notes),
-        planned_tokens=steps_total * config["batch_tokens"] if _is_count(config.get("batch_tokens")) else None,
+        planned_tokens=_planned_tokens(folder / "config.json", config),
         notes=tuple(notes),
     )
 
@@ -86,6 +88,17 @@ def _configuration(path: Path, document: dict) -> dict:
     except UserError:
         return _without(document, {*FREE_NAMES, "seed"})
     return {name: value for name, value in settings(config).items() if name != "seed"}
+
+
+def _planned_tokens(path: Path, document: dict) -> int | None:
+    """The length of the run's schedule. Of a configuration that this version cannot run, None if it has stages."""
+    try:
+        config, _ = read_config(path)
+        check_config(config)
+    except UserError:
+        batch = document.get("batch_tokens")
+        return document["steps"] * batch if _is_count(batch) and not document.get("stages") else None
+    return Plan(config).total_tokens
 
 
 def _without(value: object, names: set[str]) -> object:
