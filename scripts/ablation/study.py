@@ -37,7 +37,8 @@ from pathlib import Path
 from typing import Any
 
 from ablation.cost import at_budget
-from senano_jax.config import Config, changed, check_config, settings
+from senano_jax.config import Config, changed, settings
+from senano_jax.config_check import check_config
 from senano_jax.config_file import parse
 from senano_jax.errors import UserError
 from senano_jax.presets import preset
