@@ -398,6 +398,12 @@ def test_damaged_packed_shards_and_strangers_are_refused(tmp_path):
             shards.unpacked(str(packed), into, print)
         assert list(into.iterdir()) == []
     packed.write_bytes(lzma.compress(whole))
+    (tmp_path / "a.bin").unlink()
+    tmp_path.chmod(0o555)
+    with pytest.raises(UserError, match="is read-only; give --unpack-to another folder"):
+        shards.unpacked(str(packed), None, print)
+    tmp_path.chmod(0o755)
+    assert not (tmp_path / "a.bin").exists()
     write_shard(into / "a.bin", np.arange(9000)[::-1])
     with pytest.raises(UserError, match=r"is not what .* holds; delete it"):
         shards.unpacked(str(packed), into, print)
