@@ -19,7 +19,6 @@ from pathlib import Path
 
 import jax
 from ablation import report
-from ablation.cost import total_tokens
 from ablation.results import read_results
 from ablation.runner import Queue, devices, locked, progress, wait_for_earlier_jobs
 from ablation.runs import failure, failure_file, finished_run, has_begun
@@ -31,6 +30,7 @@ from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import require_tokens
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.files import check_output_file, write_atomically
+from senano_jax.plan import Plan
 from senano_jax.runlog.plots import plot_image
 from senano_jax.runlog.statistics import Sample
 from senano_jax.runlog.tables import Table
@@ -123,8 +123,9 @@ def with_shards(jobs: list[Job], unpack_to: Path | None) -> list[Job]:
     data = {"data.train_files": jobs[0].config.data.train_files, "data.val_files": jobs[0].config.data.val_files}
     data = {path: unpacked(pattern, unpack_to, say) for path, pattern in data.items()}
     find_shards(data["data.val_files"])
-    longest = max(total_tokens(job.config) for job in jobs)
-    require_tokens(data["data.train_files"], find_shards(data["data.train_files"]), longest)
+    train_shards = find_shards(data["data.train_files"])
+    for plan in [Plan(job.config) for job in jobs]:
+        require_tokens(data["data.train_files"], train_shards, plan.stream_tokens, plan.longest_sequence)
     return [dataclasses.replace(job, config=changed(job.config, data)) for job in jobs]
 
 

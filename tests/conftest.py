@@ -25,7 +25,10 @@ if jax.config.jax_platforms in (None, "", "cpu"):
 
 
 # The files that take longest, which must not be left for the end, when one process has nothing to do.
-LONGEST = ("test_resume", "test_parity", "test_train", "test_processes", "test_faults", "test_profile", "test_step")
+LONGEST = (
+    "test_ablate", "test_resume", "test_parity", "test_train", "test_processes", "test_faults", "test_profile",
+    "test_step",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(config, items):

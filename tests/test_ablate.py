@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from written_runs import BATCH, PARAMETERS, write_run
 
-from senano_jax.config import changed
+from senano_jax.config import Stage, changed
 from senano_jax.config_file import write_config
 from senano_jax.data import sample
 from senano_jax.data.shards import open_shard, write_shard
@@ -270,6 +270,14 @@ optimizer = { head.rate = 0.5, embeddings = "None" }
     assert study.variants[2].text.startswith("from slow; preset recurrent; model.dim = 24; model.remat = full; seq_len")
 
 
+def test_stages_are_a_difference_like_any_other(tmp_path):
+    stages = "stages = [{ part = 1 }, { part = 3, batch_tokens = 256, rate = 0.7, ahead = [[1, 1], [0.5, 0.0]] }]"
+    study = read_study(changed_study(tmp_path, ("optimizer.matrices.rate = 0.01", stages), ("5120", "7168")))
+    config = study.job("slow", 0).config
+    assert config.stages == (Stage(1.0), Stage(3.0, batch_tokens=256, rate=0.7, ahead=((1.0, 1.0), (0.5, 0.0))))
+    assert (config.steps, study.job("base", 0).config.steps) == (32, 56)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
@@ -287,7 +295,7 @@ optimizer = { head.rate = 0.5, embeddings = "None" }
         ("optimizer.matrices.rate = 0.01", "", r"variant 'slow' computes the same as 'base'"),
         ("optimizer.matrices.rate = 0.01", 'preset = "gpt5"', r"variant 'slow': unknown preset 'gpt5'; choose one of"),
         ('preset = "demo"', 'preset = "gpt5"', r"variant 'base': unknown preset 'gpt5'"),
-        ("tokens = 5120", "tokens = 5200", r"5,200 tokens is no whole .* 128 tokens; near it 5,120 and 5,248"),
+        ("tokens = 5120", "tokens = 5200", r"5,200 tokens is no whole .* steps; near it 5,120 and 5,248"),
         ("seeds = [0, 1]", "seeds = [0]\nbudgets = [100]", r"variant 'base': a budget of 100 tokens .* near it 128$"),
         ("tokens = 5120", "tokens = -1", r"tokens has -1; it takes whole numbers from 1"),
         ("tokens = 5120", "tokens = 5120.5", r"tokens is 5120.5; it takes int"),
@@ -327,14 +335,25 @@ def test_the_command_refuses_before_anything_starts(tiny, tmp_path, ablate):
     assert not (tmp_path / "out").exists()
 
 
-def test_steps_are_found_for_whatever_a_step_is_trained_on(monkeypatch):
+def test_steps_are_found_for_whatever_a_step_is_trained_on():
     config = preset("demo")
     assert cost.at_budget(config, 4096).steps == 1
     assert cost.at_budget(config, 7 * 4096).steps == 7
-    monkeypatch.setattr(cost, "total_tokens", lambda config: 100 * config.steps + 50 * (config.steps // 2))
-    assert cost.at_budget(config, 1250).steps == 10
-    with pytest.raises(UserError, match="near it 1,100 and 1,250"):
-        cost.at_budget(config, 1200)
+    ramp = changed(config, {"stages": (Stage(1), Stage(1, batch_tokens=8192), Stage(2, batch_tokens=4096, rate=0.5))})
+    assert cost.at_budget(ramp, 10 * (4096 + 8192 + 2 * 4096)).steps == 40
+    with pytest.raises(UserError, match=r"no whole number of steps; near it .* and "):
+        cost.at_budget(ramp, 10 * (4096 + 8192 + 2 * 4096) + 1)
+    assert cost.at_budget(changed(config, {"stages": (Stage(1, batch_tokens=8192), Stage(1))}), 4 * 12_288).steps == 8
+
+
+def test_stages_count_with_their_tokens_and_their_model():
+    """The second half of the steps has three times the tokens and twice the visits."""
+    config = changed(preset("demo"), {"steps": 8, "initial_window_tokens": 512})
+    deep = changed(config, {"model.layers.visits": 4})
+    staged = changed(config, {"stages": (Stage(1), Stage(1, batch_tokens=3 * 4096, visits=4))})
+    mean = (cost.flops_per_token(config) + 3 * cost.flops_per_token(deep)) / 4
+    assert cost.flops_per_token(staged) == pytest.approx(mean, rel=1e-12)
+    assert cost.training_flops(staged) == pytest.approx(mean * 16 * 4096, rel=1e-12)
 
 
 def test_flops_of_a_token_are_those_worked_out_by_hand():
@@ -379,6 +398,12 @@ def test_damaged_packed_shards_and_strangers_are_refused(tmp_path):
             shards.unpacked(str(packed), into, print)
         assert list(into.iterdir()) == []
     packed.write_bytes(lzma.compress(whole))
+    (tmp_path / "a.bin").unlink()
+    tmp_path.chmod(0o555)
+    with pytest.raises(UserError, match="is read-only; give --unpack-to another folder"):
+        shards.unpacked(str(packed), None, print)
+    tmp_path.chmod(0o755)
+    assert not (tmp_path / "a.bin").exists()
     write_shard(into / "a.bin", np.arange(9000)[::-1])
     with pytest.raises(UserError, match=r"is not what .* holds; delete it"):
         shards.unpacked(str(packed), into, print)

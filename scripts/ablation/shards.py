@@ -5,6 +5,7 @@ import glob
 import lzma
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from senano_jax.data.shards import find_shards, open_shard
 from senano_jax.errors import UserError
 
 PACKED = ".xz"
+_ANY_WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 _COMPARED_BYTES = 1 << 16  # of a shard that is there already, header included
 
 
@@ -53,6 +55,8 @@ def _unpack(packed: Path, shard: Path) -> str | None:
                 if source.read(_COMPARED_BYTES) != file.read(_COMPARED_BYTES):
                     raise UserError(f"{shard} is not what {packed} holds; delete it, or give another --unpack-to")
             return None
+        if not shard.parent.stat().st_mode & _ANY_WRITE:  # which would not stop root
+            raise UserError(f"{shard.parent} is read-only; give --unpack-to another folder")
         with lzma.open(packed) as source, temporary.open("wb") as file:
             shutil.copyfileobj(source, file, 1 << 20)
             file.flush()
