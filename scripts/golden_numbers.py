@@ -19,7 +19,6 @@ import numpy as np
 from bits_probe import SYSTEMS, Case, Measured, cases, measure
 
 FILE = Path(__file__).resolve().parents[1] / "tests" / "data" / "golden.json"
-NORMED = ("initial weights", "gradients")
 
 Numbers = Mapping[str, Mapping[str, float]]  # by what they are, then by name
 
@@ -35,10 +34,16 @@ def numbers_of(measured: Measured) -> Numbers:
     def norms(arrays):
         return {path: float(np.linalg.norm(x.astype(np.float64))) for path, x in arrays.items()}
 
+    def numbers(arrays):
+        return {path: float(x) for path, x in arrays.items()}
+
+    steps = numbers(measured["steps"])
     return {
-        "validation": {name: float(x) for name, x in measured["validation"].items()},
-        **{what: norms(measured[what]) for what in NORMED},
-        "steps": {name: float(x) for name, x in measured["steps"].items()},
+        "initial weights": norms(measured["initial weights"]),
+        "validation": numbers(measured["validation"]),
+        "gradients": norms(measured["gradients"]),
+        "losses": {name: x for name, x in steps.items() if name.endswith("loss")},
+        "gradient norms": {name: x for name, x in steps.items() if not name.endswith("loss")},
     }
 
 
