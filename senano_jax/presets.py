@@ -216,6 +216,17 @@ def shifted_cap() -> Config:
     return changed(strict(), {"model.cap": cap, "optimizer.head.rate": 0.008})
 
 
+def multi_token() -> Config:
+    """Each token also predicts the second and the third one ahead, from the same logits and ever less, in the first
+    and second third of the run, as in modded-nanogpt since 2025-12."""
+    stages = (
+        Stage(part=1, ahead=((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
+        Stage(part=1, ahead=((1.0, 1.0), (0.5, 0.0))),
+        Stage(part=1),
+    )
+    return changed(strict(), {"stages": stages})
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "recurrent": recurrent,
     "no-value-embeddings": no_value_embeddings,
@@ -234,6 +245,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "head-gate": head_gate,
     "weighted": weighted,
     "shifted-cap": shifted_cap,
+    "multi-token": multi_token,
 }
 
 
