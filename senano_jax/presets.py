@@ -14,6 +14,8 @@ from senano_jax.config import (
 )
 from senano_jax.data import sample
 from senano_jax.errors import UserError
+from senano_jax.model.cap import SoftCap
+from senano_jax.model.schedule import Weighted
 from senano_jax.optim.config import AdamRule, Cooldown, Mixture, MuonRule, Ramp, Recipe, WarmupCosine
 
 
@@ -191,6 +193,40 @@ def mixed_momentum() -> Config:
     return changed(rare_adam(), {"optimizer.matrices.mixture": mixture})
 
 
+def strict() -> Config:
+    """The record with at most 162,000,000 parameters, read strictly: the last layer's MLP is narrower by 256 units."""
+    return changed(recurrent(), {"model.mlp_widths": ((11, 2816),)})
+
+
+def head_gate() -> Config:
+    """A gate on what each attention head gives (modded-nanogpt of 2025-08), with weights of its own for each visit."""
+    return changed(strict(), {"model.head_gate": True})
+
+
+def weighted() -> Config:
+    """No skip connections over depth: weights of the residual stream and of what is added to it, by application
+    (modded-nanogpt of 2026-03 has them by layer), and less added by the layers of the loop (arXiv 2606.18524)."""
+    return changed(strict(), {"model.trunk": Weighted()})
+
+
+def shifted_cap() -> Config:
+    """The soft-cap of modded-nanogpt since 2025-10: logits 23 sigmoid((z + 5) / 7.5), not divided by the root of the
+    width, and the head's learning rate divided by it instead."""
+    cap = SoftCap(height=23.0, divisor=7.5, shift=5.0, by_width=False)
+    return changed(strict(), {"model.cap": cap, "optimizer.head.rate": 0.008})
+
+
+def multi_token() -> Config:
+    """Each token also predicts the second and the third one ahead, from the same logits and ever less, in the first
+    and second third of the run, as in modded-nanogpt since 2025-12."""
+    stages = (
+        Stage(part=1, ahead=((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
+        Stage(part=1, ahead=((1.0, 1.0), (0.5, 0.0))),
+        Stage(part=1),
+    )
+    return changed(strict(), {"stages": stages})
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "recurrent": recurrent,
     "no-value-embeddings": no_value_embeddings,
@@ -205,6 +241,11 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "long-cooldown": long_cooldown,
     "rare-adam": rare_adam,
     "mixed-momentum": mixed_momentum,
+    "strict": strict,
+    "head-gate": head_gate,
+    "weighted": weighted,
+    "shifted-cap": shifted_cap,
+    "multi-token": multi_token,
 }
 
 

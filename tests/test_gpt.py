@@ -14,6 +14,7 @@ from senano_jax.config import LayerSchedule
 from senano_jax.interop.torch_checkpoint import from_torch
 from senano_jax.model.build import abstract_params, count_parameters, make_model
 from senano_jax.model.gpt import Gpt
+from senano_jax.model.schedule import UNet, Weighted
 from senano_jax.presets import preset
 
 FRESH = tiny_model("bfloat16", dim=64, vocab_size=50257, padded_vocab_size=50304)
@@ -42,6 +43,16 @@ def test_value_embeddings_count_as_parameters():
     assert count_parameters(params) == 275_598_388 == tables + 50_304 * 768 + squares + 12 * 2 + 11 * 2 + 6
     tables = [leaf for name, leaf in params.items() if "embedding" in name]
     assert [(leaf.shape, leaf.dtype) for leaf in tables] == [((50_257, 768), jnp.dtype("bfloat16"))] * 4
+
+
+@pytest.mark.parametrize("name", ["strict", "head-gate", "weighted", "shifted-cap", "multi-token"])
+def test_the_ladder_begins_at_or_below_162_million_parameters(name):
+    """Read strictly: the last layer's MLP is 256 units narrower, which the Hopper product takes as well."""
+    config = preset(name)
+    count = count_parameters(abstract_params(make_model(config.model, config.dtype)))
+    gates, by_application = 72 * (6 + 6 * 4), 5 * 30 - 2 * 12 - 15 + 6 * 3
+    more = {"head-gate": gates, "weighted": by_application}.get(name, 0)
+    assert count == 162_165_555 - 2 * 256 * 768 + more <= 162_000_000
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -121,6 +132,23 @@ def test_how_it_is_computed_does_not_change_the_result(change):
     jax.tree.map(np.testing.assert_array_equal, init(tiny_model(**LOOPED, **change)), init(tiny_model(**LOOPED)))
 
 
+@pytest.mark.parametrize("trunk", [UNet(), Weighted()], ids=str)
+def test_recomputing_changes_bits_in_bfloat16_alone(trunk):
+    """With skip connections a recomputed layer takes a stream that is rounded to bfloat16, where the compiler may keep
+    float32 between two layers that it sees together; the weighted trunk rounds it at every layer."""
+    changes = LOOPED | {"trunk": trunk}
+    sequences, losses = random_sequences(2, 256), {}
+    for dtype in ("float32", "bfloat16"):
+        for remat in ("none", "full"):
+            model = tiny_model(dtype, remat=remat, **changes)
+            variables = {"params": random_params(tiny_model(dtype, **changes))}
+            losses[dtype, remat] = float(jax.jit(model.apply)(variables, sequences[:, :-1], sequences[:, 1:], 2))
+    assert losses["float32", "full"] == losses["float32", "none"]
+    rounded_anyway = isinstance(trunk, Weighted)
+    assert (losses["bfloat16", "full"] == losses["bfloat16", "none"]) == rounded_anyway
+    assert losses["bfloat16", "full"] == pytest.approx(losses["bfloat16", "none"], rel=1e-3)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def sensitivity(model, params, tokens_T, position, window_blocks):
     """[T] largest derivative of a random projection of the features at `position` by the embedding of each token.
@@ -139,6 +167,11 @@ def sensitivity(model, params, tokens_T, position, window_blocks):
 LENGTH = 384
 # END_OF_TEXT needs the whole embedding; the head may be narrow, as long as targets are.
 READER = tiny_model(vocab_size=50257)
+READERS = {
+    "skips": READER,
+    "weighted": tiny_model(vocab_size=50257, trunk=Weighted()),
+    "head gate": tiny_model(vocab_size=50257, head_gate=True),
+}
 
 
 def different_tokens(boundary=None):
@@ -149,25 +182,29 @@ def different_tokens(boundary=None):
     return tokens
 
 
+@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("position", [0, 1, 127, 128, 200, LENGTH - 1])
-def test_features_depend_on_all_tokens_up_to_theirs_and_on_none_after(position):
+def test_features_depend_on_all_tokens_up_to_theirs_and_on_none_after(position, reader):
     """Causality of the whole model by its gradient, for one document and a window over everything.
 
     The features at t must depend on token t (the residual stream) and on every token before it (attention reaches all
     of them), so those derivatives are not zero. No token after t may enter: its derivative is zero exactly, not small,
     because what is hidden has weight zero in every sum.
     """
-    slopes = sensitivity(READER, random_params(READER), different_tokens(), position, 6)
+    model = READERS[reader]
+    slopes = sensitivity(model, random_params(model), different_tokens(), position, 6)
     np.testing.assert_array_equal(slopes > 0, np.arange(LENGTH) <= position)
 
 
+@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("boundary", [1, 128, 200])
 @pytest.mark.parametrize("offset", [-1, 0, 1, 50])
-def test_nothing_crosses_the_start_of_a_document(boundary, offset):
+def test_nothing_crosses_the_start_of_a_document(boundary, offset, reader):
     """Of two documents in a sequence, a token's features depend on its own one: positions run on, values, skips and
     the shared first values do not mix. END_OF_TEXT is of the second."""
     position, index = boundary + offset, np.arange(LENGTH)
-    slopes = sensitivity(READER, random_params(READER), different_tokens(boundary), position, 6)
+    model = READERS[reader]
+    slopes = sensitivity(model, random_params(model), different_tokens(boundary), position, 6)
     same_document = (index < boundary) == (position < boundary)
     np.testing.assert_array_equal(slopes > 0, same_document & (index <= position))
 

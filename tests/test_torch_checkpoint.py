@@ -15,6 +15,8 @@ from senano_jax.interop.torch_checkpoint import (
     write_torch_checkpoint,
 )
 from senano_jax.model.build import abstract_params
+from senano_jax.model.cap import SoftCap
+from senano_jax.model.schedule import Weighted
 
 torch = pytest.importorskip("torch")
 
@@ -117,6 +119,28 @@ def test_gpt2_may_bring_its_head_along():
     np.testing.assert_array_equal(params["embedding"], table)
     message = refusal(from_torch, names | {"lm_head.weight": table + 1}, model.config, abstract_params(model), "here")
     assert message.startswith("here: lm_head.weight differs from wte.weight")
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"trunk": Weighted()}, "--model.trunk is Weighted(growth=2.85), which"),
+        ({"mlp_widths": ((3, 64),)}, "--model.mlp-widths is ((3, 64),), which"),
+        ({"cap": SoftCap(shift=5.0)}, "--model.cap is SoftCap("),
+        ({"logit_bias": True}, "--model.logit-bias is True, which"),
+        ({"head_gate": True}, "--model.head-gate is True, which"),
+    ],
+    ids=str,
+)
+def test_a_model_that_the_pytorch_program_does_not_have_is_refused(change, flag):
+    model = tiny_model(**change)
+    for convert in (
+        lambda: to_torch(random_params(model), model.config),
+        lambda: from_torch({}, model.config, abstract_params(model), "weights.pt"),
+    ):
+        with pytest.raises(UserError) as error:
+            convert()
+        assert str(error.value).startswith(flag) and "does not have" in str(error.value)
 
 
 @pytest.mark.parametrize("layers", [LayerSchedule(1, 2, 2, 1), LayerSchedule(2, 0, 0, 2)], ids=["loop", "no loop"])

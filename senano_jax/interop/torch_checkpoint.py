@@ -40,9 +40,25 @@ _OF_GPT2_BLOCK = {
 TRANSPOSED = ("head", "qkv", "out", "up", "down", "kernel")  # ends of the paths of matrices
 
 
+# What the PyTorch programs compute in one way only.
+_FIXED = ("trunk", "mlp_widths", "cap", "logit_bias", "head_gate")
+
+
 def torch_names(config: ModelConfig | Gpt2Config) -> dict[str, tuple[str, ...]]:
-    """PyTorch name -> path in our parameter tree, for every parameter of the model."""
-    return _gpt2_names(config) if isinstance(config, Gpt2Config) else _gpt_names(config)
+    """PyTorch name -> path in our parameter tree, for every parameter of the model.
+
+    Raises UserError for a model that no PyTorch program has.
+    """
+    if isinstance(config, Gpt2Config):
+        return _gpt2_names(config)
+    plain = ModelConfig(dim=config.dim, num_heads=config.num_heads, layers=config.layers)
+    for field in _FIXED:
+        if getattr(config, field) != getattr(plain, field):
+            raise UserError(
+                f"--model.{field.replace('_', '-')} is {getattr(config, field)}, which the PyTorch program does not "
+                "have, so weights cannot go to it or come from it; use a run folder"
+            )
+    return _gpt_names(config)
 
 
 def _gpt2_names(config: Gpt2Config) -> dict[str, tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """Which part of the model an instruction of a compiled program belongs to, read from the program's text."""
 
+import itertools
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -62,15 +63,21 @@ def kernel_key(name: str) -> str:
 
 
 def module_of(op_name: str) -> str:
-    """The part of the step that a path of scopes lies in."""
+    """The part of the step that a path of scopes lies in.
+
+    The model is known by names that its modules must keep: the method `features`, in it `trunk`, in it layers
+    `layer_<n>` with submodules `attention` and `mlp`.
+    """
     scopes = op_name.split("/")
     if "optimizer" in scopes:
         return OPTIMIZER
     if "reduce" in scopes:
         return REDUCE
-    for scope, inner in zip(scopes, [*scopes[1:], ""]):
-        if _LAYER.fullmatch(scope):
-            return inner if inner in ("attention", "mlp") else RESIDUAL
+    inside = itertools.dropwhile(lambda scope: not _LAYER.fullmatch(scope), scopes)
+    if next(inside, None) is not None:
+        return next((scope for scope in inside if scope in ("attention", "mlp")), RESIDUAL)
+    if "trunk" in scopes:
+        return RESIDUAL
     if _FEATURES.search(op_name):
         return EMBEDDING
     if any("Gpt" in scope for scope in scopes):
