@@ -1,5 +1,6 @@
 """The PyTorch project's own training file, changed in a few lines so that it can be run beside this program."""
 
+import glob
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from senano_jax.errors import UserError
+from senano_jax.files import expand_home
 
 LAST_LINES = 60  # shown of a run that failed; torchrun adds about 34 to the program's own
 
@@ -97,6 +99,12 @@ def output_of(command: Sequence[str | Path], folder: str | Path, what: str) -> s
 
 def last_lines(output: str) -> str:
     return "\n".join(output.splitlines()[-LAST_LINES:])
+
+
+def absolute_glob(pattern: str) -> str:
+    """What the PyTorch program, to which every path is a glob, must be given to read what `find_shards` reads."""
+    path = os.path.abspath(expand_home(pattern))
+    return glob.escape(path) if os.path.lexists(path) else path
 
 
 def from_anywhere(python: str) -> str:

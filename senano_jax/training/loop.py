@@ -12,6 +12,7 @@ from senano_jax.data.identity import needed_shards
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import TokenStream, require_tokens
 from senano_jax.errors import UserError
+from senano_jax.files import expand_home
 from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import count_parameters, make_model
 from senano_jax.optim.groups import make_optimizer
@@ -43,7 +44,7 @@ def train(config: Config, preset: str) -> Path:
     with together():
         check_config(config)
         if config.resume is not None:
-            check_same_run(config, Path(config.run_dir))
+            check_same_run(config, expand_home(config.run_dir))
         sinks = Sinks(config)
         shards = find_shards(config.data.train_files)
         discard = config.data.discard_micro_batch

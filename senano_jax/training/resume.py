@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from senano_jax.config import Config, settings
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
+from senano_jax.files import expand_home
 from senano_jax.model.build import Model, count_parameters
 from senano_jax.runlog.data_record import DataRecord
 from senano_jax.runlog.writer import RunFolder, new_run_dir
@@ -34,7 +35,7 @@ class Position(NamedTuple):
 def open_run(config: Config, preset: str) -> Iterator[tuple[RunFolder, Checkpoints]]:
     """The run folder, locked, and the checkpoints in it. Raises UserError if it is in use, cannot be written, or holds
     a run that `config` does not resume."""
-    run = RunFolder(Path(config.run_dir or new_run_dir(preset)))
+    run = RunFolder(expand_home(config.run_dir or new_run_dir(preset)))
     with contextlib.ExitStack() as stack:
         with together():
             stack.enter_context(run)
