@@ -136,7 +136,7 @@ def run_torch(variant: str, args: argparse.Namespace, round_: int) -> Run:
     changes = patches(args.train_files, args.windows, args.steps, best=variant == "best")
     source = patched_program(args.torch_repo, changes)
     with tempfile.TemporaryDirectory(prefix="bench-torch-") as folder:
-        (Path(folder) / "train_gpt.py").write_text(source)
+        (Path(folder) / "train_gpt.py").write_text(source, encoding="utf-8")
         start = time.perf_counter()
         output = output_of(launch_command(args.torch_python), folder, VARIANTS[variant])
         seconds = time.perf_counter() - start

@@ -119,8 +119,11 @@ def train(args: argparse.Namespace) -> None:
     unfinished = _unfinished(args.log)
     steps = 0
     try:
-        with tempfile.TemporaryDirectory(prefix="train-torch-") as folder, unfinished.open("w") as log:
-            (Path(folder) / "train_gpt.py").write_text(args.source)
+        with (
+            tempfile.TemporaryDirectory(prefix="train-torch-") as folder,
+            unfinished.open("w", encoding="utf-8") as log,
+        ):
+            (Path(folder) / "train_gpt.py").write_text(args.source, encoding="utf-8")
             print(_heading(args), file=log, flush=True)
             for line in _lines_of(launch_command(args.torch_python), folder):
                 if re.match(r"step:\d|# PyTorch ", line):
@@ -146,7 +149,8 @@ def _lines_of(command: Sequence[str], folder: str) -> Iterator[str]:
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
         )
     except OSError as error:
         raise UserError(f"{command[0]} cannot be started ({error.strerror or error})") from None

@@ -21,6 +21,7 @@ from senano_jax.files import expand_home
 from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import abstract_params, make_model
 from senano_jax.model.sampling import generate
+from senano_jax.output import output_failure
 from senano_jax.plan import window_blocks
 from senano_jax.presets import preset
 from senano_jax.train import with_dashes
@@ -78,6 +79,8 @@ def main(arguments: Sequence[str]) -> list[str]:
 
     texts = []
     for sample in range(args.num_samples):
+        if output_failure() is not None:  # nobody reads on
+            break
         if args.num_samples > 1:
             print(f"--- {sample + 1} of {args.num_samples}")
         key = jax.random.fold_in(jax.random.key(args.seed), sample)
@@ -102,6 +105,8 @@ def _print_text(prompt: str, pieces: Iterable[str]) -> str:
     for piece in pieces:
         print(piece, end="", flush=True)
         text += piece
+        if output_failure() is not None:
+            break
     print()
     return text
 

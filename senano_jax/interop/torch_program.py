@@ -89,7 +89,9 @@ def patched_program(repository: Path, to_apply: Sequence[Patch]) -> str:
 def output_of(command: Sequence[str | Path], folder: str | Path, what: str) -> str:
     """What a program prints, run in `folder`. Raises UserError with the last lines of one that fails."""
     try:
-        done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+        )
     except OSError as error:
         raise UserError(f"{what}: {command[0]} cannot be started ({error.strerror or error})") from None
     if done.returncode:
