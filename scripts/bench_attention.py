@@ -15,7 +15,6 @@ import functools
 import json
 import statistics
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +30,9 @@ from senano_jax.attention.intervals import (
     window_intervals,
 )
 from senano_jax.data.shards import open_shard
+from senano_jax.errors import one_line_errors
+from senano_jax.files import expand_home
+from senano_jax.jax_settings import start_jax
 
 COUNTED_TILE = 64  # rows and columns of the tiles whose FLOPs are counted
 MEAN_DOCUMENT = 720  # tokens, FineWeb's mean; the spread below is FineWeb's too
@@ -40,7 +42,7 @@ DOCUMENT_SIGMA = 1.2
 def load_tokens(shard: str | None, batch: int, length: int) -> np.ndarray:
     """int32 [batch, length]: the head of a shard, or documents of log-normal length."""
     if shard is not None:
-        return np.asarray(open_shard(shard)[: batch * length], np.int32).reshape(batch, length)
+        return np.asarray(open_shard(expand_home(shard))[: batch * length], np.int32).reshape(batch, length)
     rng = np.random.default_rng(0)
     mu = np.log(MEAN_DOCUMENT) - DOCUMENT_SIGMA**2 / 2
     lengths = np.maximum(1, rng.lognormal(mu, DOCUMENT_SIGMA, batch * length)).astype(int)
@@ -116,8 +118,9 @@ def main():
     )
     parser.add_argument("--calls", type=int, default=8, help="length of a chain")
     parser.add_argument("--repetitions", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="a JSON file for the table")
+    parser.add_argument("--out", type=expand_home, help="a JSON file for the table")
     args = parser.parse_args()
+    start_jax()
 
     scale = 0.12
     tokens = jnp.asarray(load_tokens(args.shard, args.batch, args.length))
@@ -184,4 +187,5 @@ def _measure(function, arguments, args) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

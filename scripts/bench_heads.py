@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from bench_attention import chain, median_ms
 
+from senano_jax.errors import one_line_errors
+from senano_jax.jax_settings import start_jax
 from senano_jax.model.heads import Launch, Launches, prepare_heads
 from senano_jax.model.rotary import rotary_tables
 
@@ -41,6 +43,7 @@ def main():
     parser.add_argument("--calls", type=int, default=16, help="length of a chain; all its outputs are kept")
     parser.add_argument("--repetitions", type=int, default=20)
     args = parser.parse_args()
+    start_jax()
 
     shape = (args.batch, args.length, args.heads, args.width)
     keys = jax.random.split(jax.random.key(0), 5)
@@ -89,4 +92,5 @@ def _measure(function, arguments, args) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

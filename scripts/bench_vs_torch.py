@@ -29,10 +29,11 @@ from pathlib import Path
 
 from senano_jax.data.shards import find_shards, open_shard
 from senano_jax.errors import UserError, one_line_errors
-from senano_jax.files import check_output_file, write_atomically
+from senano_jax.files import check_output_file, expand_home, write_atomically
 from senano_jax.interop.torch_program import (
     FASTEST,
     Patch,
+    absolute_glob,
     data_and_steps,
     last_lines,
     launch_command,
@@ -135,7 +136,7 @@ def run_torch(variant: str, args: argparse.Namespace, round_: int) -> Run:
     changes = patches(args.train_files, args.windows, args.steps, best=variant == "best")
     source = patched_program(args.torch_repo, changes)
     with tempfile.TemporaryDirectory(prefix="bench-torch-") as folder:
-        (Path(folder) / "train_gpt.py").write_text(source)
+        (Path(folder) / "train_gpt.py").write_text(source, encoding="utf-8")
         start = time.perf_counter()
         output = output_of(launch_command(args.torch_python), folder, VARIANTS[variant])
         seconds = time.perf_counter() - start
@@ -193,7 +194,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments, checked and with absolute paths; `batch_tokens` is what both sides train on in a step."""
     argv, profile_flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--torch-repo", type=Path, help="checkout of the PyTorch project")
+    parser.add_argument("--torch-repo", type=expand_home, help="checkout of the PyTorch project")
     parser.add_argument(
         "--train-files", help="glob of the training shards", default=preset("recurrent").data.train_files
     )
@@ -202,11 +203,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3, help="first steps of each window, not counted")
     parser.add_argument("--rounds", type=int, default=1, help="times that each program runs, by turns")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="to run")
-    parser.add_argument("--torch-python", default=sys.executable, help="Python that has PyTorch")
-    parser.add_argument("--json", type=Path, help="file for all step times")
+    parser.add_argument(
+        "--torch-python", type=os.path.expanduser, default=sys.executable, help="Python that has PyTorch"
+    )
+    parser.add_argument("--json", type=expand_home, help="file for all step times")
     args = parser.parse_args(argv)
     args.batch_tokens, args.profile_flags = preset("recurrent").batch_tokens, list(profile_flags)
-    args.train_files = os.path.abspath(args.train_files)
+    args.train_files = absolute_glob(args.train_files)
     check_output_file("--json", args.json)
     if args.steps <= args.warmup or args.warmup < 0 or args.rounds < 1:
         raise UserError("give --rounds of at least 1, and more --steps than --warmup steps")

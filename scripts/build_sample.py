@@ -14,11 +14,12 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from senano_jax.data.bpe import load_bpe
+from senano_jax.data.bpe import encode_all, load_bpe
 from senano_jax.data.sample import TRAIN, VAL
 from senano_jax.data.shards import write_shard
 from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.errors import one_line_errors
+from senano_jax.files import expand_home
 
 NOT_DOCUMENTATION = {"test", "idlelib", "lib2to3", "distutils", "turtledemo", "tkinter", "site-packages", "pydoc_data"}
 SHORTEST_DOCUMENT = 200  # characters
@@ -31,17 +32,18 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bpe-dir", type=Path, help="folder with encoder.json and vocab.bpe (default: downloaded)")
+    parser.add_argument(
+        "--bpe-dir", type=expand_home, help="folder with encoder.json and vocab.bpe (default: downloaded)"
+    )
     args = parser.parse_args()
-    with one_line_errors():
-        encoding = load_bpe(args.bpe_dir)
-        texts = documents()
-        encoded = [[END_OF_TEXT, *tokens] for tokens in encoding.encode_ordinary_batch(texts)]
-        val, train = split(encoded)
-        for path, part in ((VAL, val), (TRAIN, train)):
-            tokens = [token for document in part for token in document]
-            write_shard(path, tokens)
-            print(f"{path}: {len(part)} documents, {len(tokens):,} tokens")
+    encoding = load_bpe(args.bpe_dir)
+    texts = documents()
+    encoded = [[END_OF_TEXT, *tokens] for tokens in encode_all(encoding, texts, [text[:60] for text in texts], 8)]
+    val, train = split(encoded)
+    for path, part in ((VAL, val), (TRAIN, train)):
+        tokens = [token for document in part for token in document]
+        write_shard(path, tokens)
+        print(f"{path}: {len(part)} documents, {len(tokens):,} tokens")
 
 
 def documents() -> list[str]:
@@ -97,4 +99,5 @@ def split(encoded: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors(prints_result=False):
+        main()

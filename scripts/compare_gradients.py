@@ -36,7 +36,7 @@ from senano_jax.config_check import check_config
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import SequenceSource
 from senano_jax.errors import UserError, check_counts, one_line_errors
-from senano_jax.files import check_output_file, write_atomically
+from senano_jax.files import check_output_file, expand_home, write_atomically
 from senano_jax.interop.torch_checkpoint import to_torch
 from senano_jax.interop.torch_program import (
     DEFAULT_TILES,
@@ -48,6 +48,7 @@ from senano_jax.interop.torch_program import (
     patched_program,
     schedule,
 )
+from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import Params, abstract_params, make_model
 from senano_jax.presets import preset
 from senano_jax.training.mesh import make_mesh
@@ -237,7 +238,7 @@ def _tokens(pattern: str, sequences: int, length: int) -> Int32[np.ndarray, "S T
 def main(argv: Sequence[str]) -> None:
     base = preset("recurrent")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch-repo", type=Path, required=True, help="checkout of the PyTorch project")
+    parser.add_argument("--torch-repo", type=expand_home, required=True, help="checkout of the PyTorch project")
     parser.add_argument("--weights", required=True, help="checkpoint of the PyTorch program (.pt), or a run folder")
     parser.add_argument("--step", type=int, help="of the run folder's checkpoints, the one of this step")
     parser.add_argument("--train-files", default=base.data.train_files, help="glob of the shards")
@@ -245,12 +246,15 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seq-len", type=int, default=base.seq_len, help=f"default: {base.seq_len}")
     parser.add_argument("--sequences", type=int, default=1, help="their gradients are added (default: 1)")
     parser.add_argument("--window-blocks", type=int, default=6, help="long window, blocks of 128 (default: 6)")
-    parser.add_argument("--torch-python", default=sys.executable, help="Python that has PyTorch and NumPy")
-    parser.add_argument("--json", type=Path, help="file for all numbers")
+    parser.add_argument(
+        "--torch-python", type=os.path.expanduser, default=sys.executable, help="Python that has PyTorch and NumPy"
+    )
+    parser.add_argument("--json", type=expand_home, help="file for all numbers")
     args = parser.parse_args(argv)
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # PyTorch shares the GPU
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # else gigabytes stay in the temporary folder
     with one_line_errors():
+        start_jax()
         compare(args)
 
 

@@ -28,6 +28,7 @@ from senano_jax.data.fineweb import (
 from senano_jax.data.identity import sha256_of
 from senano_jax.data.shards import open_shard
 from senano_jax.errors import UserError, one_line_errors
+from senano_jax.files import expand_home
 
 
 class Remote(NamedTuple):
@@ -54,15 +55,14 @@ def main() -> None:
         metavar="N",
         help=f"how many training shards of 100M tokens, 1 to {TRAINING_SHARDS} (default: %(default)s)",
     )
-    parser.add_argument("--dir", type=Path, default=Path("data/fineweb10B"), help="default: %(default)s")
+    parser.add_argument("--dir", type=expand_home, default=Path("data/fineweb10B"), help="default: %(default)s")
     args = parser.parse_args()
-    with one_line_errors():
-        if not 1 <= args.count <= TRAINING_SHARDS:
-            raise UserError(f"N is {args.count}: the dataset has training shards 1 to {TRAINING_SHARDS}")
-        try:
-            download(args.count, args.dir)
-        except KeyboardInterrupt:
-            raise UserError("interrupted: run the same command again to continue") from None
+    if not 1 <= args.count <= TRAINING_SHARDS:
+        raise UserError(f"N is {args.count}: the dataset has training shards 1 to {TRAINING_SHARDS}")
+    try:
+        download(args.count, args.dir)
+    except KeyboardInterrupt:
+        raise UserError("interrupted: run the same command again to continue") from None
 
 
 def download(count: int, folder: Path) -> None:
@@ -212,4 +212,5 @@ def first_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors(prints_result=False):
+        main()

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Arc, FancyBboxPatch
 
 from senano_jax.config import LayerSchedule
+from senano_jax.errors import one_line_errors
 from senano_jax.model.schedule import UNet
 from senano_jax.presets import preset
 
@@ -63,4 +64,5 @@ def draw(layers: LayerSchedule, path: Path) -> None:
 if __name__ == "__main__":
     out = Path(__file__).parent.parent / "docs" / "schedule.svg"
     draw(preset("recurrent").model.layers, out)
-    print(out)
+    with one_line_errors(prints_result=False):
+        print(out)

@@ -38,6 +38,7 @@ import numpy as np
 from senano_jax import train
 from senano_jax.config_file import read_config
 from senano_jax.errors import one_line_errors
+from senano_jax.files import expand_home
 from senano_jax.model.build import make_model
 from senano_jax.optim.recipe import make_optimizer
 from senano_jax.training.checkpoint import Checkpoints
@@ -341,7 +342,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=1e9, help="no new faults after this long")
-    parser.add_argument("--json", type=Path, help="file for the result; printed in any case")
+    parser.add_argument("--json", type=expand_home, help="file for the result; printed in any case")
     parser.add_argument("--keep", action="store_true", help="keep the folder of the runs")
     args = parser.parse_args()
 
@@ -378,4 +379,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -34,7 +34,8 @@ from fuzz.logs import RunFolders, TorchLogs
 from fuzz.shards import Shards
 from fuzz.torch_checkpoints import CANARY, TorchCheckpoints
 
-from senano_jax.errors import UserError
+from senano_jax.errors import UserError, one_line_errors
+from senano_jax.files import expand_home
 
 # Each with its share of the inputs.
 KINDS = {
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="KIND-NUMBER", help="repeats one input and lets its exception through")
     parser.add_argument("--seconds", type=int, default=20, help="alarm for one input")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="address space beyond that at the start")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=expand_home)
     args = parser.parse_args()
 
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
@@ -141,4 +142,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -3,23 +3,34 @@
     python scripts/tokenize_text.py corpus/*.jsonl --out data/mine --name mine
 
 A .txt file is one document, a .jsonl file has one in each line, a .parquet file one in each row. Shards come out as
-NAME_train_000001.bin and so on, and NAME_val_000000.bin and so on; every document lies in one of the two wholly.
+NAME_train_000001.bin and so on, and NAME_val_000000.bin and so on, all at the end; every document lies in one of the
+two wholly, but for a single one, whose end is for validation. UTF-16 and UTF-32 are known by their byte order mark.
 """
 
 import argparse
+import codecs
 import glob
+import itertools
 import json
+import math
 import os
+import signal
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from senano_jax.data.bpe import load_bpe
+from senano_jax.data.bpe import encode_all, load_bpe
 from senano_jax.data.shards import MAX_TOKENS, write_shard
 from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.errors import UserError, one_line_errors
+from senano_jax.files import expand, expand_home
+
+if TYPE_CHECKING:
+    import tiktoken
 
 GROUP_CHARACTERS = 1_000_000  # encoded in one call, which spreads the documents over threads
 REPORT_SECONDS = 10
@@ -29,8 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s INPUT... [options]"
     )
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=".txt, .jsonl or .parquet files")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=".txt, .jsonl or .parquet files, or globs of them")
+    parser.add_argument("--out", type=expand_home, required=True, metavar="DIR", help="folder for the shards")
     parser.add_argument("--name", required=True, help="what the names of the shards begin with")
     parser.add_argument("--field", default="text", help="JSON field or parquet column (default: %(default)s)")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="default: %(default)s")
@@ -41,19 +52,24 @@ def main() -> None:
         metavar="F",
         help="share of the documents, evenly spaced, for validation (default: %(default)s)",
     )
-    parser.add_argument(
-        "--bpe-dir", type=Path, metavar="DIR", help="folder with encoder.json and vocab.bpe (default: downloaded)"
-    )
+    tables = "folder with encoder.json and vocab.bpe (default: downloaded)"
+    parser.add_argument("--bpe-dir", type=expand_home, metavar="DIR", help=tables)
     args = parser.parse_args()
-    with one_line_errors():
-        try:
-            tokenize(args)
-        except KeyboardInterrupt:
-            raise UserError(f"interrupted: delete {args.out}/{args.name}_*.bin and start again") from None
+    args.inputs = [path for given in args.inputs for path in expand(given) or [expand_home(given)]]
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)  # else unfinished shards stay
+    try:
+        tokenize(args)
+    except KeyboardInterrupt:
+        raise UserError("interrupted: no shard was written, start again") from None
 
 
 def tokenize(args: argparse.Namespace) -> None:
-    """Streams the documents of `args.inputs` into shards. Raises UserError for whatever cannot be used."""
+    """Streams the documents of `args.inputs` into shards, which appear when all are whole.
+
+    Raises UserError for whatever cannot be used.
+    """
     check_arguments(args)
     encoding = load_bpe(args.bpe_dir)
     try:
@@ -63,16 +79,45 @@ def tokenize(args: argparse.Namespace) -> None:
     for split in ("train", "val"):
         for present in args.out.glob(f"{glob.escape(args.name)}_{split}_*.bin"):
             raise UserError(f"{present} is already there: delete the old shards or choose another --name")
+    try:
+        place = tempfile.TemporaryDirectory(dir=args.out, prefix=".unfinished-")
+    except OSError as error:
+        raise UserError(f"cannot write into {args.out} ({error.strerror}): choose another --out") from error
+    with place as unfinished:
+        train = ShardWriter(Path(unfinished), f"{args.name}_train_", 1, args.shard_tokens)
+        val = ShardWriter(Path(unfinished), f"{args.name}_val_", 0, args.shard_tokens)
+        documents = deal(args, encoding, train, val)
+        for writer in (train, val):
+            writer.close()
+            for path, tokens in writer.written:
+                path.replace(args.out / path.name)
+                print(f"{args.out / path.name}: {tokens:,} tokens")
+    print(f"{documents:,} documents: {train.tokens:,} tokens for training, {val.tokens:,} for validation")
+    if args.val_fraction and not val.tokens:
+        enough = math.ceil(1000 / documents) / 1000
+        print(
+            f"no validation shard: one document in {1 / args.val_fraction:.0f} goes there, raise --val-fraction "
+            f"to {enough:g} or more"
+        )
 
-    train = ShardWriter(args.out, args.name + "_train_{:06d}.bin", 1, args.shard_tokens)
-    val = ShardWriter(args.out, args.name + "_val_{:06d}.bin", 0, args.shard_tokens)
-    documents, started = 0, time.monotonic()
-    reported = started
-    every_document = (text for path in args.inputs for text in read_documents(path, args.field) if text)
-    for texts in group(every_document, GROUP_CHARACTERS):
-        for tokens in encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1):
-            goes_to_val = int((documents + 1) * args.val_fraction) > int(documents * args.val_fraction)
-            (val if goes_to_val else train).add([END_OF_TEXT, *tokens])
+
+def deal(args: argparse.Namespace, encoding: "tiktoken.Encoding", train: "ShardWriter", val: "ShardWriter") -> int:
+    """Encodes all documents, and gives each to one of the two writers; a single one is cut in two. Returns their
+    number. Raises UserError if there is none."""
+    documents, single = 0, []
+    reported = started = time.monotonic()
+    texts = (document for path in args.inputs for document in read_documents(path, args.field) if document.text)
+    for batch in group(texts, GROUP_CHARACTERS):
+        names = [document.place for document in batch]
+        encoded = encode_all(encoding, [document.text for document in batch], names, threads=os.cpu_count() or 1)
+        for tokens in encoded:
+            if documents == 0:
+                single = tokens  # perhaps
+            elif documents == 1:
+                train.add([END_OF_TEXT, *single])
+            if documents:
+                goes_to_val = int((documents + 1) * args.val_fraction) > int(documents * args.val_fraction)
+                (val if goes_to_val else train).add([END_OF_TEXT, *tokens])
             documents += 1
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
@@ -80,11 +125,12 @@ def tokenize(args: argparse.Namespace) -> None:
             print(f"{documents:,} documents, {train.tokens + val.tokens:,} tokens, {speed:,.0f} tokens/s", flush=True)
     if not documents:
         raise UserError(f"no text in {', '.join(map(str, args.inputs))}: give files with documents")
-    train.close()
-    val.close()
-    print(f"{documents:,} documents: {train.tokens:,} tokens for training, {val.tokens:,} for validation")
-    if args.val_fraction and not val.tokens:
-        print(f"no validation shard: one document in {1 / args.val_fraction:.0f} goes there, raise --val-fraction")
+    if documents == 1:
+        end = len(single) - (math.ceil(args.val_fraction * len(single)) if len(single) > 1 else 0)
+        train.add([END_OF_TEXT, *single[:end]])
+        if end < len(single):
+            val.add([END_OF_TEXT, *single[end:]])
+    return documents
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -105,10 +151,11 @@ def check_arguments(args: argparse.Namespace) -> None:
 class ShardWriter:
     """Cuts a stream of tokens into shards of `shard_tokens` tokens, the last one shorter, numbered on."""
 
-    def __init__(self, folder: Path, name_format: str, number: int, shard_tokens: int):
+    def __init__(self, folder: Path, name: str, number: int, shard_tokens: int):
         self.tokens = 0  # taken in so far
+        self.written: list[tuple[Path, int]] = []  # shards and their tokens
         self._folder = folder
-        self._name_format = name_format
+        self._name = name
         self._number = number
         self._buffer = np.empty(shard_tokens, np.uint16)
         self._filled = 0
@@ -126,19 +173,23 @@ class ShardWriter:
     def close(self) -> None:
         """Writes what has gathered, if anything, as the next shard."""
         if self._filled:
-            path = self._folder / self._name_format.format(self._number)
+            path = self._folder / f"{self._name}{self._number + len(self.written):06d}.bin"
             write_shard(path, self._buffer[: self._filled])
-            print(f"{path}: {self._filled:,} tokens", flush=True)
-            self._number += 1
+            self.written.append((path, self._filled))
             self._filled = 0
 
 
-def group(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
-    """Lists of consecutive texts that have at least `characters` characters together (but for the last list)."""
+class Document(NamedTuple):
+    place: str  # for messages: the file, and the line or row in it
+    text: str
+
+
+def group(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:
+    """Lists of consecutive documents that have at least `characters` characters together (but for the last list)."""
     gathered, size = [], 0
-    for text in texts:
-        gathered.append(text)
-        size += len(text)
+    for document in documents:
+        gathered.append(document)
+        size += len(document.text)
         if size >= characters:
             yield gathered
             gathered, size = [], 0
@@ -146,38 +197,68 @@ def group(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
         yield gathered
 
 
-def read_documents(path: Path, field: str) -> Iterator[str]:
-    """The documents of one file, streamed. Raises UserError naming the file and the line or row that is unusable."""
+def read_documents(path: Path, field: str) -> Iterator[Document]:
+    """The documents of one file, streamed, without byte order marks. Raises UserError naming the file and the line or
+    row that is unusable."""
     try:
-        yield from READERS[path.suffix](path, field)
+        for document in READERS[path.suffix](path, field):
+            yield document._replace(text=document.text.removeprefix("\ufeff"))
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror or error}): check that it is whole") from error
 
 
-def read_txt(path: Path, field: str) -> Iterator[str]:
-    content = path.read_bytes()
+def encoding_of(path: Path) -> str:
+    """UTF-8, unless the file begins with the byte order mark of another."""
+    with open(path, "rb") as file:
+        begins = file.read(4)
+    if begins in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+        return "utf-32"
+    return "utf-16" if begins[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8"
+
+
+def read_txt(path: Path, field: str) -> Iterator[Document]:
+    content, encoding = path.read_bytes(), encoding_of(path)
     try:
-        yield content.decode("utf-8")
+        yield Document(str(path), content.decode(encoding))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line} is not UTF-8 (byte {error.start}): convert the file") from error
+        raise UserError(
+            f"{path}, line {line} is not {encoding.upper()} (byte {error.start}): convert the file"
+        ) from error
 
 
-def read_jsonl(path: Path, field: str) -> Iterator[str]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+def read_jsonl(path: Path, field: str) -> Iterator[Document]:
+    encoding = encoding_of(path)
+    # Bytes, if they are UTF-8: each line is decoded, and named, by itself.
+    with open(path, "rb") if encoding == "utf-8" else open(path, encoding=encoding, newline="\n") as file:
+        for number in itertools.count(1):
+            place = f"{path}, line {number}"
             try:
+                line = file.readline()
+                if not line:
+                    return
+                if not line.strip():
+                    continue
                 document = json.loads(line)
-            except (ValueError, RecursionError) as error:  # a ValueError also for what is not UTF-8
-                raise UserError(f"{path}, line {number} is not JSON ({error}): mend or delete the line") from error
-            if not isinstance(document, dict) or not isinstance(document.get(field), str):
-                raise UserError(f"{path}, line {number} has no text in {field!r}: name the field with --field")
-            yield document[field]
+            except (ValueError, RecursionError) as error:  # a ValueError also for what cannot be decoded
+                raise UserError(f"{place} is not JSON ({error}): mend or delete the line") from error
+            yield Document(place, text_in(document, field, place, "line", "field"))
 
 
-def read_parquet(path: Path, field: str) -> Iterator[str]:
+def text_in(document: object, field: str, place: str, part: str, kind: str) -> str:
+    """The text in a `field`. Raises UserError if there is none, and where."""
+    if not isinstance(document, dict) or field not in document:
+        raise UserError(f"{place} has no text in {field!r}: name the {kind} with --field")
+    if not isinstance(document[field], str):
+        found = json.dumps(document[field], default=str)[:40]
+        raise UserError(
+            f"{place} has no text in {field!r} but {found}: mend or delete the {part}, or name another {kind} with "
+            "--field"
+        )
+    return document[field]
+
+
+def read_parquet(path: Path, field: str) -> Iterator[Document]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -192,9 +273,8 @@ def read_parquet(path: Path, field: str) -> Iterator[str]:
             for batch in file.iter_batches(batch_size=1024, columns=[field]):
                 for text in batch.column(0).to_pylist():
                     row += 1
-                    if not isinstance(text, str):
-                        raise UserError(f"{path}, row {row} has no text in {field!r}: name the column with --field")
-                    yield text
+                    place = f"{path}, row {row}"
+                    yield Document(place, text_in({field: text}, field, place, "row", "column"))
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a sound parquet file ({str(error).splitlines()[0]}): fetch it again") from error
 
@@ -202,4 +282,5 @@ def read_parquet(path: Path, field: str) -> Iterator[str]:
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors(prints_result=False):
+        main()

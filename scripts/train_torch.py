@@ -30,12 +30,13 @@ from pathlib import Path
 from senano_jax.data.identity import needed_shards
 from senano_jax.data.shards import find_shards, open_shard
 from senano_jax.errors import UserError, one_line_errors
-from senano_jax.files import check_output_file
+from senano_jax.files import check_output_file, expand_home
 from senano_jax.interop.torch_program import (
     FASTEST,
     LAST_LINES,
     SYSTEMS,
     Patch,
+    absolute_glob,
     data_and_steps,
     launch_command,
     patched_program,
@@ -118,8 +119,11 @@ def train(args: argparse.Namespace) -> None:
     unfinished = _unfinished(args.log)
     steps = 0
     try:
-        with tempfile.TemporaryDirectory(prefix="train-torch-") as folder, unfinished.open("w") as log:
-            (Path(folder) / "train_gpt.py").write_text(args.source)
+        with (
+            tempfile.TemporaryDirectory(prefix="train-torch-") as folder,
+            unfinished.open("w", encoding="utf-8") as log,
+        ):
+            (Path(folder) / "train_gpt.py").write_text(args.source, encoding="utf-8")
             print(_heading(args), file=log, flush=True)
             for line in _lines_of(launch_command(args.torch_python), folder):
                 if re.match(r"step:\d|# PyTorch ", line):
@@ -145,7 +149,8 @@ def _lines_of(command: Sequence[str], folder: str) -> Iterator[str]:
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
         )
     except OSError as error:
         raise UserError(f"{command[0]} cannot be started ({error.strerror or error})") from None
@@ -180,8 +185,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments, checked and with absolute paths; `source` is the changed file."""
     data = preset("recurrent").data
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch-repo", type=Path, required=True, help="checkout of the PyTorch project")
-    parser.add_argument("--log", type=Path, required=True, help="file for the step lines; must not exist")
+    parser.add_argument("--torch-repo", type=expand_home, required=True, help="checkout of the PyTorch project")
+    parser.add_argument("--log", type=expand_home, required=True, help="file for the step lines; must not exist")
     parser.add_argument("--system", choices=SYSTEMS, default="recurrent", help="default: recurrent")
     parser.add_argument("--train-files", default=data.train_files, help="glob of the training shards")
     parser.add_argument("--val-files", default=data.val_files, help="glob of the validation shards")
@@ -194,12 +199,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="end after this many steps of them, without a last validation; 0 makes the first weights alone",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the program's own first weights (default: 0)")
-    parser.add_argument("--start", type=Path, help="weights to begin with, from --save-start or export_torch.py")
-    parser.add_argument("--save-start", type=Path, help="file for the weights it begins with; must not exist")
-    parser.add_argument("--save-end", type=Path, help="file for the weights it ends with; must not exist")
-    parser.add_argument("--torch-python", default=sys.executable, help="Python that has PyTorch")
+    parser.add_argument("--start", type=expand_home, help="weights to begin with, from --save-start or export_torch.py")
+    parser.add_argument("--save-start", type=expand_home, help="file for the weights it begins with; must not exist")
+    parser.add_argument("--save-end", type=expand_home, help="file for the weights it ends with; must not exist")
+    parser.add_argument(
+        "--torch-python", type=os.path.expanduser, default=sys.executable, help="Python that has PyTorch"
+    )
     args = parser.parse_args(argv)
-    args.train_files, args.val_files = os.path.abspath(args.train_files), os.path.abspath(args.val_files)
+    args.train_files, args.val_files = absolute_glob(args.train_files), absolute_glob(args.val_files)
     for name in ("log", "start", "save_start", "save_end"):
         if path := getattr(args, name):
             setattr(args, name, path.resolve())

@@ -12,7 +12,6 @@ import functools
 import itertools
 import os
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,9 @@ from bench_attention import chain, load_tokens, median_ms
 from senano_jax.attention import flash
 from senano_jax.attention.intervals import document_start, window_intervals
 from senano_jax.attention.tiles import BFLOAT16, Tile
+from senano_jax.errors import one_line_errors
+from senano_jax.files import expand_home
+from senano_jax.jax_settings import start_jax
 
 SCALE = 0.12
 
@@ -73,8 +75,9 @@ def main():
     parser.add_argument("--calls", type=int, default=8)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=4, help="no configuration starts after this")
-    parser.add_argument("--out", type=Path, help="a tab-separated file for the whole table")
+    parser.add_argument("--out", type=expand_home, help="a tab-separated file for the whole table")
     args = parser.parse_args()
+    start_jax()
     deadline = time.monotonic() + 60 * args.minutes
 
     starts = document_start(jnp.asarray(load_tokens(args.shard, args.batch, args.length)))
@@ -123,4 +126,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -4,7 +4,6 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -13,6 +12,7 @@ from senano_jax.config import Config, DataConfig
 from senano_jax.config_check import check_config
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError, one_line_errors
+from senano_jax.files import expand_home
 from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import abstract_params, make_model
 from senano_jax.plan import Plan
@@ -20,7 +20,7 @@ from senano_jax.presets import preset
 from senano_jax.train import value_of, with_dashes
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import make_mesh
-from senano_jax.training.weights import load_weights
+from senano_jax.training.weights import is_torch_file, load_weights
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def main(arguments: Sequence[str]) -> float:
         source=tyro.MISSING, data=base.data, dtype=base.dtype, attention=base.model.attention, devices=base.devices
     )
     args = tyro.cli(Arguments, default=defaults, args=arguments, prog="python -m senano_jax.evaluate")
+    is_torch_file(args.source)  # or the folder of a run, else refused before anything is looked for
     if args.window_blocks is not None and args.window_blocks < 1:
         raise UserError(f"--window-blocks is {args.window_blocks}; it must be at least 1")
     config = dataclasses.replace(
@@ -77,9 +78,10 @@ def main(arguments: Sequence[str]) -> float:
 
 def _base_config(arguments: Sequence[str]) -> Config:
     """The configuration that the flags change: of the run folder named, or of --preset."""
-    folders = [a for a in arguments if not a.startswith("-") and (Path(a) / "config.json").is_file()]
-    if folders:
-        return read_config(Path(folders[0]) / "config.json")[0]
+    folders = [expand_home(argument) for argument in arguments if not argument.startswith("-")]
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            return read_config(folder / "config.json")[0]
     return preset(value_of("--preset", list(arguments)) or "recurrent")
 
 

@@ -1,14 +1,20 @@
 """Files that are written whole or not at all, small ones that are not trusted when read, and what arguments name."""
 
 import contextlib
+import dataclasses
 import glob
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from senano_jax.errors import UserError
 
 MAX_JSON_BYTES = 1 << 20  # of a file that holds one object
+
+Arguments = TypeVar("Arguments")
 
 
 def expand_home(path: str | os.PathLike) -> Path:
@@ -23,17 +29,40 @@ def expand(pattern: str | os.PathLike) -> list[Path]:
     """The paths that an argument names, sorted as text; none where nothing matches.
 
     `~` is expanded. A path that exists is that path, brackets and stars in its name included; all else is a glob, in
-    which `**` crosses folders.
+    which `**` crosses folders, behind the folders that exist by their names.
     """
     if not os.fspath(pattern):
         return []  # not the working folder
     path = expand_home(pattern)
     if os.path.lexists(path):
         return [path]
+    folder = next(parent for parent in path.parents if os.path.lexists(parent))
+    literally = os.path.join(glob.escape(str(folder)), path.relative_to(folder))
     try:
-        return [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+        return [Path(match) for match in sorted(glob.glob(literally, recursive=True))]
     except ValueError:  # a zero byte
         return []
+
+
+@contextlib.contextmanager
+def plainly_named(folder: Path) -> Iterator[Path]:
+    """An absolute path of a folder for libraries that take brackets for a pattern, a backslash for an escape, or a name
+    for UTF-8: through a link elsewhere, where the name has any of them."""
+    path = str(folder.absolute())
+    if not set("[]\\") & set(path) and path.isprintable():  # half a character, of another encoding, is not
+        yield folder.absolute()
+        return
+    with tempfile.TemporaryDirectory(prefix="senano-link-") as place:
+        link = Path(place) / "folder"
+        link.symlink_to(folder.absolute())
+        yield link
+
+
+def with_home(arguments: Arguments) -> Arguments:
+    """A dataclass of arguments with the home folder expanded in each path."""
+    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)}
+    paths = {name: expand_home(value) for name, value in values.items() if isinstance(value, Path)}
+    return dataclasses.replace(arguments, **paths)
 
 
 def check_output_file(flag: str, path: Path | None) -> None:

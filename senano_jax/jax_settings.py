@@ -2,12 +2,12 @@
 
 import os
 from collections import Counter
-from pathlib import Path
 
 import jax
 from jax.extend.backend import clear_backends
 
 from senano_jax.errors import UserError
+from senano_jax.files import expand_home
 
 # JAX's own defaults, in place of what variables such as JAX_ENABLE_X64 ask for: they decide about types, roundings,
 # random numbers and the order of operations, or forbid what this program does.
@@ -82,4 +82,4 @@ def configure_jax(dtype: str, compilation_cache: str | None) -> None:
     # GPUs would round float32 to TF32.
     jax.config.update("jax_default_matmul_precision", "highest" if dtype == "float32" else None)
     if compilation_cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path(compilation_cache).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(expand_home(compilation_cache)))

@@ -61,6 +61,8 @@ def lasting_output(*, notice: bool) -> Iterator[None]:
 
 def output_failure() -> OSError | None:
     """What standard output was lost with; None while it works."""
+    if sys.stdout is None:
+        return None
     sys.stdout.flush()
     buffer = getattr(sys.stdout, "buffer", None)
     raw = getattr(buffer, "raw", buffer)

@@ -17,7 +17,7 @@ from rich.text import Text
 from senano_jax.config import Config
 from senano_jax.config_check import check_config
 from senano_jax.errors import UserError, one_line_errors
-from senano_jax.files import check_output_file, write_atomically
+from senano_jax.files import check_output_file, with_home, write_atomically
 from senano_jax.jax_settings import start_jax
 from senano_jax.plan import Plan
 from senano_jax.presets import PRESETS, preset
@@ -25,6 +25,7 @@ from senano_jax.profiling.measure import Report, Scope, measure, to_json
 from senano_jax.profiling.report import remarks, tables
 from senano_jax.runlog.tables import Table
 from senano_jax.runlog.writer import environment
+from senano_jax.train import take_preset
 
 _PIPE_WIDTH = 200  # columns when the output is no terminal: nothing is cut
 
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str]) -> Report:
         description=_DESCRIPTION.format(presets=", ".join(PRESETS), name=name),
         config=(tyro.conf.AvoidSubcommands,),
     )
+    args = with_home(args)
     config = Config(**_config_fields(args))
     check_config(config)
     _check(args)
@@ -108,10 +110,11 @@ def main(arguments: Sequence[str]) -> Report:
 
 
 def _choose_preset(arguments: list[str]) -> tuple[str, list[str]]:
-    if arguments and not arguments[0].startswith("-"):
-        return arguments[0], arguments[1:]
-    start_jax()
-    return "recurrent" if jax.default_backend() == "gpu" else "demo", arguments
+    name, flags = take_preset(arguments, "profile")
+    if name is None:
+        start_jax()
+        name = "recurrent" if jax.default_backend() == "gpu" else "demo"
+    return name, flags
 
 
 def _config_fields(config: Config) -> dict:

@@ -15,17 +15,19 @@ import tyro
 from senano_jax.config import Config
 from senano_jax.config_check import check_config
 from senano_jax.config_file import read_config
-from senano_jax.data.bpe import load_bpe
+from senano_jax.data.bpe import encode_all, load_bpe
 from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.errors import UserError, one_line_errors
+from senano_jax.files import expand_home
 from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import abstract_params, make_model
 from senano_jax.model.sampling import generate
+from senano_jax.output import output_failure
 from senano_jax.plan import Plan
 from senano_jax.presets import preset
 from senano_jax.train import with_dashes
 from senano_jax.training.mesh import make_mesh
-from senano_jax.training.weights import load_weights
+from senano_jax.training.weights import is_torch_file, load_weights
 
 if TYPE_CHECKING:
     import tiktoken
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str]) -> list[str]:
     _check(args)
     config = _config(args)
     encoding = load_bpe(args.bpe_dir)
-    prompt = [END_OF_TEXT, *encoding.encode_ordinary(args.prompt)]  # a document starts with this token
+    prompt = [END_OF_TEXT, *encode_all(encoding, [args.prompt], ["--prompt"])[0]]  # a document starts with this token
     plan = Plan(config)
     if len(prompt) + args.tokens > plan.longest_sequence:
         raise UserError(
@@ -79,6 +81,8 @@ def main(arguments: Sequence[str]) -> list[str]:
 
     texts = []
     for sample in range(args.num_samples):
+        if output_failure() is not None:  # nobody reads on
+            break
         if args.num_samples > 1:
             print(f"--- {sample + 1} of {args.num_samples}")
         key = jax.random.fold_in(jax.random.key(args.seed), sample)
@@ -103,6 +107,8 @@ def _print_text(prompt: str, pieces: Iterable[str]) -> str:
     for piece in pieces:
         print(piece, end="", flush=True)
         text += piece
+        if output_failure() is not None:
+            break
     print()
     return text
 
@@ -120,8 +126,10 @@ def _check(args: Arguments) -> None:
 
 def _config(args: Arguments) -> Config:
     """That of the run or preset, with the attention that suits this machine. Raises UserError if it cannot work."""
-    is_torch = args.source.endswith(".pt")
-    config = preset(args.preset) if is_torch else read_config(Path(args.source) / "config.json")[0]
+    if is_torch_file(args.source):
+        config = preset(args.preset)
+    else:
+        config = read_config(expand_home(args.source) / "config.json")[0]
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
     check_config(config)
     if args.top_k is not None and args.top_k > config.model.vocab_size:

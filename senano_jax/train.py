@@ -1,6 +1,9 @@
 """python -m senano_jax.train [PRESET] [flags]: trains one system of the record table, or a variation of it."""
 
 import glob
+import itertools
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +12,14 @@ import tyro
 
 from senano_jax.config import Config
 from senano_jax.config_file import read_config
-from senano_jax.errors import one_line_errors
+from senano_jax.errors import UserError, one_line_errors
+from senano_jax.files import expand_home
 from senano_jax.presets import PRESETS, preset
 from senano_jax.training.loop import train
 from senano_jax.training.processes import join_processes, leave_at_once_on_failure
 from senano_jax.training.stop import Stopped
 
+_SWITCHES = ("tensorboard", "wandb", "unroll", "evaluation")  # flags without a value, or ends of their names
 _DESCRIPTION = """Trains a preset, or a variation of it, on token shards and reports its validation loss.
 
 Presets: {presets}. Without one: recurrent if its shards are there, else demo.
@@ -25,7 +30,7 @@ The defaults below are those of {name}.
 def main(arguments: Sequence[str]) -> Path:
     """Parses `arguments`, runs, and returns the run folder."""
     arguments = _bare_resume(with_dashes(arguments))
-    name, default, flags = _choose_defaults(arguments)
+    name, default, flags, notice = _choose_defaults(arguments)
     config = tyro.cli(
         Config,
         default=default,
@@ -34,6 +39,8 @@ def main(arguments: Sequence[str]) -> Path:
         description=_DESCRIPTION.format(presets=", ".join(PRESETS), name=name),
         config=(tyro.conf.AvoidSubcommands,),
     )
+    if notice:
+        print(notice)
     join_processes()
     try:
         return train(config, name)
@@ -41,23 +48,52 @@ def main(arguments: Sequence[str]) -> Path:
         return stopped.run_dir
 
 
-def _choose_defaults(arguments: list[str]) -> tuple[str, Config, list[str]]:
-    """Name of the preset, the configuration that the flags change, and the flags."""
-    if arguments and not arguments[0].startswith("-"):
-        return arguments[0], preset(arguments[0]), arguments[1:]
+def _choose_defaults(arguments: list[str]) -> tuple[str, Config, list[str], str]:
+    """Name of the preset, the configuration that the flags change, the flags, and what to tell if they are sound."""
+    name, arguments = take_preset(arguments, "train")
+    if name is not None:
+        return name, preset(name), arguments, ""
     run_dir = value_of("--run-dir", arguments)
-    if run_dir is not None and any(a.split("=")[0] == "--resume" for a in arguments):
-        config, name = read_config(Path(run_dir) / "config.json")
-        return name, config, arguments
+    resumes = any(argument.split("=")[0] == "--resume" for argument in arguments)
+    if resumes and run_dir is None:
+        raise UserError("--resume needs --run-dir, the folder of the run to go on with")
+    if resumes:
+        config, name = read_config(expand_home(run_dir) / "config.json")
+        return name, config, arguments, ""
     files = preset("recurrent").data.train_files
     asks_for_help = "-h" in arguments or "--help" in arguments
     if asks_for_help or value_of("--data.train-files", arguments) or glob.glob(files):
-        return "recurrent", preset("recurrent"), arguments
-    print(
+        return "recurrent", preset("recurrent"), arguments, ""
+    notice = (
         f"No training shards at {files}; fetch them with: python scripts/download_fineweb.py\n"
         "Running the demo on the bundled sample instead."
     )
-    return "demo", preset("demo"), arguments
+    return "demo", preset("demo"), arguments, notice
+
+
+def take_preset(arguments: list[str], command: str) -> tuple[str | None, list[str]]:
+    """The preset that `arguments` begin with, if they do, and the flags.
+
+    Raises UserError for one that stands elsewhere, and for another word in its place.
+    """
+    first, flags = (arguments[0], arguments[1:]) if arguments else ("-", [])
+    if first.startswith("-"):
+        for before, word in itertools.pairwise(arguments):
+            is_value = before.startswith("--") and "=" not in before and before.rpartition("-")[2] not in _SWITCHES
+            if word in PRESETS and not is_value:
+                others = [argument for argument in arguments if argument != word]
+                raise UserError(
+                    f"{word} stands after flags; the preset comes first: python -m senano_jax.{command} "
+                    f"{shlex.join([word, *others])}"
+                )
+        return None, arguments
+    if first not in PRESETS and (expand_home(first) / "config.json").is_file():
+        remedy = f"go on with it: python -m senano_jax.train --run-dir {first} --resume"
+        raise UserError(f"{first} is the folder of a run, not a preset; {remedy}, or begin with --init-from {first}")
+    if first not in PRESETS and os.path.lexists(expand_home(first)):
+        raise UserError(f"{first} is a path, not a preset; say with a flag what it is, such as --init-from {first}")
+    preset(first)
+    return first, flags
 
 
 def _bare_resume(arguments: list[str]) -> list[str]:

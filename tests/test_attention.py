@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import END_OF_TEXT, random_tokens, relative_error, softmax_attention, visible_pairs
+from tiny import abstract_params, tiny_gpt2, tiny_model
 
 from senano_jax.attention import attend, document_start, window_intervals
 
@@ -115,3 +116,11 @@ def test_memory_of_banded_is_linear_in_length():
     assert temporaries(16384, "banded") < 2.2 * temporaries(8192, "banded")
     assert temporaries(4096, "dense") > 3.5 * temporaries(2048, "dense")
     assert temporaries(16384, "banded") < 16384**2  # a byte a pair
+
+
+@pytest.mark.parametrize("model", [tiny_model(), tiny_gpt2()])
+def test_sequences_that_are_no_whole_blocks_are_named(model):
+    """Also to who calls the model from Python, whom no command has checked before."""
+    tokens = jnp.zeros((1, 100), jnp.int32)
+    with pytest.raises(ValueError, match="sequences of 100 tokens are not whole blocks of 128"):
+        jax.eval_shape(model.apply, {"params": abstract_params(model)}, tokens, tokens, 1)

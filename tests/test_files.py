@@ -2,7 +2,7 @@
 
 import pytest
 
-from senano_jax.files import expand, expand_home
+from senano_jax.files import expand, expand_home, plainly_named
 
 
 @pytest.fixture
@@ -34,6 +34,24 @@ def test_a_path_that_exists_is_no_glob(tmp_path):
     matched.touch()
     assert expand(bracketed) == [bracketed]
     assert expand(tmp_path / "run[12]") == [matched]
+
+
+def test_folders_that_exist_are_no_globs_either(tmp_path):
+    (tmp_path / "shards [1]").mkdir()
+    files = [tmp_path / "shards [1]" / name for name in ("a.bin", "b.bin")]
+    for file in files:
+        file.touch()
+    assert expand(tmp_path / "shards [1]" / "*.bin") == files
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "[1]", "a\\b", "\udce9", "{x}%s"])
+def test_a_folder_gets_a_name_that_libraries_can_take(name, tmp_path):
+    folder = tmp_path / name
+    folder.mkdir()
+    with plainly_named(folder) as plain:
+        assert not set("[]\\\udce9") & set(str(plain))
+        (plain / "file").touch()
+    assert (folder / "file").exists() and plain.exists() == (plain == folder)
 
 
 @pytest.mark.parametrize("pattern", ["no-such-*", "no-such-file", "a\0*", "[", "~\0", ""])

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from senano_jax.data.bpe import load_bpe
+from senano_jax.data.bpe import encode_all, load_bpe
 from senano_jax.data.shards import find_shards, open_shard
 from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.errors import UserError
@@ -141,6 +141,7 @@ def test_too_few_documents_for_a_validation_shard_are_told(tokenize, tmp_path):
     result = tokenize(write_jsonl(tmp_path / "d.jsonl", ["a", "b"]))
     assert result.returncode == 0, result.stderr
     assert "no validation shard: one document in 100" in result.stdout
+    assert "raise --val-fraction to 0.5 or more" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -193,6 +194,77 @@ def test_old_shards_are_never_mixed_with_new_ones(tokenize, tmp_path):
     assert tokenize(path).returncode == 0
     assert_one_line_error(tokenize(path), "n_train_000001.bin is already there", "--name")
     assert tokenize(path, name="m").returncode == 0
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_text_is_decoded_and_its_byte_order_mark_no_part_of_it(tokenize, tables, tmp_path, encoding):
+    (tmp_path / "a.txt").write_text("hello é", encoding=encoding)
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in ("日本", "\ufeffworld"))
+    (tmp_path / "b.jsonl").write_text(lines, encoding=encoding)
+    result = tokenize(tmp_path / "a.txt", tmp_path / "b.jsonl", "--val-fraction", "0")
+    assert result.returncode == 0, result.stderr
+    assert documents_in(tmp_path, "n_train_*.bin", tables) == ["hello é", "日本", "world"]
+
+
+def test_a_million_spaces_are_encoded_in_pieces(tables):
+    """As tiktoken encodes fewer at once, which fails on a million."""
+    encoding = load_bpe(tables)
+    for text in (f"a{' ' * 100_000} world{' ' * 250_000}", f"a{' ' * 100_000}world", "\n" * 150_000 + " he"):
+        (tokens,) = encode_all(encoding, [text], ["text"])
+        assert tokens == encoding.encode_ordinary(text)
+    long = " " * 1_000_000
+    texts = [f"a{long}world", "", "hello", long]
+    encoded = encode_all(encoding, texts, list("abcd"))
+    assert [encoding.decode(tokens) for tokens in encoded] == texts
+
+
+def test_a_text_that_tiktoken_fails_on_is_named():
+    class PanicException(BaseException):
+        """As Rust code raises it: no Exception."""
+
+    class Panics:
+        def encode_ordinary(self, text):
+            if text == "bad":
+                raise PanicException("stack\noverflow")
+            return [1]
+
+        def encode_ordinary_batch(self, texts, num_threads):
+            return [self.encode_ordinary(text) for text in texts]
+
+    with pytest.raises(UserError, match=r"b\.jsonl, line 2: tiktoken fails on these 3 characters \(stack overflow\)"):
+        encode_all(Panics(), ["good", "bad"], ["b.jsonl, line 1", "b.jsonl, line 2"])
+
+
+def test_what_fails_late_leaves_no_shard(tokenize, tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", ["hello"] * 500)
+    with path.open("a") as file:
+        file.write('{"text": null}\n')
+    assert_one_line_error(
+        tokenize(path, "--shard-tokens", "10"), "line 501 has no text in 'text' but null: mend or delete"
+    )
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_single_document_is_cut_for_validation(tokenize, tables, tmp_path):
+    text = "".join(f"{k} hello world\n" for k in range(1000))
+    (tmp_path / "input.txt").write_text(text)
+    result = tokenize(tmp_path / "input.txt")
+    assert result.returncode == 0, result.stderr
+    (train,), (val,) = (documents_in(tmp_path, f"n_{split}_*.bin", tables) for split in ("train", "val"))
+    assert train + val == text
+    assert 0.009 < len(val) / len(text) < 0.011
+
+
+def test_names_and_globs_are_taken_as_they_are(tokenize, tables, tmp_path, monkeypatch):
+    """No name is a format; a quoted glob, and `~`, reach the script as they were typed."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "in [1]").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "in [1]" / name).write_text(name)
+    result = tokenize("~/in [1]/*.txt", "--val-fraction", "0", name="{x}%s")
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["{x}%s_train_000001.bin"]
+    assert documents_in(tmp_path, "{x}%s_train_*.bin", tables) == ["a.txt", "b.txt"]
 
 
 def test_without_tables_or_network_the_remedy_is_told(monkeypatch, tmp_path):

@@ -64,11 +64,18 @@ def test_names_are_those_of_the_program():
     assert len(set(torch_names(MODEL.config).values())) == len(jax.tree.leaves(abstract_params(MODEL)))
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-@pytest.mark.parametrize("wrap", [lambda tensors: tensors, lambda tensors: {"step": 7, "code": "", "model": tensors}])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tensors: tensors,
+        lambda tensors: {"step": 7, "code": "", "model": tensors},
+        lambda tensors: {"epoch": 7, "model_state_dict": tensors},
+    ],
+)
 def test_a_saved_model_comes_back(tmp_path, prefix, wrap):
-    """Compiled or not, alone or under the key `model`: the same bits, matrices transposed, in the layer they belong to
-    and in the model's types."""
+    """Compiled or distributed or neither, alone or under a usual key: the same bits, matrices transposed, in the
+    layer they belong to and in the model's types."""
     tensors = state_dict()
     path = save(tmp_path / "state.pt", wrap({prefix + name: tensor for name, tensor in tensors.items()}))
     params = load(path)
@@ -234,7 +241,9 @@ def test_a_truncated_file_is_refused(tmp_path, share):
     save(whole, state_dict())
     content = whole.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    assert f"{path} cannot be read as a PyTorch checkpoint" in refusal(read_torch_checkpoint, str(path))
+    reason = refusal(read_torch_checkpoint, str(path))
+    assert f"{path} cannot be read as a PyTorch checkpoint" in reason
+    assert f": it is {'cut short' if share else 'empty'}; copy or save it again" in reason
 
 
 def test_an_absent_file_is_named(tmp_path):
@@ -253,6 +262,7 @@ def test_an_absent_file_is_named(tmp_path):
         ({"a": torch.zeros(3, dtype=torch.int32)}, "entry 'a'"),
         ({3: torch.zeros(3)}, "entry 3"),
         ({"model": {"a": "text"}}, "entry 'a'"),
+        ({"epoch": 1, "net": {"a": torch.zeros(3)}}, "dictionaries under 'net', none of them under 'model', "),
     ],
     ids=str,
 )

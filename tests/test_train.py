@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from tiny import tiny_gpt2
 
 from senano_jax import evaluate, train
+from senano_jax import sample as sample_command
 from senano_jax.config_file import read_config
 from senano_jax.data import sample
 from senano_jax.data.shards import open_shard, write_shard
@@ -27,7 +29,7 @@ from senano_jax.runlog.reader import read_log
 from senano_jax.training.checkpoint import Checkpoints, load_params
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import make_mesh
-from senano_jax.training.weights import load_weights
+from senano_jax.training.weights import is_torch_file, load_weights
 
 EXPORT = Path(__file__).parents[1] / "scripts" / "export_torch.py"
 
@@ -209,10 +211,54 @@ def test_an_exported_checkpoint_evaluates_to_the_loss_of_the_run(run_dir, tmp_pa
     assert records(started)[1][0]["val_loss"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_weights_are_known_by_what_lies_there(run_dir, tmp_path, monkeypatch):
+    """Not by the end of their name. What cannot be weights is refused for what it is, before shards are looked for."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").symlink_to(run_dir)
+    assert not is_torch_file("~/run")
+    for name in ("weights.pth", "weights.bin", "weights"):
+        (tmp_path / name).touch()
+        assert is_torch_file(f"~/{name}")
+    wrong = {
+        tmp_path / "typo": "nothing has this name; check it",
+        tmp_path: "it has no config.json; give the folder that the run made",
+        run_dir / "checkpoints" / "4": f"but a checkpoint in one; give {run_dir} (with --step 4)",
+        run_dir / "metrics.jsonl": f"but a file in one; give {run_dir}",
+    }
+    for path, reason in wrong.items():
+        for command in (
+            evaluate.main,
+            sample_command.main,
+            lambda words: train.main([*PLAIN, f"--init-from={words[0]}"]),
+        ):
+            with pytest.raises(UserError) as caught:
+                command([str(path)])
+            start = f"{path} is neither a PyTorch checkpoint (.pt) nor the folder of a run"
+            assert str(caught.value).startswith(start) and reason in str(caught.value)
+
+
+def test_paths_may_begin_at_home_and_have_brackets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards [1]").mkdir()
+    shutil.copy(sample.TRAIN, tmp_path / "shards [1]" / "a[b].bin")
+    flags = ["--data.train-files=~/shards [1]/a[b].bin", "--val-every=0", "--run-dir=~/runs/[one] {x}%20#?"]
+    run = train.main([*PLAIN, *flags, "--compilation-cache=~/xla"])
+    assert run == tmp_path / "runs" / "[one] {x}%20#?" and not (tmp_path / "~").exists()
+    again = train.main(["--run-dir=~/runs/[one] {x}%20#?", "--resume"])
+    assert again == run
+    loss = evaluate.main(["~/runs/[one] {x}%20#?", "--data.val-files", sample.VAL])
+    assert loss == pytest.approx(records(run)[1][-1]["val_loss"], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nonsense"], "unknown preset 'nonsense'; choose one of"),
+        (["--steps", "4", "demo"], "the preset comes first: python -m senano_jax.train demo --steps 4"),
+        (["--tensorboard", "demo"], "the preset comes first: python -m senano_jax.train demo --tensorboard"),
+        ([".", "--resume"], ". is a path, not a preset; say with a flag what it is"),
+        (["--resume"], "--resume needs --run-dir"),
         (["demo", "--batch-tokens=5000"], "--batch-tokens 5000 is not a multiple of --seq-len 1024"),
         (["demo", "--data.train-files=/nowhere/*.bin"], "no shard matches '/nowhere/*.bin'"),
         (["demo", "--model.attention=flash", "--model.dim=24"], "heads whose width is a power of two from 16 up"),

@@ -27,8 +27,13 @@ def attend(
     """softmax(scale * q k^T) v, in which query i sees the keys intervals.key_start[i] <= j <= i.
 
     Scores, softmax and sums are float32 whatever the type of q, k and v; the result has q's type. T is a multiple of
-    128. `dense` needs O(T^2) memory and is the reference for the others; `auto` takes the fastest one that runs.
+    128, ValueError otherwise. `dense` needs O(T^2) memory and is the reference for the others; `auto` takes the fastest
+    one that runs.
     """
+    if q.shape[1] % BLOCK:
+        raise ValueError(
+            f"sequences of {q.shape[1]} tokens are not whole blocks of {BLOCK}; shorten them or fill them up"
+        )
     if implementation == "auto":
         implementation = "flash" if on_gpu() and triton.fits(q.shape[-1]) else "banded"
     attention = {"flash": flash_attention, "banded": banded_attention, "dense": dense_attention}[implementation]

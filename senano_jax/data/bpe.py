@@ -1,11 +1,15 @@
 """GPT-2's byte-pair encoding, run by tiktoken, from its own download or from a folder with the published tables."""
 
 import json
+import re
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.errors import UserError
+from senano_jax.files import expand_home
 
 if TYPE_CHECKING:
     import tiktoken
@@ -13,6 +17,9 @@ if TYPE_CHECKING:
 END_OF_TEXT_NAME = "<|endoftext|>"
 # Contractions, then words, numbers and other signs with the space before them, then the spaces that are left.
 _PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LONGEST_SPACE = 100_000  # characters that tiktoken's regular expression is given in a row; half a million overflow it
+# What Rust's \s and Python's have in common: Python's has the separators of ASCII too.
+_LONG_SPACE = re.compile(rf"[^\S\x1c-\x1f]{{{_LONGEST_SPACE + 1},}}")
 
 
 def load_bpe(folder: Path | None = None) -> "tiktoken.Encoding":
@@ -40,15 +47,67 @@ def load_bpe(folder: Path | None = None) -> "tiktoken.Encoding":
     )
 
 
+def encode_all(
+    encoding: "tiktoken.Encoding", texts: Sequence[str], names: Sequence[str], threads: int = 1
+) -> list[list[int]]:
+    """The tokens of each text, none of which is END_OF_TEXT.
+
+    White space of more than 100,000 characters is encoded piece by piece: where it is not of single tokens, they can
+    differ at the borders. Raises UserError with its name for a text that tiktoken fails on.
+    """
+    pieces = [list(_pieces(text)) for text in texts]
+    try:
+        encoded = iter(encoding.encode_ordinary_batch(list(chain.from_iterable(pieces)), num_threads=threads))
+    except BaseException as error:
+        if not _is_panic(error):
+            raise
+        for text, name in zip(texts, names):
+            _try_alone(encoding, text, name)
+        raise
+    return [list(chain.from_iterable(islice(encoded, len(of_text)))) for of_text in pieces]
+
+
+def _try_alone(encoding: "tiktoken.Encoding", text: str, name: str) -> None:
+    try:
+        for piece in _pieces(text):
+            encoding.encode_ordinary(piece)
+    except BaseException as error:
+        if not _is_panic(error):
+            raise
+        raise UserError(
+            f"{name}: tiktoken fails on these {len(text):,} characters ({' '.join(str(error).split())[:100]}); "
+            "shorten or leave them out"
+        ) from None
+
+
+def _is_panic(error: BaseException) -> bool:
+    """A failure of Rust code is no Exception, and its class cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """`text`, cut where the encoding has a border anyway, and long white space in pieces."""
+    done = 0
+    for space in _LONG_SPACE.finditer(text) if len(text) > _LONGEST_SPACE else ():
+        end = space.end() if space.end() == len(text) else space.end() - 1  # the last belongs to the word behind it
+        for border in (*range(space.start(), end, _LONGEST_SPACE), end):
+            if border > done:
+                yield text[done:border]
+                done = border
+    if done < len(text) or not text:
+        yield text[done:]
+
+
 def read_tables(folder: Path) -> dict[bytes, int]:
     """Token bytes to token number, which is also the order of merging, from the published tables in `folder`.
 
     Raises UserError if a table cannot be read or the two do not belong together.
     """
+    folder = expand_home(folder)
     encoder_path, merges_path = folder / "encoder.json", folder / "vocab.bpe"
     byte_of = {character: byte for byte, character in enumerate(_characters())}
     try:
-        numbers = json.loads(encoder_path.read_text(encoding="utf-8"))
+        numbers = json.loads(encoder_path.read_text(encoding="utf-8-sig"))
         merges = merges_path.read_text(encoding="utf-8").split("\n")[1:]  # after the version
         if numbers.pop(END_OF_TEXT_NAME) != END_OF_TEXT:
             raise ValueError(f"{END_OF_TEXT_NAME} is not {END_OF_TEXT}")

@@ -5,7 +5,6 @@ the tokens, little-endian uint16. It is the format of the published FineWeb shar
 """
 
 import contextlib
-import glob
 import os
 import stat
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from jaxtyping import UInt16
 
 from senano_jax.data.vocabulary import VOCAB_SIZE
 from senano_jax.errors import UserError
-from senano_jax.files import write_atomically
+from senano_jax.files import expand, expand_home, write_atomically
 
 MAGIC = 20240520
 VERSION = 1
@@ -34,16 +33,13 @@ def find_shards(pattern: str) -> list[Path]:
 
     Raises UserError where nothing matches.
     """
-    try:
-        paths = sorted(glob.glob(pattern, recursive=True))
-    except ValueError:  # a zero byte
-        paths = []
-    if not paths:
-        raise UserError(
-            f"no shard matches {pattern!r}: fetch FineWeb with `python scripts/download_fineweb.py`, "
-            "or point --data.train-files and --data.val-files at shards you have"
-        )
-    return [Path(path) for path in paths]
+    if paths := expand(pattern):
+        return paths
+    there = next((folder for folder in expand_home(pattern).parents if os.path.lexists(folder)), Path("."))
+    raise UserError(
+        f"no shard matches {pattern!r}: check the name (there is a folder {there}), fetch FineWeb with "
+        "`python scripts/download_fineweb.py`, or point --data.train-files and --data.val-files at shards you have"
+    )
 
 
 def open_shard(path: str | os.PathLike) -> np.memmap:

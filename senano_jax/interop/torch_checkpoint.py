@@ -15,7 +15,7 @@ import numpy as np
 
 from senano_jax.config import Gpt2Config, ModelConfig
 from senano_jax.errors import UserError
-from senano_jax.files import write_atomically
+from senano_jax.files import expand_home, write_atomically
 
 _TOP_LEVEL = {
     "embed.weight": ("embedding",),
@@ -37,6 +37,8 @@ _OF_GPT2_BLOCK = {
     "mlp.c_fc": ("mlp", "up"),
     "mlp.c_proj": ("mlp", "down"),
 }
+_WRAPPERS = re.compile(r"^((_orig_mod|module|transformer)\.)+")
+_STATE_DICTS = ("model", "model_state_dict", "state_dict")  # keys that training programs keep theirs under
 TRANSPOSED = ("head", "qkv", "out", "up", "down", "kernel")  # ends of the paths of matrices
 
 
@@ -93,8 +95,8 @@ def from_torch(arrays: Mapping[str, np.ndarray], config: ModelConfig | Gpt2Confi
     """Our parameter tree from PyTorch-named arrays.
 
     Args:
-      arrays: by PyTorch name, with or without the `_orig_mod.` prefix of a compiled module; those of GPT-2 also with
-        a prefix `transformer.`, and with its head, which must be its embedding.
+      arrays: by PyTorch name, with or without the prefixes of a compiled (`_orig_mod.`) or distributed (`module.`)
+        module; those of GPT-2 also with a prefix `transformer.`, and with its head, which must be its embedding.
       config: the model the arrays must fit.
       abstract_params: its parameter tree of shapes and dtypes, as `jax.eval_shape` gives it.
       source: where the arrays come from, for messages.
@@ -102,7 +104,7 @@ def from_torch(arrays: Mapping[str, np.ndarray], config: ModelConfig | Gpt2Confi
     Returns: a tree like `abstract_params`, of NumPy arrays.
     Raises: UserError naming the tensors that are missing, left over or of another shape.
     """
-    arrays = {name.removeprefix("_orig_mod.").removeprefix("transformer."): array for name, array in arrays.items()}
+    arrays = {_WRAPPERS.sub("", name): array for name, array in arrays.items()}
     head = arrays.pop("lm_head.weight", None) if isinstance(config, Gpt2Config) else None
     if head is not None and not np.array_equal(head, arrays.get("wte.weight")):
         raise UserError(f"{source}: lm_head.weight differs from wte.weight; this model has one table for both")
@@ -133,14 +135,22 @@ def to_torch(params, config: ModelConfig | Gpt2Config) -> dict[str, np.ndarray]:
 
 
 def read_torch_checkpoint(path: str) -> dict[str, np.ndarray]:
-    """Tensors of a .pt file by name: a state dict, or one under the key `model`. Never unpickles objects.
+    """Tensors of a .pt file by name: a state dict, or one under a key of _STATE_DICTS. Never unpickles objects.
 
     bfloat16 tensors come back as float32 (NumPy has no such type), which loses nothing.
     Raises: UserError if torch is not installed, or the file is absent, unreadable or of another kind.
     """
+    given, path = path, str(expand_home(path))
     try:
         if not Path(path).is_file():
-            raise UserError(f"{path} is not a file; give a PyTorch checkpoint (.pt)")
+            raise UserError(f"{given} is not a file; give a PyTorch checkpoint (.pt)")
+        with open(path, "rb") as file:
+            begins = file.read(2)
+        if not begins or (begins == b"PK" and not zipfile.is_zipfile(path)):
+            raise UserError(
+                f"{path} cannot be read as a PyTorch checkpoint: it is {'cut short' if begins else 'empty'}; "
+                "copy or save it again"
+            )
     except (OSError, ValueError) as error:  # a name that is too long, or is none
         raise UserError(f"{path[:200]!r} is not a file ({error}); give a PyTorch checkpoint (.pt)") from None
     try:
@@ -155,10 +165,15 @@ def read_torch_checkpoint(path: str) -> dict[str, np.ndarray]:
     except Exception as error:  # torch raises half a dozen kinds for a damaged or unsafe file
         reason = re.sub(r"\s+", " ", str(error)).split(". ")[0][:150]
         raise UserError(f"{path} cannot be read as a PyTorch checkpoint of plain tensors: {reason}") from None
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        content = content["model"]
+    if isinstance(content, dict):
+        content = next((content[key] for key in _STATE_DICTS if isinstance(content.get(key), dict)), content)
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} holds no state dict (a dictionary of tensors, or one under the key 'model')")
+    if inner := [key for key, value in content.items() if isinstance(value, dict) and value]:
+        raise UserError(
+            f"{path} has dictionaries under {', '.join(map(_quoted, inner[:3]))}, none of them under "
+            f"{', '.join(map(repr, _STATE_DICTS))}; save the state dict alone, or under 'model'"
+        )
     arrays, expected_bytes = {}, 0
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():

@@ -1,5 +1,6 @@
 """The PyTorch project's own training file, changed in a few lines so that it can be run beside this program."""
 
+import glob
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from senano_jax.errors import UserError
+from senano_jax.files import expand_home
 
 LAST_LINES = 60  # shown of a run that failed; torchrun adds about 34 to the program's own
 
@@ -87,7 +89,9 @@ def patched_program(repository: Path, to_apply: Sequence[Patch]) -> str:
 def output_of(command: Sequence[str | Path], folder: str | Path, what: str) -> str:
     """What a program prints, run in `folder`. Raises UserError with the last lines of one that fails."""
     try:
-        done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+        )
     except OSError as error:
         raise UserError(f"{what}: {command[0]} cannot be started ({error.strerror or error})") from None
     if done.returncode:
@@ -97,6 +101,12 @@ def output_of(command: Sequence[str | Path], folder: str | Path, what: str) -> s
 
 def last_lines(output: str) -> str:
     return "\n".join(output.splitlines()[-LAST_LINES:])
+
+
+def absolute_glob(pattern: str) -> str:
+    """What the PyTorch program, to which every path is a glob, must be given to read what `find_shards` reads."""
+    path = os.path.abspath(expand_home(pattern))
+    return glob.escape(path) if os.path.lexists(path) else path
 
 
 def from_anywhere(python: str) -> str:

@@ -97,7 +97,7 @@ class RunFolder:
 
     def _open(self, metrics: int, log: int) -> None:
         for name, filename, size in (("metrics", "metrics.jsonl", metrics), ("log", "log.txt", log)):
-            file = (self.path / filename).open("a", buffering=1)
+            file = (self.path / filename).open("a", buffering=1, encoding="utf-8")
             self._files[name] = file
             if os.fstat(file.fileno()).st_size < size:
                 raise UserError(f"{self.path / filename} is shorter than when the checkpoint was saved; restore it")

@@ -19,7 +19,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
-from senano_jax.files import write_atomically
+from senano_jax.files import plainly_named, write_atomically
 from senano_jax.model.build import Params, abstract_params, make_model
 from senano_jax.training.mesh import replicated
 from senano_jax.training.processes import of_first_process, together
@@ -64,8 +64,10 @@ class Checkpoints:
                 if jax.process_index() == 0:
                     folder.mkdir(parents=True, exist_ok=True)
                     _drop_damaged_losses(folder)
+        self._stack = contextlib.ExitStack()
         with _one_line_errors(folder):
-            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+            self._orbax_folder = self._stack.enter_context(plainly_named(folder))
+            self._manager = ocp.CheckpointManager(self._orbax_folder, options=options)
         # Reads without waiting for the other processes: one that cannot read must still be able to say so.
         alone = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(), active_processes={jax.process_index()}
@@ -169,8 +171,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
-        self._reader.close()
-        self._guarded(self._manager.close)
+        with self._stack:
+            self._reader.close()
+            self._guarded(self._manager.close)
 
     def _unread(self, step: int) -> Path:
         names = itertools.chain([f"unread-{step}"], (f"unread-{step}-{n}" for n in itertools.count(2)))
@@ -179,7 +182,7 @@ class Checkpoints:
     def _read(self, step: int, **items) -> Any:
         self._guarded(self._manager.wait_until_finished)
         try:
-            return self._reader.restore((self._folder / str(step)).absolute(), args=ocp.args.Composite(**items))
+            return self._reader.restore(self._orbax_folder / str(step), args=ocp.args.Composite(**items))
         except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
             raise UserError(f"checkpoint {step} in {self._folder} cannot be read: {_short(error)}") from None
 

@@ -13,6 +13,7 @@ from senano_jax.data.identity import needed_shards
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import TokenStream, require_tokens
 from senano_jax.errors import UserError
+from senano_jax.files import expand_home
 from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import count_parameters
 from senano_jax.output import lasting_output
@@ -120,7 +121,7 @@ def _checked(config: Config) -> tuple[Sinks, list[Path]]:
     with together():
         check_config(config)
         if config.resume is not None:
-            check_same_run(config, Path(config.run_dir))
+            check_same_run(config, expand_home(config.run_dir))
         sinks = Sinks(config)
         plan, pattern = Plan(config), config.data.train_files
         shards = find_shards(pattern)

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from senano_jax.config import Config, settings
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
+from senano_jax.files import expand_home
 from senano_jax.model.build import count_parameters
 from senano_jax.runlog.data_record import DataRecord
 from senano_jax.runlog.writer import RunFolder, new_run_dir
@@ -53,7 +54,7 @@ class OpenRun(NamedTuple):
 def open_run(config: Config, preset: str, shards: Mapping[str, Sequence[Path]]) -> Iterator[OpenRun]:
     """For a run that reads these `shards` of each part. Raises UserError if its folder is in use, cannot be written, or
     holds a run that `config` does not resume."""
-    run = RunFolder(Path(config.run_dir or new_run_dir(preset)))
+    run = RunFolder(expand_home(config.run_dir or new_run_dir(preset)))
     with contextlib.ExitStack() as stack:
         with together():
             stack.enter_context(run)

@@ -1,16 +1,17 @@
 """Weights from where a user keeps them: a PyTorch checkpoint or one of our runs."""
 
-from pathlib import Path
-
 import jax
 from jax.sharding import Mesh
 
 from senano_jax.config import Gpt2Config, ModelConfig
 from senano_jax.errors import UserError
+from senano_jax.files import expand_home
 from senano_jax.interop.torch_checkpoint import from_torch, read_torch_checkpoint
 from senano_jax.model.build import Params
 from senano_jax.training.checkpoint import load_params
 from senano_jax.training.mesh import replicated
+
+TORCH_SUFFIXES = (".pt", ".pth")
 
 
 def load_weights(
@@ -22,11 +23,30 @@ def load_weights(
     `abstract` is the parameter tree they must fit; `step` chooses a checkpoint of a run in place of its newest one.
     Raises UserError if they cannot be read or do not fit.
     """
-    if source.endswith(".pt"):
+    if is_torch_file(source):
         if step is not None:
             raise UserError(f"--step {step} chooses a checkpoint of a run, but {source} holds one state; drop it")
         params = from_torch(read_torch_checkpoint(source), config, abstract, source)
         return jax.device_put(params, replicated(mesh)), None
-    if not Path(source).is_dir():
-        raise UserError(f"{source} is neither a PyTorch checkpoint (.pt) nor the folder of a run")
-    return load_params(Path(source), abstract, mesh, step)
+    return load_params(expand_home(source), abstract, mesh, step)
+
+
+def is_torch_file(source: str) -> bool:
+    """Whether `source` is a PyTorch checkpoint and not the folder of a run, which it is else.
+
+    Raises UserError, with what it is and what to give in its place, if it cannot be either.
+    """
+    path, neither = expand_home(source), f"{source} is neither a PyTorch checkpoint (.pt) nor the folder of a run"
+    if path.suffix in TORCH_SUFFIXES and not path.is_dir():
+        return True  # or will be refused as one
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        raise UserError(f"{neither}, but a checkpoint in one; give {path.parents[1]} (with --step {path.name})")
+    if path.is_file():
+        if (path.parent / "config.json").is_file():
+            raise UserError(f"{neither}, but a file in one; give {path.parent}")
+        return True
+    if not path.exists():
+        raise UserError(f"{neither}: nothing has this name; check it")
+    if not (path / "config.json").is_file():
+        raise UserError(f"{neither}: it has no config.json; give the folder that the run made, such as logs/<run-id>")
+    return False
