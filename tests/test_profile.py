@@ -55,9 +55,10 @@ def profiled(tmp_path_factory):
 
 
 def test_the_report_has_every_section(profiled):
-    output, _ = profiled
+    output, report = profiled
     for text in ("Compilation", "Arithmetic", "Memory", "back to back", "By window", "Evaluation", "Kernels by module"):
         assert text in output
+    assert not report["loss_is_fused"] and "Head and loss: left to XLA" in output  # as on any CPU
     assert "\x1b" not in output  # no colours where there is no terminal
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import jax
 
-from senano_jax.config import Config
+from senano_jax.config import Config, Gpt2Config
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import validation_sequences
 from senano_jax.errors import UserError
 from senano_jax.model.build import Params, count_parameters
+from senano_jax.model.loss import loss_is_fused
+from senano_jax.plan import PlannedStage
 from senano_jax.profiling.compilation import (
     Compilation,
     ExecutedWork,
@@ -92,6 +94,7 @@ class Report:
     micro_batches: int
     tokens_per_step: int
     seq_len: int
+    loss_is_fused: bool  # one kernel makes log-sum-exp and gradient of the logits
     token_source: str
     compilation: Compilation
     executed: ExecutedWork
@@ -161,6 +164,7 @@ def measure(config: Config, scope: Scope, say: Callable[[str], None]) -> Report:
         micro_batches=micro_batches,
         tokens_per_step=stage.batch_tokens,
         seq_len=stage.seq_len,
+        loss_is_fused=_loss_is_fused(stage, stage.batch_tokens // mesh.size // micro_batches),
         token_source=feed.description,
         compilation=program.compilation,
         executed=executed_work(program.run),
@@ -176,6 +180,15 @@ def measure(config: Config, scope: Scope, say: Callable[[str], None]) -> Report:
         kernels=kernels,
         kernels_missing=kernels_missing,
     )
+
+
+def _loss_is_fused(stage: PlannedStage, tokens: int) -> bool:
+    """Of micro-batches of `tokens` tokens."""
+    model = stage.model
+    if isinstance(model, Gpt2Config):
+        return False
+    columns, weighted = model.padded_vocab_size, bool(stage.ahead)
+    return loss_is_fused(tokens, columns, model.cap, weighted=weighted, has_bias=model.logit_bias)
 
 
 def _time_evaluation(config: Config, wiring: Wiring, params: Params, window: int) -> Evaluation:

@@ -35,6 +35,11 @@ def remarks(report: Report) -> list[str]:
     ]
     if report.peak_flops is None:
         lines.append(f"MFU unknown: no bfloat16 peak for {report.device_kind}, or float32 activations.")
+    if not report.loss_is_fused:
+        lines.append(
+            "Head and loss: left to XLA, in several passes over the logits. The kernel that makes one of them takes a "
+            "GPU, a soft-cap, one target a token and no logit bias."
+        )
     if report.kernels is None:
         return [*lines, f"Kernel table not available: {report.kernels_missing}."]
     lines.append(
