@@ -220,8 +220,8 @@ def test_weights_are_known_by_what_lies_there(run_dir, tmp_path, monkeypatch):
         (tmp_path / name).touch()
         assert is_torch_file(f"~/{name}")
     wrong = {
-        tmp_path / "typo": "nothing has this name; check it",
-        tmp_path: "it has no config.json; give the folder that the run made",
+        tmp_path / "typo": "cannot be read (nothing is called ",
+        tmp_path: "config.json cannot be read (there is no such file); give the folder of a run",
         run_dir / "checkpoints" / "4": f"but a checkpoint in one; give {run_dir} (with --step 4)",
         run_dir / "metrics.jsonl": f"but a file in one; give {run_dir}",
     }

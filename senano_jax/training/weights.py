@@ -45,8 +45,9 @@ def is_torch_file(source: str) -> bool:
         if (path.parent / "config.json").is_file():
             raise UserError(f"{neither}, but a file in one; give {path.parent}")
         return True
-    if not path.exists():
-        raise UserError(f"{neither}: nothing has this name; check it")
     if not (path / "config.json").is_file():
-        raise UserError(f"{neither}: it has no config.json; give the folder that the run made, such as logs/<run-id>")
+        why = "there is no such file" if path.exists() else f"nothing is called {source}: check the name"
+        raise UserError(
+            f"{neither}: {path / 'config.json'} cannot be read ({why}); give the folder of a run, such as logs/<run-id>"
+        )
     return False
