@@ -16,7 +16,17 @@ from senano_jax.data import sample
 from senano_jax.errors import UserError
 from senano_jax.model.cap import SoftCap
 from senano_jax.model.schedule import Weighted
-from senano_jax.optim.config import AdamRule, Cooldown, Mixture, MuonRule, Ramp, Recipe, WarmupCosine
+from senano_jax.optim.config import (
+    AdamRule,
+    Cooldown,
+    LookAhead,
+    Mixture,
+    MuonRule,
+    Ramp,
+    Recipe,
+    TailAverage,
+    WarmupCosine,
+)
 
 
 def llmc() -> Config:
@@ -227,6 +237,20 @@ def multi_token() -> Config:
     return changed(strict(), {"stages": stages})
 
 
+def look_ahead() -> Config:
+    """Gradients ahead of the weights from a tenth to two thirds of the run: EMA-Nesterov (arXiv 2605.25395) with the
+    numbers of modded-nanogpt's slow track, result 46."""
+    ahead = LookAhead(distance=0.3, decay=0.99, start=300 / 2900, end=1950 / 2900)
+    return changed(mixed_momentum(), {"optimizer.look_ahead": ahead})
+
+
+def tail_average() -> Config:
+    """The weights of the end of the run are blended with their average, but for the embeddings: modded-nanogpt's slow
+    track, result 46."""
+    average = TailAverage(start=2400 / 2900, horizon=150 / 2900, share=0.6, groups=("matrices", "head", "scalars"))
+    return changed(look_ahead(), {"optimizer.average": average})
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "recurrent": recurrent,
     "no-value-embeddings": no_value_embeddings,
@@ -241,6 +265,8 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "long-cooldown": long_cooldown,
     "rare-adam": rare_adam,
     "mixed-momentum": mixed_momentum,
+    "look-ahead": look_ahead,
+    "tail-average": tail_average,
     "strict": strict,
     "head-gate": head_gate,
     "weighted": weighted,

@@ -122,6 +122,20 @@ class TailAverage:
 
 
 @dataclass(frozen=True)
+class LookAhead:
+    """Gradients are taken ahead of the weights, along a moving average of their steps (EMA-Nesterov)."""
+
+    distance: float
+    """How far ahead, in average steps, and so much each step is longer; it falls with the schedule of the rates."""
+    decay: float = field(metadata=_FROM_0_TO_1)
+    """Decay of the moving average."""
+    start: float = field(metadata=_FROM_0_TO_1)
+    """Part of the run after which it begins."""
+    end: float = field(metadata=_FROM_0_TO_1)
+    """Part of the run after which it ends."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A rule for each group of parameters (senano_jax/optim/groups.py) and what all groups share.
 
@@ -147,6 +161,8 @@ class Recipe:
     """Divide gradients by the tokens of the step; otherwise they are sums over them."""
     clip_norm: float | None = None
     """Gradients whose norm over all parameters is larger are scaled down to it; None: never."""
+    look_ahead: LookAhead | None = None
+    """Where gradients are taken; None: at the weights."""
     average: TailAverage | None = None
     """What is read out of the run; None: its last weights."""
 

@@ -14,6 +14,7 @@ from senano_jax.optim.average import with_tail_average
 from senano_jax.optim.config import AdamRule, MuonRule, Recipe
 from senano_jax.optim.decay import add_cautious_decay
 from senano_jax.optim.groups import GROUPS, parameter_group
+from senano_jax.optim.look_ahead import with_look_ahead
 from senano_jax.optim.momentum import mixed, nesterov
 from senano_jax.optim.muon import orthogonalized, scale_by_muon, step_factor
 from senano_jax.optim.newton_schulz import ITERATIONS
@@ -43,6 +44,9 @@ def make_optimizer(recipe: Recipe, steps: int, axis_name: str | None = None) -> 
     if recipe.average is not None:
         inner = make_optimizer(dataclasses.replace(recipe, average=None), steps, axis_name)
         return with_tail_average(inner, recipe.average, steps)
+    if recipe.look_ahead is not None:
+        inner = make_optimizer(dataclasses.replace(recipe, look_ahead=None), steps, axis_name)
+        return with_look_ahead(inner, recipe.look_ahead, recipe.schedule, steps)
     leaders = dict.fromkeys(recipe.leader(group) for group in GROUPS)
     rules = {_STATES.get(group, group): _rule(getattr(recipe, group), recipe, steps, axis_name) for group in leaders}
     before = []

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from senano_jax.model.build import Model, Params
+from senano_jax.optim.look_ahead import look_ahead
 from senano_jax.training.mesh import DATA_AXIS
 from senano_jax.training.state import TrainState, state_shardings
 
@@ -60,7 +61,9 @@ def make_train_step(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def local_step(state: TrainState, tokens_AST: Array, window_blocks: Array, loss_weights: Array | None, rate):
-        total = summed_gradients(model, state.params, tokens_AST, window_blocks, loss_weights, visits)
+        total = summed_gradients(
+            model, look_ahead(state.opt_state, state.params), tokens_AST, window_blocks, loss_weights, visits
+        )
         with jax.named_scope("reduce"):
             loss, gradients = jax.lax.psum(total, DATA_AXIS)
 
