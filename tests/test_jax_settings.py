@@ -19,6 +19,7 @@ SMALL = [
     "--data.val-seq-len=512", "--val-every=0", "--devices=1",
 ]  # fmt: skip
 OTHER_NUMBERS = {
+    "JAX_NUM_CPU_DEVICES": "8",  # as in this process: they share out the threads of a sum
     "JAX_ENABLE_X64": "1",
     "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
     "JAX_NUMPY_DTYPE_PROMOTION": "strict",
