@@ -2,7 +2,12 @@
 
 import pytest
 
+from senano_jax.config import changed
+from senano_jax.plan import Plan
+from senano_jax.presets import demo
 from senano_jax.runlog.progress import Progress
+
+PLAN = Plan(changed(demo(), {"steps": 4}))
 
 
 @pytest.fixture
@@ -20,7 +25,7 @@ def terminal(monkeypatch, capsys):
 def test_what_is_done_between_steps_is_said_at_once(terminal):
     """Also behind the last step, in place of a time that is left."""
     shown = terminal("xterm-256color")
-    with Progress(4) as progress:
+    with Progress(PLAN) as progress:
         assert "compiling" in shown()
         progress.step(2, 5.0, 100.0, "a plain line")
         progress.doing("evaluating")
@@ -33,7 +38,7 @@ def test_what_is_done_between_steps_is_said_at_once(terminal):
 
 def test_a_terminal_that_cannot_move_its_cursor_gets_lines(terminal):
     shown = terminal("dumb")
-    with Progress(4) as progress:
+    with Progress(PLAN) as progress:
         progress.step(1, 5.0, 100.0, "step:1/4 loss:5.0000")
         progress.doing("evaluating")
     assert shown() == "step:1/4 loss:5.0000\n"
