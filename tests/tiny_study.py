@@ -1,5 +1,6 @@
 """A study of tiny runs, and scripts/ablate.py as a process."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,10 @@ class Command:
 
     def __call__(self, *arguments):
         command = [sys.executable, str(SCRIPTS / "ablate.py"), *map(str, arguments)]
-        self._processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}  # as here: sums depend on a device's threads
+        self._processes.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        )
         return self._processes[-1]
 
 
