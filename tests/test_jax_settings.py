@@ -32,7 +32,6 @@ OTHER_NUMBERS = {
     "JAX_DEBUG_INFS": "1",
     "JAX_TRANSFER_GUARD": "disallow",
     "JAX_ERROR_CHECKING_BEHAVIOR_NAN": "raise",
-    "JAX_NUM_CPU_DEVICES": "8",  # as in this process: the order of sums depends on a device's threads
 }
 
 
