@@ -291,8 +291,10 @@ def _in_use(folder: Path) -> bool:
 
 
 def _last_line(output: Path) -> str:
+    """That which tells why a job ended; what JAX adds below its tracebacks does not."""
     try:
         lines = output.read_text(errors="replace").split("\n")
     except OSError:
         return ""
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+    telling = (line.strip() for line in reversed(lines) if line.strip("- ") and "JAX_TRACEBACK_FILTERING" not in line)
+    return next(telling, "")[:300]
