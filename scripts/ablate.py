@@ -29,7 +29,7 @@ from senano_jax.config import changed
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import require_tokens
 from senano_jax.errors import UserError, one_line_errors
-from senano_jax.files import check_output_file, write_atomically
+from senano_jax.files import check_output_file, expand_home, write_atomically
 from senano_jax.plan import Plan
 from senano_jax.runlog.plots import plot_image
 from senano_jax.runlog.statistics import Sample
@@ -89,12 +89,15 @@ def table(args: argparse.Namespace, study: Study, root: Path) -> None:
     """Prints the table, and writes it into a document and as JSON where these are named."""
     for flag, path in (("--write", args.write), ("--json", args.json)):
         check_output_file(flag, path)
+    try:
+        document = args.write.read_text(encoding="utf-8") if args.write and args.write.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--write {args.write} cannot be read ({error}); give a text in UTF-8") from None
     results = read_results(study, root)
     print_tables([report.table(study, results)], report.remarks(study, results))
     if args.json:
         write_atomically(args.json, report.to_json(study, results).encode())
     if args.write:
-        document = args.write.read_text(encoding="utf-8") if args.write.exists() else ""
         write_atomically(args.write, report.fill(document, study, results).encode())
 
 
@@ -137,24 +140,27 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("study", type=Path, help="file of the study")
+    shared.add_argument("study", type=expand_home, help="file of the study")
     shared.add_argument(
-        "--out", type=Path, default=Path("logs/ablations"), help="folder of the studies' folders (default: %(default)s)"
+        "--out",
+        type=expand_home,
+        default=Path("logs/ablations"),
+        help="folder of the studies' folders (default: %(default)s)",
     )
     runs = commands.add_parser("run", parents=[shared], help="train what is left")
     runs.add_argument("--gpus", type=positive, help="GPUs to use (default: all), or processes where there is none (1)")
     runs.add_argument("--only", metavar="NAME,...", help="variants to train (default: all)")
     runs.add_argument("--time-limit", type=positive, metavar="SECONDS", help="save and end after so long")
     runs.add_argument(
-        "--unpack-to", type=Path, metavar="DIR", help="folder for shards given as .bin.xz (default: theirs)"
+        "--unpack-to", type=expand_home, metavar="DIR", help="folder for shards given as .bin.xz (default: theirs)"
     )
     runs.add_argument("--retry", action="store_true", help="start failed runs again")
     commands.add_parser("status", parents=[shared], help="a line for each run")
     tables = commands.add_parser("table", parents=[shared], help="what is finished, beside the base")
-    tables.add_argument("--write", type=Path, metavar="FILE", help="Markdown document to write it into as well")
-    tables.add_argument("--json", type=Path, metavar="FILE", help="file for the figures, exact")
+    tables.add_argument("--write", type=expand_home, metavar="FILE", help="Markdown document to write it into as well")
+    tables.add_argument("--json", type=expand_home, metavar="FILE", help="file for the figures, exact")
     plots = commands.add_parser("plot", parents=[shared], help="curves, and differences to the base")
-    plots.add_argument("--image", type=Path, required=True, metavar="FILE", help="FILE.png or FILE.svg")
+    plots.add_argument("--image", type=expand_home, required=True, metavar="FILE", help="FILE.png or FILE.svg")
     return parser.parse_args()
 
 

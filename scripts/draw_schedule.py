@@ -1,5 +1,6 @@
 """Draws the layer schedule of the recurrent system: docs/schedule.svg, the picture in the README."""
 
+import argparse
 from pathlib import Path
 
 import matplotlib
@@ -62,7 +63,8 @@ def draw(layers: LayerSchedule, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     out = Path(__file__).parent.parent / "docs" / "schedule.svg"
-    draw(preset("recurrent").model.layers, out)
     with one_line_errors(prints_result=False):
+        draw(preset("recurrent").model.layers, out)
         print(out)

@@ -18,6 +18,9 @@ from pathlib import Path
 import numpy as np
 from bits_probe import SYSTEMS, Case, Measured, cases, measure
 
+from senano_jax.errors import one_line_errors
+from senano_jax.files import write_atomically
+
 FILE = Path(__file__).resolve().parents[1] / "tests" / "data" / "golden.json"
 
 Numbers = Mapping[str, Mapping[str, float]]  # by what they are, then by name
@@ -83,8 +86,9 @@ def main(argv: Sequence[str]) -> None:
         for what, (gap, where) in deviations(stored.get(name, {}), found[name]).items():
             print(f"{name}, {what}: {gap:.1e} ({where})", flush=True)
     if args.write:
-        FILE.write_text(json.dumps(found, indent=1) + "\n")
+        write_atomically(FILE, (json.dumps(found, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with one_line_errors():
+        main(sys.argv[1:])

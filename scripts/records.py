@@ -62,7 +62,10 @@ def main() -> None:
         if not readme.is_file():
             raise UserError(f"{readme}: no such file; give --root the folder of README.md and logs")
         for path in (readme, *sorted(root.glob("docs/*.md"))):
-            written = path.read_text()
+            try:
+                written = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{path} cannot be read ({error}); restore it") from None
             generated = fill_figures(written, root)
             if path == readme:
                 generated = fill(generated, root / "logs")

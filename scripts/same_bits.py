@@ -200,6 +200,8 @@ def main(argv: Sequence[str]) -> None:
     args.preset = args.preset or (["recurrent"] if args.full else list(SYSTEMS))
     with one_line_errors(), tempfile.TemporaryDirectory(prefix="same-bits-") as temporary:
         check_counts({"--devices": args.devices}, 1)
+        if args.devices > 2 and not args.full:
+            raise UserError(f"--devices {args.devices}: the small runs are spread over 1 or 2")
         folder = Path(temporary)
         base_tree = checked_out(args.base, folder)
         base = measure(base_tree, "base", args, folder)

@@ -66,7 +66,7 @@ class Stage:
     """Weights in the loss of the token 1, 2, ... ahead. Each is a pair: its value at the stage's first step, and that
     which it moves to, linearly, until the next stage. By default the next token counts alone, with weight 1."""
     visits: int | None = None
-    """Times the loop of the model is applied; as the model says by default."""
+    """Times that training applies the loop; as often as the model says by default, which evaluations always do."""
 
 
 @dataclass(frozen=True)

@@ -127,11 +127,14 @@ def _planned(config: Config) -> tuple[PlannedStage, ...]:
     planned, tokens = [], 0
     for index, stage in enumerate(stages):
         first, end = borders[index : index + 2]
-        model = config.model if stage.visits is None else changed(config.model, {"layers.visits": stage.visits})
+        visits = stage.visits
+        if isinstance(config.model, ModelConfig) and visits == config.model.layers.visits:
+            visits = None  # the same program as without
+        model = config.model if visits is None else changed(config.model, {"layers.visits": visits})
         batch_tokens = stage.batch_tokens or config.batch_tokens
         seq_len = stage.seq_len or config.seq_len
         planned.append(
-            PlannedStage(index, first, end, tokens, batch_tokens, seq_len, stage.rate, stage.ahead, stage.visits, model)
+            PlannedStage(index, first, end, tokens, batch_tokens, seq_len, stage.rate, stage.ahead, visits, model)
         )
         tokens += (end - first) * batch_tokens
     return tuple(planned)

@@ -1,4 +1,4 @@
-"""The systems of the record table, each as a difference from another."""
+"""The systems of the record table, and ideas for fewer tokens, each as a difference from another."""
 
 import dataclasses
 from collections.abc import Callable
@@ -198,7 +198,7 @@ def rare_adam() -> Config:
 
 def mixed_momentum() -> Config:
     """Muon's momentum as a mixture of a fast and a slow average from 31% of the run on: Bi-Maxwell, modded-nanogpt's
-    pull request 340."""
+    slow track."""
     mixture = Mixture(start=1000 / 3250, fast=0.85, slow=0.98, share=0.4385)
     return changed(rare_adam(), {"optimizer.matrices.mixture": mixture})
 
@@ -227,8 +227,8 @@ def shifted_cap() -> Config:
 
 
 def multi_token() -> Config:
-    """Each token also predicts the second and the third one ahead, from the same logits and ever less, in the first
-    and second third of the run, as in modded-nanogpt since 2025-12."""
+    """Each token also predicts the second one ahead in the first two thirds of the run, and the third one in the first
+    third, from the same logits and with falling weights, as in modded-nanogpt since 2025-12."""
     stages = (
         Stage(part=1, ahead=((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
         Stage(part=1, ahead=((1.0, 1.0), (0.5, 0.0))),

@@ -127,6 +127,8 @@ def _check(args: Arguments) -> None:
         if value is not None and value < 1:
             raise UserError(f"{flag} is {value}; it must be at least 1")
     stages = len(args.stages) or 1
+    if args.stage is not None and not args.stages:
+        raise UserError(f"--stage {args.stage}: the run has no stages; leave it out")
     if args.stage is not None and not 0 <= args.stage < stages:
         raise UserError(f"--stage is {args.stage}; the run has stages 0 to {stages - 1}")
     if args.warmup < 0:

@@ -1,4 +1,4 @@
-"""python -m senano_jax.train [PRESET] [flags]: trains one system of the record table, or a variation of it."""
+"""python -m senano_jax.train [PRESET] [flags]: trains a preset, or a variation of it."""
 
 import glob
 import itertools
@@ -19,11 +19,15 @@ from senano_jax.training.loop import train
 from senano_jax.training.processes import join_processes, leave_at_once_on_failure
 from senano_jax.training.stop import Stopped
 
-_SWITCHES = ("tensorboard", "wandb", "unroll", "evaluation")  # flags without a value, or ends of their names
+# Flags without a value, or ends of their names.
+_SWITCHES = (
+    "tensorboard", "wandb", "unroll", "evaluation", "head-gate", "logit-bias", "by-width", "cautious", "mean-gradients",
+)  # fmt: skip
 _DESCRIPTION = """Trains a preset, or a variation of it, on token shards and reports its validation loss.
 
 Presets: {presets}. Without one: recurrent if its shards are there, else demo.
-The defaults below are those of {name}.
+The defaults below are those of {name}. Parts that it does not have, such as stages or an average, take no flags: they
+come with a preset of their own.
 """
 
 
@@ -79,7 +83,7 @@ def take_preset(arguments: list[str], command: str) -> tuple[str | None, list[st
     first, flags = (arguments[0], arguments[1:]) if arguments else ("-", [])
     if first.startswith("-"):
         for before, word in itertools.pairwise(arguments):
-            is_value = before.startswith("--") and "=" not in before and before.rpartition("-")[2] not in _SWITCHES
+            is_value = before.startswith("--") and "=" not in before and not before.endswith(_SWITCHES)
             if word in PRESETS and not is_value:
                 others = [argument for argument in arguments if argument != word]
                 raise UserError(

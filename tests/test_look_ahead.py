@@ -70,3 +70,13 @@ def test_training_takes_its_gradient_there():
     assert abs(losses[0] - losses[1]) > 1e-3
     plain = make_optimizer(preset("recurrent").optimizer, 10)
     assert look_ahead(plain.init(before.params), before.params) is before.params
+
+
+def test_the_state_keeps_its_types():
+    """Or the second step of a run would be compiled anew."""
+    weights = {"matrix": jnp.ones((4, 4))}
+    optimizer = with_look_ahead(scale_by_rate(lambda step: 0.1), LookAhead(0.3, 0.9, 0.1, 0.9), SCHEDULE, 10)
+    state = optimizer.init(weights)
+    _, after = optimizer.update(weights, state, weights)
+    for before, now in zip(jax.tree.leaves(state), jax.tree.leaves(after)):
+        assert jax.typeof(now) == jax.typeof(before) and now.weak_type == before.weak_type

@@ -8,7 +8,8 @@ from ablation.results import Figures, Results, Saved, read_runs
 from ablation.study import Study
 from senano_jax.errors import UserError
 from senano_jax.runlog.comparison import Group
-from senano_jax.runlog.tables import Table, format_tokens, to_markdown
+from senano_jax.runlog.tables import Table, to_markdown
+from senano_jax.runlog.units import format_tokens
 
 COMMAND = "python scripts/ablate.py"
 
@@ -60,10 +61,21 @@ def markdown_block(study: Study, results: Results) -> str:
         f"Study `{study.name}`: {format_tokens(study.tokens)} tokens a run, complete schedules, preset "
         f"`{study.preset}`, base `{base}`{' on ' + ' and '.join(results.hardware) if results.hardware else ''}."
     )
+    common = f"All: {study.common}\n\n" if study.common else ""
     differences = [f"* `{variant.name}`: {variant.text or 'the preset'}" for variant in study.variants]
     notes = [f"{remark}\n" for remark in remarks(study, results)]
     return "\n".join(
-        [introduction, "", to_markdown(table(study, results)), "", "Differences:", "", *differences, "", *notes]
+        [
+            introduction,
+            "",
+            to_markdown(table(study, results)),
+            "",
+            f"{common}Differences:",
+            "",
+            *differences,
+            "",
+            *notes,
+        ]
     )
 
 

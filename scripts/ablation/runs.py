@@ -50,12 +50,23 @@ def finished_run(root: Path, job: Job) -> RunLog | None:
     try:
         run = read_log(root / job.name)
     except UserError:  # nothing evaluated yet, or a line cut in two, which it drops when it goes on
+        if _has_ended(root / job.name, job.config.steps):
+            raise  # damaged since
         return None
     return run if run.complete else None
 
 
+def _has_ended(folder: Path, steps: int) -> bool:
+    """Whether a line of metrics.jsonl is the evaluation after the last step."""
+    return any(record["step"] == steps and "val_loss" in record for record in _records(folder))
+
+
 def step_records(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl about training steps; none if there is no such file."""
+    return [record for record in _records(folder) if "loss" in record]
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
     if not (folder / "metrics.jsonl").exists():
         return []
     records = []
@@ -64,7 +75,7 @@ def step_records(folder: Path) -> list[dict[str, Any]]:
             record = json.loads(line.text)
         except (ValueError, RecursionError):  # being written
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int) and "loss" in record:
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
     return records
 

@@ -88,6 +88,8 @@ class Study:
     budgets: tuple[int, ...]
     """Those of the base, in order, `tokens` among them; empty if the study names none."""
     keep_weights: bool
+    common: str
+    """The differences of all variants from their preset, as the study gives them."""
     variants: tuple[Variant, ...]
     jobs: tuple[Job, ...]
 
@@ -137,6 +139,7 @@ def read_study(path: Path) -> Study:
         seeds=tuple(seeds),
         budgets=tuple(sorted({tokens, *budgets})) if budgets else (),
         keep_weights=document.get("keep_weights", False),
+        common="; ".join(_assignments(document.get("common", {}), "")),
         variants=tuple(Variant(name, _text(table)) for name, table in tables.items()),
         jobs=tuple(jobs),
     )

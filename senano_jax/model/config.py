@@ -63,7 +63,7 @@ class ModelConfig(TransformerConfig):
     at the end. 0: every layer mixes in the values of the first one instead."""
     unroll: bool = field(default=False, metadata={"free": True})
     """Unroll the scan over the loop's visits in the compiled program: faster on a GPU, slower to compile. The demo
-    alone leaves it, to compile sooner."""
+    leaves it, to compile sooner."""
     trunk: UNet | Weighted = field(default_factory=UNet)
     """How the residual stream runs through the layers."""
     mlp_widths: tuple[tuple[int, int], ...] = ()

@@ -29,7 +29,8 @@ def with_tail_average(
     `read_out` uses it.
     """
     optimizer = optax.with_extra_args_support(optimizer)
-    first, horizon = round(settings.start * steps), max(settings.horizon * steps, 1)
+    first = max(round(settings.start * steps), 1)  # not the weights of the state: a run may replace them at its start
+    horizon = max(settings.horizon * steps, 1)
 
     def of_groups(params):
         def keep(path, parameter):

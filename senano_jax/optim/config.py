@@ -104,7 +104,8 @@ class AdamRule:
     state: Literal["parameters", "float32"] = "parameters"
     """Type in which the moments are kept."""
     every: int = field(default=1, metadata={"least": 1})
-    """Steps between updates, which take the sum of the gradients since the last one."""
+    """Steps between updates, which take the sum of the gradients since the last one; what is left at the end of the run
+    is not used."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,11 @@ _FOLLOWS = {"tables": "embeddings", "gates": "scalars"}
 def check_optimizer(recipe: Recipe) -> None:
     """Raises UserError at the first value that cannot work."""
     _check(recipe, "--optimizer")
+    if recipe.look_ahead is not None and recipe.look_ahead.start >= recipe.look_ahead.end:
+        start, end = recipe.look_ahead.start, recipe.look_ahead.end
+        raise UserError(f"--optimizer.look-ahead.start {start} is not before --optimizer.look-ahead.end {end}")
+    if recipe.average is not None and not recipe.average.groups:
+        raise UserError(f"--optimizer.average.groups is empty; name some of {', '.join(GROUPS)}")
     for group in () if recipe.average is None else recipe.average.groups:
         if group not in GROUPS:
             raise UserError(f"--optimizer.average.groups names {group!r}; the groups are {', '.join(GROUPS)}")

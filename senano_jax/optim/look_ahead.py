@@ -28,8 +28,8 @@ def with_look_ahead(
         x <- y + optimizer(gradient at y)
         l <- decay l + (1 - decay) (x - x before)
 
-    k is `distance` times the schedule's factor of the step before, in the part of the run from `start` to `end`, else
-    0. The gradient must have been taken at `look_ahead(state, x)`; x are the weights to evaluate.
+    k is `distance` times the factor of the learning rates in the step before, from `start` to `end` of the run, else 0.
+    The gradient must have been taken at `look_ahead(state, x)`; x are the weights to evaluate.
     """
     optimizer = optax.with_extra_args_support(optimizer)
     first, end = round(settings.start * steps), round(settings.end * steps)
@@ -40,11 +40,12 @@ def with_look_ahead(
 
     def init(params):
         direction = optax.tree.zeros_like(params, dtype=jnp.float32)
-        return LookAheadState(jnp.zeros((), jnp.int32), distance(0), direction, optimizer.init(params))
+        count = jnp.zeros((), jnp.int32)
+        return LookAheadState(count, distance(count), direction, optimizer.init(params))
 
-    def update(gradients, state, params, **arguments):
+    def update(gradients, state, params, *, rate=None, **arguments):
         ahead = _moved(params, state)
-        updates, inner = optimizer.update(gradients, state.inner, ahead, **arguments)
+        updates, inner = optimizer.update(gradients, state.inner, ahead, rate=rate, **arguments)
         updates = jax.tree.map(
             lambda u, y, x: u + (y.astype(jnp.float32) - x.astype(jnp.float32)), updates, ahead, params
         )
@@ -56,7 +57,8 @@ def with_look_ahead(
             params,
         )
         count = state.count + 1
-        return updates, LookAheadState(count, distance(count), direction, inner)
+        following = distance(count) if rate is None else distance(count) * rate
+        return updates, LookAheadState(count, following, direction, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -34,13 +34,6 @@ class Spread:
         return cls(median, low, p10, p90, high, len(times), times)
 
 
-@dataclass(frozen=True)
-class StepTimes:
-    synchronised: Spread  # from a call to its finished result, nothing queued
-    pipelined: Spread  # from one finished step to the next, the next step always queued
-    host: Spread  # the host's part of a pipelined step: next batch, its transfer, the call
-
-
 class StepRunner:
     """Runs a compiled training step on batches of a feed and carries the donated state along. `inputs` are those of
     every step, but for the window."""

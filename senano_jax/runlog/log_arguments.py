@@ -30,7 +30,7 @@ class Source:
 def split_argument(argument: str) -> tuple[str | None, list[Source]]:
     """The name, if there is one, and the logs; `~` and globs are expanded, and a path that exists is a path, whatever
     signs it holds. Raises UserError for an argument that names no log."""
-    match = re.fullmatch(r"([^=/]+)=(.+)", argument, re.DOTALL)
+    match = re.fullmatch(r"([^=/]+)=(.*)", argument, re.DOTALL)
     if match is None or _exists(argument):
         return None, _sources(argument)
     name, logs = match[1].strip(), match[2]

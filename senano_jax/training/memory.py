@@ -16,9 +16,9 @@ from senano_jax.model.squared_relu import is_fused
 from senano_jax.plan import Plan, PlannedStage
 from senano_jax.training.state import TrainState, state_shardings
 
-# Bytes of activations a token needs for each position, unit of width and byte of the activations' type: XLA's
-# temporaries of the full-width step on an H200 (docs/performance.md), rounded up. GPT-2 has not been measured there;
-# compiled for a CPU its layers take as many as the others.
+# Bytes of activations a token needs for each application of a layer, unit of width and byte of the activations' type:
+# XLA's temporaries of the full-width step on an H200 (docs/performance.md), rounded up. GPT-2 has not been measured
+# there; compiled for a CPU its layers take as many as the others.
 ACTIVATION_FACTOR = {"none": 24, "attention": 8, "full": 7}
 
 

@@ -17,7 +17,7 @@ from senano_jax.training.state import TrainState, state_shardings
 
 
 class StepMetrics(NamedTuple):
-    loss: Float[Array, ""]  # mean over the step's tokens, before the update
+    loss: Float[Array, ""]  # a token, before the update; with weights, of all that is weighted
     grad_norm: Float[Array, ""]  # of the summed loss, over all parameters
 
 

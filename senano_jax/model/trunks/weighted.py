@@ -38,7 +38,7 @@ class WeightedLayer(Layer):
         Without attention its term is missing. What attention adds is not rounded into the stream.
         """
         dtype = context.x0.dtype
-        x_BTD, v_BTHK, y_BTD = x_BTD.astype(dtype), None, None
+        v_BTHK, y_BTD = None, None
         if self.has_attention:
             x_BTD, normed_BTD = norm_fork(x_BTD)
             y_BTD, v_BTHK = self.attend(normed_BTD, context, visit)
@@ -47,6 +47,11 @@ class WeightedLayer(Layer):
         x_BTD, normed_BTD = norm_fork(x_BTD, y_BTD)
         mlp_BTD = self.mlp(normed_BTD)
         return weighted_sum((weights.stream[1], x_BTD), (weights.added[1], mlp_BTD), dtype=jnp.float32), v_BTHK
+
+
+def apply_layer(layer: WeightedLayer, x: Float[Array, "B T D"], weights: Weights, context: Context, visit):
+    """The layer on a rounded stream: what `remat` keeps is its input."""
+    return layer(x.astype(context.x0.dtype), weights, context, visit)
 
 
 class LoopVisit(nn.Module):
@@ -65,7 +70,7 @@ class LoopVisit(nn.Module):
         layers = self.config.layers
         weights, visit = of_visit
         for j, layer in enumerate(range(layers.prelude, layers.prelude + layers.loop)):
-            x, _ = getattr(self, f"layer_{layer}")(x, _at(weights, j), context, visit)
+            x, _ = apply_layer(getattr(self, f"layer_{layer}"), x, _at(weights, j), context, visit)
         return x, None
 
 
@@ -99,13 +104,13 @@ class WeightedTrunk(nn.Module):
         weights = Weights(self.stream_weights, self.added_weights, self.x0_weights)
         x = context.x0.astype(jnp.float32)
         for layer in range(layers.prelude):
-            x, v = getattr(self, f"layer_{layer}")(x, _at(weights, layer), context, 0)
+            x, v = apply_layer(getattr(self, f"layer_{layer}"), x, _at(weights, layer), context, 0)
             if layer == 0 and not c.value_embeddings:
                 context = context._replace(first_v=v)
         if layers.loop:
             x = self._loop(x, weights, context, visits)
         for layer in range(layers.prelude + layers.loop, layers.layers):
-            x, _ = getattr(self, f"layer_{layer}")(x, _at(weights, layer - layers.layers), context, 0)
+            x, _ = apply_layer(getattr(self, f"layer_{layer}"), x, _at(weights, layer - layers.layers), context, 0)
         return x
 
     def _loop(self, x, weights: Weights, context: Context, visits: int):
