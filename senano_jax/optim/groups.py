@@ -10,7 +10,8 @@ GROUPS = {
     "scalars": r"(.*/)?(lambdas|value_residual|value_lambdas|(skip|stream)_weights|(logit_)?bias|scale)",
     "branches": r"(added|x0)_weights",
     "tables": r"value_embedding_\d+",
-    "gates": r"(.*/)?(\w*gate|exits_to_\w+/(inner|outer|offset))",
+    "gates": r"(.*/)?\w*gate",
+    "generators": r"exits_to_\w+/(inner|outer|offset)",
 }
 
 
