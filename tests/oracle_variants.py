@@ -3,13 +3,16 @@
 Gradients are checked by `slope`: the derivative along a direction, by central differences.
 """
 
+import math
+
 import numpy as np
 from oracles import norm, rotary, visible_pairs
 
 
-def loss(params, tokens, targets, window_blocks, loss_weights, *, layers, heads, cap) -> float:
+def loss(params, tokens, targets, window_blocks, loss_weights, *, layers, heads, cap, coda_reads_exit) -> float:
     """Summed over the tokens of one sequence; `loss_weights` are those of the tokens 1, 2, .. ahead, `layers` is
-    (prelude, loop, visits, coda) and `cap` (height, divisor, shift)."""
+    (prelude, loop, visits, coda) and `cap` (height, divisor, shift). With `coda_reads_exit` the attention of layers
+    after the loop reads the stream that left it."""
     prelude, loop, visits, coda = layers
     applications = [(params[f"layer_{n}"], n, 0) for n in range(prelude)]
     for visit in range(visits):
@@ -18,12 +21,18 @@ def loss(params, tokens, targets, window_blocks, loss_weights, *, layers, heads,
     applications += [(params[f"layer_{n}"], n, 0) for n in range(prelude + loop, last)]
 
     visible = [visible_pairs(tokens, window_blocks), visible_pairs(tokens, max(1, window_blocks // 2))]
-    x = x0 = norm(params["embedding"][tokens])
-    count, first_v, kept = len(applications), None, []
+    x = x0 = norm(params["embedding"][tokens] if "embedding" in params else params["head"].T[tokens])
+    count, first_v, kept, exits, read = len(applications), None, [], [x0], None
     for i, (layer, n, visit) in enumerate(applications):
         where = (first_v, visible[n % 2], heads, visit)
+        if (i - prelude) % loop == 0 and prelude <= i <= prelude + loop * visits:
+            exits.append(x)
+        if i == prelude + loop * visits:
+            if "exits_to_coda" in params:
+                x = x + blend(params["exits_to_coda"], x, exits[:-1])
+            read = norm(x) if coda_reads_exit else None
         if "stream_weights" in params:
-            y, v = attention(layer["attention"], norm(x), *where)
+            y, v = attention(layer["attention"], norm(x) if read is None else read, *where)
             stream, added = params["stream_weights"][i], params["added_weights"][i]
             x = stream[0] * x + added[0] * y + params["x0_weights"][i] * x0
             x = stream[1] * x + added[1] * mlp(layer["mlp"], x)
@@ -37,6 +46,8 @@ def loss(params, tokens, targets, window_blocks, loss_weights, *, layers, heads,
             kept.append(x)
         first_v = v if i == 0 else first_v
 
+    if "exits_to_head" in params:
+        x = x + blend(params["exits_to_head"], x, exits)
     height, divisor, shift = cap
     z = norm(x) @ params["head"] + params.get("logit_bias", 0)
     logits = height / (1 + np.exp(-(z + shift) / divisor))
@@ -62,6 +73,14 @@ def attention(w, x, first_v, visible, heads, visit):
         if "head_gate" in w:
             y[:, h] /= 1 + np.exp(-x[:, :12] @ w["head_gate"]["gate"][visit, h])[:, None]
     return y.reshape(x.shape) @ w["out"], v
+
+
+def blend(w, x, sources):
+    """The sum of earlier streams, weighted by what the tokens of x compute."""
+    hidden = x @ w["inner"]
+    hidden = hidden * (1 + np.vectorize(math.erf)(hidden / 2**0.5)) / 2
+    mu = 0.1 * (hidden @ w["outer"] + w["offset"])
+    return sum(mu[:, i, None] * source for i, source in enumerate(sources))
 
 
 def mlp(w, x):

@@ -169,7 +169,7 @@ LENGTH = 384
 READER = tiny_model(vocab_size=50257)
 READERS = {
     "skips": READER,
-    "weighted": tiny_model(vocab_size=50257, trunk=Weighted()),
+    "weighted": tiny_model(vocab_size=50257, trunk=Weighted(exits=True, coda_reads_exit=True)),
     "head gate": tiny_model(vocab_size=50257, head_gate=True),
 }
 

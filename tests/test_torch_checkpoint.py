@@ -131,9 +131,10 @@ def test_gpt2_may_bring_its_head_along():
 @pytest.mark.parametrize(
     ("change", "flag"),
     [
-        ({"trunk": Weighted()}, "--model.trunk is Weighted(growth=2.85), which"),
+        ({"trunk": Weighted()}, "--model.trunk is Weighted(growth=2.85, "),
         ({"mlp_widths": ((3, 64),)}, "--model.mlp-widths is ((3, 64),), which"),
         ({"cap": SoftCap(shift=5.0)}, "--model.cap is SoftCap("),
+        ({"tied": True}, "--model.tied is True, which"),
         ({"logit_bias": True}, "--model.logit-bias is True, which"),
         ({"head_gate": True}, "--model.head-gate is True, which"),
     ],

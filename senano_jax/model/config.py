@@ -70,6 +70,8 @@ class ModelConfig(TransformerConfig):
     """Layers whose MLP has another hidden width than the others: pairs of a layer and its width."""
     cap: SoftCap = field(default_factory=SoftCap)
     """From the head's products to logits."""
+    tied: bool = False
+    """The columns of the head are the tokens' embeddings too: one table, which the head's rule updates."""
     logit_bias: bool = False
     """Learn a number a column of the head that is added to its products before the cap."""
     head_gate: bool = False

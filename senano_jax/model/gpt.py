@@ -14,10 +14,12 @@ from senano_jax.model.rotary import rotary_tables
 from senano_jax.model.targets import targets_of
 from senano_jax.model.trunks import trunk_of
 
+TIED_DEVIATION = 0.005  # of a table that is both embedding and head, at the start; from modded-nanogpt
+
 
 class Gpt(nn.Module):
-    """Parameters: embedding and value_embedding_<i> [vocab, dim] in `dtype`; head [dim, padded vocab], logit_bias
-    [padded vocab] if there is one, and the trunk's, in float32.
+    """Parameters: embedding, unless it is the head, and value_embedding_<i> [vocab, dim] in `dtype`; head [dim, padded
+    vocab], logit_bias [padded vocab] if there is one, and the trunk's, in float32.
 
     Profiles tell the parts of a step by the names of `features` and of the layers' scopes (profiling/hlo.py).
     """
@@ -27,14 +29,14 @@ class Gpt(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embedding = self._table("embedding")
+        self.embedding = None if c.tied else self._table("embedding")
         self.value_tables = [self._table(f"value_embedding_{n}") for n in range(c.value_embeddings)]
-        self.head = self.param("head", nn.initializers.zeros, (c.dim, c.padded_vocab_size))
+        zeros, small = nn.initializers.zeros, nn.initializers.normal(TIED_DEVIATION)
+        self.head = self.param("head", small if c.tied else zeros, (c.dim, c.padded_vocab_size))
         self.trunk = trunk_of(c)
         nn.share_scope(self, self.trunk)
         # Drawn last: a parameter's initial weights depend on how many were drawn before it.
-        bias = nn.initializers.zeros
-        self.logit_bias = self.param("logit_bias", bias, (c.padded_vocab_size,)) if c.logit_bias else None
+        self.logit_bias = self.param("logit_bias", zeros, (c.padded_vocab_size,)) if c.logit_bias else None
 
     def _table(self, name: str) -> Float[Array, "vocab dim"]:
         def init(key):
@@ -83,7 +85,7 @@ class Gpt(nn.Module):
         inputs = inputs.astype(jnp.int32)
         starts = document_start(inputs)
         windows = {True: window_intervals(starts, window_blocks), False: window_intervals(starts, window_blocks // 2)}
-        x0 = norm(rows_of(self.embedding, inputs, self.dtype))
+        x0 = norm(rows_of(self.head.T if c.tied else self.embedding, inputs, self.dtype))
         heads = (*inputs.shape, c.num_heads, c.head_dim)
         values = tuple(rows_of(table, inputs, self.dtype).reshape(heads) for table in self.value_tables)
         context = Context(inputs, starts, x0, None, values, rotary_tables(inputs.shape[1], c.head_dim), windows)

@@ -81,6 +81,13 @@ class Weighted:
 
     growth: float = 2.85
     """Product of all weights of the stream at the start, those of both sublayers of every application."""
+    exits: bool = False
+    """After the loop and before the head, each token adds the embedding and the streams that entered the loop and left
+    each of its visits, with weights that it computes."""
+    backout: float = 0.0
+    """Share of the stream of the last visit but one that is taken away before the head at the start, with exits."""
+    coda_reads_exit: bool = False
+    """Attention after the loop reads the stream that left the loop, and not what layers after the loop made of it."""
 
     def check(self, layers: LayerSchedule) -> None:
         """Raises UserError at the first value that cannot work."""
@@ -89,3 +96,11 @@ class Weighted:
             check_counts({"--model.layers.visits": layers.visits}, least=1)
         if not 0 < self.growth < float("inf"):
             raise UserError(f"--model.trunk.growth is {self.growth}; use a number above 0")
+        for flag, value in {"exits": self.exits, "coda-reads-exit": self.coda_reads_exit}.items():
+            if value and not layers.loop:
+                raise UserError(f"--model.trunk.{flag} needs a loop, --model.layers.loop is 0; leave it out")
+        if self.backout and not (self.exits and layers.visits > 1):
+            raise UserError(
+                f"--model.trunk.backout is {self.backout}, but there is no last visit but one to take away; use "
+                "--model.trunk.exits and at least 2 --model.layers.visits"
+            )

@@ -19,6 +19,7 @@ from senano_jax.model.layer import Layer
 from senano_jax.model.norm_fork import norm_fork
 from senano_jax.model.remat import rematerialised
 from senano_jax.model.schedule import LayerSchedule
+from senano_jax.model.trunks.exits import Exits
 
 
 class Weights(NamedTuple):
@@ -32,16 +33,18 @@ class Weights(NamedTuple):
 class WeightedLayer(Layer):
     """x <- stream_0 x + added_0 attention(norm x) + x0 x_0, then x <- stream_1 x + added_1 mlp(norm x)."""
 
-    def __call__(self, x_BTD, weights: Weights, context: Context, visit: Int[Array, ""] | int):
+    def __call__(self, x_BTD, weights: Weights, context: Context, visit: Int[Array, ""] | int, read_BTD=None):
         """Returns the new residual stream, float32 and not rounded, and the values of the attention, None without one.
 
-        Without attention its term is missing. What attention adds is not rounded into the stream.
+        Without attention its term is missing. What attention adds is not rounded into the stream. Attention reads the
+        normalised stream or, if it is given, `read_BTD`.
         """
         dtype = context.x0.dtype
         v_BTHK, y_BTD = None, None
         if self.has_attention:
-            x_BTD, normed_BTD = norm_fork(x_BTD)
-            y_BTD, v_BTHK = self.attend(normed_BTD, context, visit)
+            if read_BTD is None:
+                x_BTD, read_BTD = norm_fork(x_BTD)
+            y_BTD, v_BTHK = self.attend(read_BTD, context, visit)
             y_BTD = weighted_sum((weights.added[0], y_BTD), dtype=dtype)
         x_BTD = weighted_sum((weights.stream[0], x_BTD), (weights.x0, context.x0), dtype=dtype)
         x_BTD, normed_BTD = norm_fork(x_BTD, y_BTD)
@@ -49,9 +52,9 @@ class WeightedLayer(Layer):
         return weighted_sum((weights.stream[1], x_BTD), (weights.added[1], mlp_BTD), dtype=jnp.float32), v_BTHK
 
 
-def apply_layer(layer: WeightedLayer, x: Float[Array, "B T D"], weights: Weights, context: Context, visit):
+def apply_layer(layer: WeightedLayer, x: Float[Array, "B T D"], weights: Weights, context: Context, visit, read=None):
     """The layer on a rounded stream: what `remat` keeps is its input."""
-    return layer(x.astype(context.x0.dtype), weights, context, visit)
+    return layer(x.astype(context.x0.dtype), weights, context, visit, read)
 
 
 class LoopVisit(nn.Module):
@@ -66,16 +69,20 @@ class LoopVisit(nn.Module):
             setattr(self, f"layer_{layer}", layer_class(c, layer))
 
     def __call__(self, x: Float[Array, "B T D"], of_visit: tuple[Weights, Int[Array, ""]], context: Context):
-        """`of_visit` is the weights, with a leading axis of the loop's layers, and the number of the visit."""
+        """`of_visit` is the weights, with a leading axis of the loop's layers, and the number of the visit.
+
+        Returns the new residual stream and, if later layers read it, the same rounded.
+        """
         layers = self.config.layers
         weights, visit = of_visit
         for j, layer in enumerate(range(layers.prelude, layers.prelude + layers.loop)):
             x, _ = apply_layer(getattr(self, f"layer_{layer}"), x, _at(weights, j), context, visit)
-        return x, None
+        return x, x.astype(context.x0.dtype) if self.config.trunk.exits else None
 
 
 class WeightedTrunk(nn.Module):
-    """Parameters, float32, by application: stream_weights [N, 2], added_weights [N, 2], x0_weights [N]; and the layers.
+    """Parameters, float32, by application: stream_weights [N, 2], added_weights [N, 2], x0_weights [N]; the layers; and
+    exits_to_coda and exits_to_head, if there are exits.
 
     Attention and MLP of one application have the two columns.
     """
@@ -94,6 +101,10 @@ class WeightedTrunk(nn.Module):
             setattr(self, f"layer_{layer}", layer_class(c, layer))
         if layers.loop:
             self.loop = LoopVisit(c)
+        if c.trunk.exits:
+            # Sources: the embedding, what entered the loop, and what left the visits but, for the coda, the last one.
+            self.exits_to_coda = Exits((0.0,) * (layers.visits + 1))
+            self.exits_to_head = Exits((*(0.0,) * layers.visits, -c.trunk.backout, 0.0))
 
     def __call__(self, context: Context, visits: int | None = None) -> Float[Array, "B T D"]:
         """The first `visits` visits of the loop, by default all. Raises ValueError for more than there are."""
@@ -107,13 +118,23 @@ class WeightedTrunk(nn.Module):
             x, v = apply_layer(getattr(self, f"layer_{layer}"), x, _at(weights, layer), context, 0)
             if layer == 0 and not c.value_embeddings:
                 context = context._replace(first_v=v)
+        read, sources = None, []
         if layers.loop:
-            x = self._loop(x, weights, context, visits)
+            sources = [context.x0, x.astype(context.x0.dtype)]
+            x, exits = self._loop(x, weights, context, visits)
+        if c.trunk.exits:
+            sources += [exits[n] for n in range(visits)]
+            x = self.exits_to_coda(sources[-1], sources[:-1])
+        if c.trunk.coda_reads_exit:
+            x, read = norm_fork(x.astype(context.x0.dtype))
         for layer in range(layers.prelude + layers.loop, layers.layers):
-            x, _ = apply_layer(getattr(self, f"layer_{layer}"), x, _at(weights, layer - layers.layers), context, 0)
-        return x
+            x, _ = apply_layer(
+                getattr(self, f"layer_{layer}"), x, _at(weights, layer - layers.layers), context, 0, read
+            )
+        return self.exits_to_head(x.astype(context.x0.dtype), sources) if c.trunk.exits else x
 
     def _loop(self, x, weights: Weights, context: Context, visits: int):
+        """The stream after the loop and, if later layers read them, those after all visits."""
         c, layers = self.config, self.config.layers
         end = layers.prelude + layers.loop * visits
         of_loop = jax.tree.map(lambda w: w[layers.prelude : end].reshape(visits, layers.loop, *w.shape[1:]), weights)
@@ -124,7 +145,7 @@ class WeightedTrunk(nn.Module):
             length=visits,
             unroll=visits if c.unroll else 1,
         )
-        return scan(self.loop, x, (of_loop, jnp.arange(visits)))[0]
+        return scan(self.loop, x, (of_loop, jnp.arange(visits)))
 
 
 def initial_added_weights(layers: LayerSchedule) -> Float[Array, "N 2"]:
