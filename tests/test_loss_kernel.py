@@ -1,30 +1,50 @@
 """The loss's kernel: on a CPU it runs interpreted, the same code as on a GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import relative_error
 
 from senano_jax.kernels.triton import RowLaunch
+from senano_jax.model import loss as loss_module
+from senano_jax.model.cap import Plain, SoftCap
+from senano_jax.model.loss import cross_entropy, loss_is_fused
 from senano_jax.model.loss_kernel import fits, logsumexp_and_gradient
+from senano_jax.model.targets import Targets, targets_of
 
 CAP, SLOPE = 30.0, 0.01
+WEIGHTS = np.float32([1, 0.5, 0.25])
+SHIFTED = SoftCap(height=23, divisor=7.5, shift=5, by_width=False)
 
 
 def inputs(tokens, logits, dtype):
     keys = jax.random.split(jax.random.key(0), 2)
     z = (300 * jax.random.normal(keys[0], (tokens, logits))).astype(dtype)
-    return z, jax.random.randint(keys[1], (tokens,), 0, logits)
+    return z, jax.random.randint(keys[1], (tokens, 1), 0, logits)
 
 
-def expected(z, targets, shift=0.0):
+def several(tokens, logits):
+    """Three targets, some of which coincide, their weights, some of which are 0, and a bias."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    targets = jax.random.randint(keys[0], (tokens, 3), 0, logits).at[::4, 2].set(logits - 1).at[::4, 1].set(logits - 1)
+    weights = jax.random.uniform(keys[1], (tokens, 3)).at[::3, 1].set(0).at[-1].set(0)
+    return targets, weights, 100 * jax.random.normal(keys[2], (logits,))
+
+
+def expected(z, targets, weights=None, bias=0.0, shift=0.0):
     """Float64 NumPy."""
-    z = np.asarray(z, np.float64) + shift
+    z = np.asarray(z, np.float64) + np.asarray(bias, np.float64) + shift
     sigmoid = 1 / (1 + np.exp(-SLOPE * z))
     exponentials = np.exp(CAP * sigmoid)
     total = exponentials.sum(-1, keepdims=True)
-    hit = np.asarray(targets)[:, None] == np.arange(z.shape[1])
-    return np.log(total)[:, 0], (exponentials / total - hit) * CAP * SLOPE * sigmoid * (1 - sigmoid)
+    weights = np.ones(targets.shape) if weights is None else np.asarray(weights, np.float64)
+    d_logits = weights.sum(-1, keepdims=True) * exponentials / total
+    for k in range(targets.shape[1]):
+        d_logits[np.arange(len(z)), np.asarray(targets[:, k])] -= weights[:, k]
+    return np.log(total)[:, 0], d_logits * CAP * SLOPE * sigmoid * (1 - sigmoid)
 
 
 def test_against_numpy():
@@ -38,14 +58,96 @@ def test_against_numpy():
 def test_a_shift_before_the_cap():
     z, targets = inputs(8, 384, jnp.float32)
     results = logsumexp_and_gradient(z, targets, cap=CAP, slope=SLOPE, shift=150.0, interpret=True)
-    for result, reference in zip(results, expected(z, targets, 150)):
+    for result, reference in zip(results, expected(z, targets, shift=150)):
         np.testing.assert_allclose(result, reference, rtol=1e-4, atol=1e-6)
 
 
-def test_what_it_takes():
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_several_weighted_targets(with_bias):
+    """Where two of a token's targets are one, both of its weights count; a token without weights has no gradient."""
+    z, _ = inputs(8, 384, jnp.float32)
+    targets, weights, bias = several(*z.shape)
+    bias = bias if with_bias else None
+    results = logsumexp_and_gradient(z, targets, weights, bias, cap=CAP, slope=SLOPE, shift=50.0, interpret=True)
+    for result, reference in zip(results, expected(z, targets, weights, bias if with_bias else 0, 50)):
+        np.testing.assert_allclose(result, reference, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(results[1][-1], 0)
+
+
+def test_the_weight_one_is_no_weight():
+    z, targets = inputs(8, 384, jnp.bfloat16)
+    plain = logsumexp_and_gradient(z, targets, cap=CAP, slope=SLOPE, interpret=True)
+    weighted = logsumexp_and_gradient(z, targets, jnp.ones((8, 1)), cap=CAP, slope=SLOPE, interpret=True)
+    for one, other in zip(plain, weighted):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_what_it_takes(monkeypatch):
     assert fits(8192, 50304)
     assert not fits(8192, 50257)
     assert not fits(8190, 50304)
+    monkeypatch.setattr(loss_module, "on_gpu", lambda: True)
+    assert loss_is_fused(131_072, 50304, SHIFTED)
+    assert not loss_is_fused(131_072, 50304, Plain(50257))
+
+
+def by_differentiation(x, head, bias, targets: Targets, cap: SoftCap):
+    """Loss and gradients of x, head and bias: JAX's own, in float64 but for the rounding of the products to x's type,
+    which has the derivative 1."""
+    with jax.enable_x64(True):
+        dtype, arrays = x.dtype, [jnp.asarray(np.asarray(array, np.float64)) for array in (x, head, bias)]
+        tokens = jnp.asarray(targets.tokens)
+        weights = 1 if targets.weights is None else jnp.asarray(np.asarray(targets.weights, np.float64))
+
+        def loss(x, head, bias):
+            z = x @ head
+            z += jax.lax.stop_gradient(z.astype(dtype).astype(z.dtype) - z)
+            logits = cap.height * jax.nn.sigmoid((z + bias + cap.shift) / cap.divisor)
+            return -(weights * jnp.take_along_axis(jax.nn.log_softmax(logits), tokens, -1)).sum()
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(*arrays)
+
+
+def features(dtype, shape, columns):
+    """x, head, bias and the next tokens; logits all over the cap's range."""
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal(shape), dtype)
+    head = jnp.asarray(np.asarray(rng.standard_normal((shape[-1], columns)), dtype), jnp.float32)
+    bias = jnp.asarray(2 * rng.standard_normal(columns), jnp.float32)
+    return x, head, bias, jnp.asarray(rng.integers(0, columns, shape[:2]), jnp.int32)
+
+
+@pytest.mark.parametrize(("count", "with_bias"), [(None, True), (1, False), (2, True), (3, False), (3, True)])
+def test_the_loss_through_the_kernel(count, with_bias, monkeypatch):
+    """Value and all gradients, in two chunks, two sequences at whose ends targets are missing."""
+    monkeypatch.setattr(loss_module, "on_gpu", lambda: True)
+    calls = []
+
+    def interpreted(*args, **options):
+        calls.append(options)
+        return logsumexp_and_gradient(*args, **options, interpret=True)
+
+    monkeypatch.setattr(loss_module.loss_kernel, "logsumexp_and_gradient", interpreted)
+    x, head, bias, next_BT = features(jnp.float32, (2, 12, 16), 256)
+    targets = targets_of(next_BT, None if count is None else jnp.asarray(WEIGHTS[:count]))
+    given = bias if with_bias else None
+    loss = functools.partial(cross_entropy, chunk_tokens=12)
+    value, (d_x, d_head, d_bias) = jax.value_and_grad(
+        lambda x, head, bias: loss(x, head, targets, SHIFTED, bias), argnums=(0, 1, 2)
+    )(x, head, given)
+    reference, gradients = by_differentiation(x, head, bias if with_bias else 0 * bias, targets, SHIFTED)
+    assert calls == [{"cap": 23, "slope": 1 / 7.5, "shift": 5}]  # traced once
+    assert float(value) == pytest.approx(float(reference), rel=1e-6)
+    assert relative_error(d_x, gradients[0]) < 3e-6
+    assert relative_error(d_head, gradients[1]) < 3e-6
+    if with_bias:
+        assert relative_error(d_bias, gradients[2]) < 3e-6
+        assert d_bias.dtype == jnp.float32
+    else:
+        assert d_bias is None
+
+
+HALF_ULP = 2.0**-8  # of bfloat16, as a share of the number that is rounded
 
 
 @pytest.mark.gpu
@@ -56,3 +158,38 @@ def test_on_a_gpu():
     np.testing.assert_allclose(logsumexp, reference, rtol=1e-5)
     error = np.asarray(dz, np.float64) - d_reference
     assert np.linalg.norm(error) <= 4e-3 * np.linalg.norm(d_reference)  # the result is rounded to bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_several_weighted_targets_on_a_gpu(with_bias):
+    """One rounding to bfloat16, and in each number 2e-5 for exponentials of 3 ulp, whose arguments reach 43."""
+    z, _ = inputs(64, 50304, jnp.bfloat16)
+    targets, weights, bias = several(*z.shape)
+    bias = bias if with_bias else None
+    logsumexp, dz = logsumexp_and_gradient(z, targets, weights, bias, cap=CAP, slope=SLOPE, shift=50.0)
+    reference, d_reference = expected(z, targets, weights, bias if with_bias else 0, 50)
+    np.testing.assert_allclose(logsumexp, reference, rtol=1e-5)
+    error = np.linalg.norm(np.asarray(dz, np.float64) - d_reference, axis=1)
+    assert (error <= (HALF_ULP + 2e-5) * np.linalg.norm(d_reference, axis=1)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [None, 1, 2, 3])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_loss_on_a_gpu(count, with_bias):
+    """In bfloat16 and the whole width of the vocabulary. The gradient of each product is rounded once, that of x once
+    more; independent roundings make less than half of HALF_ULP each, sums in another order next to nothing."""
+    x, head, bias, next_BT = features(jnp.bfloat16, (2, 128, 64), 50304)
+    assert loss_is_fused(next_BT.size, head.shape[1], SHIFTED)
+    targets = targets_of(next_BT, None if count is None else jnp.asarray(WEIGHTS[:count]))
+    given = bias if with_bias else None
+    value, (d_x, d_head, d_bias) = jax.jit(
+        jax.value_and_grad(lambda x, head, bias: cross_entropy(x, head, targets, SHIFTED, bias), argnums=(0, 1, 2))
+    )(x, head, given)
+    reference, gradients = by_differentiation(x, head, bias if with_bias else 0 * bias, targets, SHIFTED)
+    assert float(value) == pytest.approx(float(reference), rel=1e-4)
+    assert relative_error(d_x, gradients[0]) < 2 * HALF_ULP
+    assert relative_error(d_head, gradients[1]) < HALF_ULP
+    if with_bias:
+        assert relative_error(d_bias, gradients[2]) < HALF_ULP

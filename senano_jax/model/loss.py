@@ -42,14 +42,13 @@ def cross_entropy(
     return _chunked_loss(x, head, bias, targets, chunk_tokens or _chunk_tokens(), cap)
 
 
-def loss_is_fused(tokens: int, columns: int, cap: SoftCap | Plain, *, weighted: bool, has_bias: bool) -> bool:
+def loss_is_fused(tokens: int, columns: int, cap: SoftCap | Plain) -> bool:
     """Whether this device computes log-sum-exp and gradient of `tokens` rows of logits in one kernel, or XLA does."""
-    return _is_fused(_chunk_size(tokens, _chunk_tokens()), columns, cap, weighted, has_bias)
+    return _is_fused(_chunk_size(tokens, _chunk_tokens()), columns, cap)
 
 
-def _is_fused(tokens, columns, cap, weighted, has_bias) -> bool:
-    served = isinstance(cap, SoftCap) and not weighted and not has_bias
-    return served and on_gpu() and loss_kernel.fits(tokens, columns)
+def _is_fused(tokens, columns, cap) -> bool:
+    return isinstance(cap, SoftCap) and on_gpu() and loss_kernel.fits(tokens, columns)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -59,31 +58,33 @@ def _chunked_loss(x, head, bias, targets, chunk_tokens, cap):
 
     def body(total, chunk):
         x_ND, targets_NK, weights_NK = chunk
-        z_NV = _products(x_ND, head_DV, bias)
-        logsumexp_N = cap.logsumexp(cap.all_logits(z_NV))
-        return total + _loss(z_NV, targets_NK, weights_NK, logsumexp_N, cap), None
+        z_NV = x_ND @ head_DV
+        logsumexp_N = cap.logsumexp(cap.all_logits(_biased(z_NV, bias)))
+        return total + _loss(z_NV, bias, targets_NK, weights_NK, logsumexp_N, cap), None
 
     return jax.lax.scan(body, jnp.float32(0), chunks)[0]
 
 
-def _products(x_ND, head_DV, bias_V):
-    z_NV = x_ND @ head_DV
-    return z_NV if bias_V is None else z_NV.astype(jnp.float32) + bias_V
+def _biased(z, bias):
+    return z if bias is None else z.astype(jnp.float32) + bias
 
 
-def _loss(z_NV, targets_NK, weights_NK, logsumexp_N, cap):
-    target_NK = cap.logits(jnp.take_along_axis(z_NV, targets_NK, axis=1))
+def _loss(z_NV, bias_V, targets_NK, weights_NK, logsumexp_N, cap):
+    z_NK = jnp.take_along_axis(z_NV, targets_NK, axis=1)
+    target_NK = cap.logits(_biased(z_NK, None if bias_V is None else bias_V[targets_NK]))
     if weights_NK is None:
         return (logsumexp_N - target_NK[:, 0]).sum()
     return (weights_NK * (logsumexp_N[:, None] - target_NK)).sum()
 
 
-def _logsumexp_and_gradient(z_NV, targets_NK, weights_NK, cap, has_bias):
-    """The logits' log-sum-exp (float32) and the gradient of z (its type)."""
-    if _is_fused(*z_NV.shape, cap, weights_NK is not None, has_bias):
+def _logsumexp_and_gradient(z_NV, bias_V, targets_NK, weights_NK, cap):
+    """The logits' log-sum-exp (float32) and the gradient of z, in its type, or with a bias in float32 where it costs
+    nothing."""
+    if _is_fused(*z_NV.shape, cap):
         return loss_kernel.logsumexp_and_gradient(
-            z_NV, targets_NK[:, 0], cap=cap.height, slope=1 / cap.divisor, shift=cap.shift
+            z_NV, targets_NK, weights_NK, bias_V, cap=cap.height, slope=1 / cap.divisor, shift=cap.shift
         )
+    z_NV = _biased(z_NV, bias_V)
     logits_NV = cap.all_logits(z_NV)
     logsumexp_N = cap.logsumexp(logits_NV)
     columns = jnp.arange(logits_NV.shape[1])
@@ -103,11 +104,11 @@ def _forward(x, head, bias, targets, chunk_tokens, cap):
     def body(carry, chunk):
         total, d_head_DV, d_bias_V = carry
         x_ND, targets_NK, weights_NK = chunk
-        z_NV = _products(x_ND, head_DV, bias)
-        logsumexp_N, dz_NV = _logsumexp_and_gradient(z_NV, targets_NK, weights_NK, cap, bias is not None)
-        loss = _loss(z_NV, targets_NK, weights_NK, logsumexp_N, cap)
+        z_NV = x_ND @ head_DV
+        logsumexp_N, dz_NV = _logsumexp_and_gradient(z_NV, bias, targets_NK, weights_NK, cap)
+        loss = _loss(z_NV, bias, targets_NK, weights_NK, logsumexp_N, cap)
         if bias is not None:
-            d_bias_V += dz_NV.sum(0)
+            d_bias_V += dz_NV.sum(0, dtype=jnp.float32)
             dz_NV = dz_NV.astype(x.dtype)
         d_head_DV += jnp.matmul(x_ND.T, dz_NV, preferred_element_type=jnp.float32)
         return (total + loss, d_head_DV, d_bias_V), dz_NV @ head_DV.T

@@ -187,8 +187,7 @@ def _loss_is_fused(stage: PlannedStage, tokens: int) -> bool:
     model = stage.model
     if isinstance(model, Gpt2Config):
         return False
-    columns, weighted = model.padded_vocab_size, bool(stage.ahead)
-    return loss_is_fused(tokens, columns, model.cap, weighted=weighted, has_bias=model.logit_bias)
+    return loss_is_fused(tokens, model.padded_vocab_size, model.cap)
 
 
 def _time_evaluation(config: Config, wiring: Wiring, params: Params, window: int) -> Evaluation:

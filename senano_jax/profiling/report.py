@@ -38,7 +38,7 @@ def remarks(report: Report) -> list[str]:
     if not report.loss_is_fused:
         lines.append(
             "Head and loss: left to XLA, in several passes over the logits. The kernel that makes one of them takes a "
-            "GPU, a soft-cap, one target a token and no logit bias."
+            "GPU and a soft-cap."
         )
     if report.kernels is None:
         return [*lines, f"Kernel table not available: {report.kernels_missing}."]
