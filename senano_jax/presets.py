@@ -213,6 +213,12 @@ def head_gate() -> Config:
     return changed(strict(), {"model.head_gate": True})
 
 
+def exclusive() -> Config:
+    """What a head gives loses a learned share along the token's own value (modded-nanogpt of 2026-05 has it by layer),
+    by visit."""
+    return changed(strict(), {"model.exclusive_attention": True})
+
+
 def key_offset() -> Config:
     """Keys of the layers with the long window tell of the token before theirs (modded-nanogpt of 2025-12)."""
     return changed(strict(), {"model.key_offset": "long"})
@@ -274,6 +280,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "tail-average": tail_average,
     "strict": strict,
     "head-gate": head_gate,
+    "exclusive": exclusive,
     "key-offset": key_offset,
     "weighted": weighted,
     "shifted-cap": shifted_cap,

@@ -61,6 +61,9 @@ def attention(w, x, first_v, visible, heads, visit, *, key_offset=False):
     for h in range(heads):
         weights = np.where(visible, np.exp(0.12 * q[:, h] @ k[:, h].T), 0)
         y[:, h] = weights @ v[:, h] / weights.sum(-1, keepdims=True)
+        if "exclusive" in w:
+            strength, own = np.tanh(w["exclusive"]["strength"][visit, h]), v[:, h]
+            y[:, h] -= strength * ((y[:, h] * own).sum(-1) / (own**2).sum(-1))[:, None] * own
         if "head_gate" in w:
             y[:, h] /= 1 + np.exp(-x[:, :12] @ w["head_gate"]["gate"][visit, h])[:, None]
     return y.reshape(x.shape) @ w["out"], v

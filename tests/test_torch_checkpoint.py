@@ -136,6 +136,7 @@ def test_gpt2_may_bring_its_head_along():
         ({"cap": SoftCap(shift=5.0)}, "--model.cap is SoftCap("),
         ({"logit_bias": True}, "--model.logit-bias is True, which"),
         ({"head_gate": True}, "--model.head-gate is True, which"),
+        ({"exclusive_attention": True}, "--model.exclusive-attention is True, which"),
         ({"key_offset": "long"}, "--model.key-offset is long, which"),
     ],
     ids=str,
