@@ -213,6 +213,17 @@ def head_gate() -> Config:
     return changed(strict(), {"model.head_gate": True})
 
 
+def exclusive() -> Config:
+    """What a head gives loses a learned share along the token's own value (modded-nanogpt of 2026-05 has it by layer),
+    by visit."""
+    return changed(strict(), {"model.exclusive_attention": True})
+
+
+def key_offset() -> Config:
+    """Keys of the layers with the long window tell of the token before theirs (modded-nanogpt of 2025-12)."""
+    return changed(strict(), {"model.key_offset": "long"})
+
+
 def weighted() -> Config:
     """No skip connections over depth: weights of the residual stream and of what is added to it, by application
     (modded-nanogpt of 2026-03 has them by layer), and less added by the layers of the loop (arXiv 2606.18524)."""
@@ -269,6 +280,8 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "tail-average": tail_average,
     "strict": strict,
     "head-gate": head_gate,
+    "exclusive": exclusive,
+    "key-offset": key_offset,
     "weighted": weighted,
     "shifted-cap": shifted_cap,
     "multi-token": multi_token,

@@ -59,17 +59,22 @@ def loss(params, tokens, targets, window_blocks, loss_weights, *, layers, heads,
     return total
 
 
-def attention(w, x, first_v, visible, heads, visit):
+def attention(w, x, first_v, visible, heads, visit, *, key_offset=False):
     """What attention adds, and the values that it weighs."""
     q, k, v = ((x @ matrix).reshape(len(x), heads, -1) for matrix in w["qkv"])
     if first_v is not None:
         share = w["value_residual"] if np.ndim(w["value_residual"]) == 0 else w["value_residual"][visit]
         v = (1 - share) * v + share * first_v
     q, k = rotary(norm(q)), rotary(norm(k))
+    if key_offset:
+        k = with_dimensions_of_the_token_before(k)
     y = np.zeros_like(v)
     for h in range(heads):
         weights = np.where(visible, np.exp(0.12 * q[:, h] @ k[:, h].T), 0)
         y[:, h] = weights @ v[:, h] / weights.sum(-1, keepdims=True)
+        if "exclusive" in w:
+            strength, own = np.tanh(w["exclusive"]["strength"][visit, h]), v[:, h]
+            y[:, h] -= strength * ((y[:, h] * own).sum(-1) / (own**2).sum(-1))[:, None] * own
         if "head_gate" in w:
             y[:, h] /= 1 + np.exp(-x[:, :12] @ w["head_gate"]["gate"][visit, h])[:, None]
     return y.reshape(x.shape) @ w["out"], v
@@ -81,6 +86,15 @@ def blend(w, x, sources):
     hidden = hidden * (1 + np.vectorize(math.erf)(hidden / 2**0.5)) / 2
     mu = 0.1 * (hidden @ w["outer"] + w["offset"])
     return sum(mu[:, i, None] * source for i, source in enumerate(sources))
+
+
+def with_dimensions_of_the_token_before(k):
+    """Of each head's two halves the second half."""
+    offset, quarter = k.copy(), k.shape[-1] // 4
+    for t in range(1, len(k)):
+        for first in (quarter, 3 * quarter):
+            offset[t, :, first : first + quarter] = k[t - 1, :, first : first + quarter]
+    return offset
 
 
 def mlp(w, x):

@@ -182,7 +182,10 @@ def different_tokens(boundary=None):
     return tokens
 
 
-@pytest.mark.parametrize("reader", READERS)
+CAUSAL = READERS | {"one token back": tiny_model(vocab_size=50257, key_offset="all")}
+
+
+@pytest.mark.parametrize("reader", CAUSAL)
 @pytest.mark.parametrize("position", [0, 1, 127, 128, 200, LENGTH - 1])
 def test_features_depend_on_all_tokens_up_to_theirs_and_on_none_after(position, reader):
     """Causality of the whole model by its gradient, for one document and a window over everything.
@@ -191,7 +194,7 @@ def test_features_depend_on_all_tokens_up_to_theirs_and_on_none_after(position, 
     of them), so those derivatives are not zero. No token after t may enter: its derivative is zero exactly, not small,
     because what is hidden has weight zero in every sum.
     """
-    model = READERS[reader]
+    model = CAUSAL[reader]
     slopes = sensitivity(model, random_params(model), different_tokens(), position, 6)
     np.testing.assert_array_equal(slopes > 0, np.arange(LENGTH) <= position)
 

@@ -77,15 +77,25 @@ class ModelConfig(TransformerConfig):
     head_gate: bool = False
     """Multiply what each attention head gives by a gate between 0 and 1 that the layer's input opens, with weights of
     its own for each visit."""
+    exclusive_attention: bool = False
+    """Take from what each attention head gives a learned share of its part along the token's own value, before the
+    gate; a share for each head and visit, none at the start."""
+    key_offset: Literal["none", "long", "all"] = "none"
+    """Layers whose keys have the token before in the half of their dimensions that carries no position: none, those
+    that attend over the long window, or all. It reaches across the start of a document, by this one token."""
 
     def mlp_width(self, layer: int) -> int:
         """Hidden units of a layer's MLP."""
         return dict(self.mlp_widths).get(layer, self.mlp_expansion * self.dim)
 
+    def offsets_keys(self, layer: int) -> bool:
+        """Whether a layer's keys have the token before in some of their dimensions."""
+        return self.key_offset == "all" or (self.key_offset == "long" and self.layers.has_long_window(layer))
+
     @property
     def has_parameters_by_visit(self) -> bool:
         """Whether layers of the loop have parameters that differ from visit to visit."""
-        return self.head_gate or isinstance(self.trunk, Weighted)
+        return self.head_gate or self.exclusive_attention or isinstance(self.trunk, Weighted)
 
     def value_table(self, layer: int) -> int | None:
         """The value embedding that a layer mixes in, if any."""

@@ -13,6 +13,7 @@ from senano_jax.model.context import Context
 from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.heads import prepare_heads
 from senano_jax.model.pieces import pieces_of
+from senano_jax.model.pieces.key_offset import offset_keys
 from senano_jax.model.schedule import Weighted
 from senano_jax.model.squared_relu import squared_relu_mlp
 
@@ -62,6 +63,8 @@ class Attention(nn.Module):
             if by_visit:
                 value_residual = value_residual[visit]
             q, k, v = prepare_heads(qkv_BTE, other_v_BTHK, value_residual, rotary, c.num_heads)
+        if c.offsets_keys(self.layer):
+            k = offset_keys(k)
         y_BTHK = attend(q, k, v, intervals, ATTENTION_SCALE, c.attention)
         for piece in pieces_of(c, self.layer):
             y_BTHK = piece.after(y_BTHK, v, x_BTD, visit)

@@ -3,7 +3,7 @@ modded-nanogpt): the other half of the pairs turn at frequency 0, so they carry 
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 def rotary_tables(length: int, head_dim: int) -> tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]:
@@ -11,10 +11,18 @@ def rotary_tables(length: int, head_dim: int) -> tuple[Float[Array, "T 1 half"],
 
     Frequencies fall geometrically from 1 to 1/1024 over the first head_dim / 4 pairs and are 0 for the rest.
     """
-    turning = (1 / 1024) ** np.linspace(0, 1, head_dim // 4, dtype=np.float32)
-    frequency = np.concatenate([turning, np.zeros(head_dim // 4)]).astype(np.float32)
-    angle = jnp.arange(length, dtype=jnp.float32)[:, None, None] * frequency
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None, None] * _frequencies(head_dim)
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def resting_dimensions(head_dim: int) -> Bool[np.ndarray, "D"]:
+    """Which dimensions of a head carry no position: those of pairs whose frequency is 0."""
+    return np.tile(_frequencies(head_dim) == 0, 2)
+
+
+def _frequencies(head_dim: int) -> Float[np.ndarray, "half"]:
+    turning = (1 / 1024) ** np.linspace(0, 1, head_dim // 4, dtype=np.float32)
+    return np.concatenate([turning, np.zeros(head_dim // 4)]).astype(np.float32)
 
 
 def rotate(x: Float[Array, "B T H D"], tables: tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]):

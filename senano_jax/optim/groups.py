@@ -7,7 +7,8 @@ GROUPS = {
     "matrices": r"(.*/)?(attention/(qkv|out)|mlp/(up|down))(/kernel)?",
     "head": r"head",
     "embeddings": r"(position_)?embedding",
-    "scalars": r"(.*/)?(lambdas|value_residual|value_lambdas|(skip|stream)_weights|(logit_)?bias|scale)",
+    "scalars": r"(.*/)?(lambdas|value_residual|value_lambdas|(skip|stream)_weights|(logit_)?bias|scale"
+    r"|exclusive/strength)",
     "branches": r"(added|x0)_weights",
     "tables": r"value_embedding_\d+",
     "gates": r"(.*/)?\w*gate",

@@ -9,6 +9,7 @@ of the layer, an int or a traced one. Parameters that differ between visits have
 from flax import linen as nn
 
 from senano_jax.model.config import ModelConfig
+from senano_jax.model.pieces.exclusive import Exclusive
 from senano_jax.model.pieces.head_gate import HeadGate
 
 
@@ -16,4 +17,9 @@ def pieces_of(model: ModelConfig, layer: int) -> tuple[nn.Module, ...]:
     """The pieces of a layer's attention, in the order in which they are applied; to be called where the module's
     children are made."""
     visits = model.layers.visits_of(layer)
-    return (HeadGate(visits, model.num_heads, name="head_gate"),) if model.head_gate else ()
+    pieces: list[nn.Module] = []
+    if model.exclusive_attention:
+        pieces.append(Exclusive(visits, model.num_heads, name="exclusive"))
+    if model.head_gate:
+        pieces.append(HeadGate(visits, model.num_heads, name="head_gate"))
+    return tuple(pieces)

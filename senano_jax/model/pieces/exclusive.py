@@ -1,0 +1,34 @@
+"""Attention that leaves out what a token's own value already says (exclusive self-attention, gated as in modded-nanogpt
+of 2026-05)."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+SMALLEST = 1e-8  # squared length of a value that is divided by
+
+
+class Exclusive(nn.Module):
+    """y_h <- y_h - tanh(strength_h) (y_h . v_h) / |v_h|^2 v_h, with v_h the token's own value; y_h at the start.
+
+    Parameter: strength [visits, H], float32, zero.
+    """
+
+    visits: int
+    heads: int
+
+    def setup(self):
+        self.strength = self.param("strength", nn.initializers.zeros, (self.visits, self.heads))
+
+    def after(
+        self,
+        y_BTHK: Float[Array, "B T H K"],
+        v_BTHK: Float[Array, "B T H K"],
+        x_BTD: Float[Array, "B T D"],
+        visit: Int[Array, ""] | int,
+    ) -> Float[Array, "B T H K"]:
+        """Computed in float32 and rounded once, to y's type; squared lengths below 1e-8 count as that."""
+        y32, v32 = y_BTHK.astype(jnp.float32), v_BTHK.astype(jnp.float32)
+        along_BTH = (y32 * v32).sum(-1) / jnp.maximum((v32 * v32).sum(-1), SMALLEST)
+        share_BTH = jnp.tanh(self.strength[visit]) * along_BTH
+        return (y32 - share_BTH[..., None] * v32).astype(y_BTHK.dtype)
