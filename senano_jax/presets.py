@@ -224,6 +224,11 @@ def key_offset() -> Config:
     return changed(strict(), {"model.key_offset": "long"})
 
 
+def paired_heads() -> Config:
+    """Heads of half of the layers with the short window attend in pairs, after modded-nanogpt of 2026-01."""
+    return changed(strict(), {"model.paired_heads": (1, 5, 9)})
+
+
 def weighted() -> Config:
     """No skip connections over depth: weights of the residual stream and of what is added to it, by application
     (modded-nanogpt of 2026-03 has them by layer), and less added by the layers of the loop (arXiv 2606.18524)."""
@@ -282,6 +287,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "head-gate": head_gate,
     "exclusive": exclusive,
     "key-offset": key_offset,
+    "paired-heads": paired_heads,
     "weighted": weighted,
     "shifted-cap": shifted_cap,
     "multi-token": multi_token,

@@ -12,6 +12,7 @@ from senano_jax.attention import document_start, window_intervals
 from senano_jax.config import ModelConfig
 from senano_jax.model.context import Context
 from senano_jax.model.layer import Layer
+from senano_jax.model.pieces.paired_heads import slots_of
 from senano_jax.model.rotary import rotary_tables
 
 LENGTH, WINDOW = 256, 2
@@ -58,15 +59,17 @@ def attention(config: ModelConfig, layer: int, tokens: np.ndarray, inputs: Input
 def _context(config, tokens, x, first_v) -> Context:
     starts = document_start(jnp.asarray(tokens)[None])
     windows = {True: window_intervals(starts, WINDOW), False: window_intervals(starts, WINDOW // 2)}
-    rotary = rotary_tables(LENGTH, config.head_dim)
-    return Context(jnp.asarray(tokens)[None], starts, jnp.zeros_like(x)[None], first_v[None], (), rotary, windows)
+    rotary, slots = rotary_tables(LENGTH, config.head_dim), slots_of(starts, WINDOW, config.head_dim)
+    x0 = jnp.zeros_like(x)
+    return Context(jnp.asarray(tokens)[None], starts, x0[None], first_v[None], (), rotary, windows, slots)
 
 
 def check_by_formula(config: ModelConfig, layer: int, tokens: np.ndarray, visit: int = 0) -> None:
     """Output, values, and their derivative along one direction of everything that goes in."""
     inputs, rng = random_inputs(config, layer), np.random.default_rng(1)
-    seen = visible_pairs(tokens, WINDOW if config.layers.has_long_window(layer) else WINDOW // 2)
-    options = {"key_offset": config.offsets_keys(layer)}
+    paired, window = layer in config.paired_heads, WINDOW if config.layers.has_long_window(layer) else WINDOW // 2
+    seen = visible_pairs(tokens, window, slots=2 if paired else 1)
+    options = {"key_offset": config.offsets_keys(layer), "paired": paired}
 
     def by_formula(inputs):
         heads = config.num_heads

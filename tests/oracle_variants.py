@@ -59,19 +59,22 @@ def loss(params, tokens, targets, window_blocks, loss_weights, *, layers, heads,
     return total
 
 
-def attention(w, x, first_v, visible, heads, visit, *, key_offset=False):
-    """What attention adds, and the values that it weighs."""
+def attention(w, x, first_v, visible, heads, visit, *, key_offset=False, paired=False):
+    """What attention adds, and the values that it weighs; `visible` is of slots if heads are paired."""
     q, k, v = ((x @ matrix).reshape(len(x), heads, -1) for matrix in w["qkv"])
     if first_v is not None:
         share = w["value_residual"] if np.ndim(w["value_residual"]) == 0 else w["value_residual"][visit]
         v = (1 - share) * v + share * first_v
-    q, k = rotary(norm(q)), rotary(norm(k))
+    z_q, z_k, z_v = (one_in_each_slot(z) for z in (q, k, v)) if paired else (q, k, v)
+    z_q, z_k = rotary(norm(z_q)), rotary(norm(z_k))
     if key_offset:
-        k = with_dimensions_of_the_token_before(k)
-    y = np.zeros_like(v)
+        z_k = with_dimensions_of_the_token_before(z_k)
+    z_y = np.zeros_like(z_v)
+    for h in range(z_q.shape[1]):
+        weights = np.where(visible, np.exp(0.12 * z_q[:, h] @ z_k[:, h].T), 0)
+        z_y[:, h] = weights @ z_v[:, h] / weights.sum(-1, keepdims=True)
+    y = heads_of_slots(z_y) if paired else z_y
     for h in range(heads):
-        weights = np.where(visible, np.exp(0.12 * q[:, h] @ k[:, h].T), 0)
-        y[:, h] = weights @ v[:, h] / weights.sum(-1, keepdims=True)
         if "exclusive" in w:
             strength, own = np.tanh(w["exclusive"]["strength"][visit, h]), v[:, h]
             y[:, h] -= strength * ((y[:, h] * own).sum(-1) / (own**2).sum(-1))[:, None] * own
@@ -86,6 +89,21 @@ def blend(w, x, sources):
     hidden = hidden * (1 + np.vectorize(math.erf)(hidden / 2**0.5)) / 2
     mu = 0.1 * (hidden @ w["outer"] + w["offset"])
     return sum(mu[:, i, None] * source for i, source in enumerate(sources))
+
+
+def one_in_each_slot(z):
+    """[T, H, K] to [2T, H/2, K]: of each pair, head g of token t in slot 2t and head g + H/2 in slot 2t + 1."""
+    length, heads, width = z.shape
+    slots = np.zeros((2 * length, heads // 2, width))
+    for t in range(length):
+        for g in range(heads // 2):
+            slots[2 * t, g], slots[2 * t + 1, g] = z[t, g], z[t, g + heads // 2]
+    return slots
+
+
+def heads_of_slots(slots):
+    """The inverse."""
+    return np.concatenate([slots[::2], slots[1::2]], axis=1)
 
 
 def with_dimensions_of_the_token_before(k):

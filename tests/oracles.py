@@ -16,9 +16,10 @@ def random_tokens(rng, length: int, documents: float, vocabulary: int = 50256) -
     return np.where(rng.random(length) < documents, END_OF_TEXT, tokens).astype(np.int32)
 
 
-def visible_pairs(tokens, window_blocks: int) -> np.ndarray:
-    """Bool [query, key]: not in the future, in the same document, and less than `window_blocks` blocks back."""
-    document = np.cumsum(np.asarray(tokens) == END_OF_TEXT)
+def visible_pairs(tokens, window_blocks: int, slots: int = 1) -> np.ndarray:
+    """Bool [query, key]: not in the future, in the same document, and less than `window_blocks` blocks back; of so many
+    slots a token."""
+    document = np.repeat(np.cumsum(np.asarray(tokens) == END_OF_TEXT), slots)
     query, key = np.ogrid[: len(document), : len(document)]
     return (
         (key <= query)

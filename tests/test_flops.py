@@ -69,6 +69,20 @@ def test_what_a_piece_computes_is_counted():
     assert matrix_flops_per_token(narrow) == by_formula(TINY) - 2 * 2 * 32 * 64
 
 
+def test_heads_in_pairs_are_counted_over_their_slots():
+    """The products stay what they are; half as many heads have pairs of slots, and the window counts these."""
+    paired = tiny_model(paired_heads=(0, 1)).config
+    assert matrix_flops_per_token(paired) == by_formula(TINY)
+    tokens = np.ones((1, 512), np.int32)
+    tokens[0, 201] = END_OF_TEXT
+    document, index = np.repeat(np.cumsum(tokens[0] == END_OF_TEXT), 2), np.arange(1024)
+    seen = (document[:, None] == document) & (index <= index[:, None])
+    long, short = (int((seen & (index[:, None] // 128 - index // 128 < window)).sum()) for window in (4, 2))
+    others = 2 * visible_pairs(tokens, 4) + visible_pairs(tokens, 2)
+    expected = 4 * 32 * others + 4 * 16 * (long + 2 * short)
+    assert step_flops(paired, tokens, 4, training=False).attention == expected
+
+
 def test_visible_pairs_are_those_of_the_rule_stated_pair_by_pair():
     tokens = np.ones((2, 640), np.int32)
     tokens[0, [5, 200, 201, 500]] = END_OF_TEXT

@@ -167,10 +167,13 @@ def sensitivity(model, params, tokens_T, position, window_blocks):
 LENGTH = 384
 # END_OF_TEXT needs the whole embedding; the head may be narrow, as long as targets are.
 READER = tiny_model(vocab_size=50257)
+PIECES = {"head_gate": True, "exclusive_attention": True, "paired_heads": (1,)}
 READERS = {
     "skips": READER,
     "weighted": tiny_model(vocab_size=50257, trunk=Weighted(exits=True, coda_reads_exit=True)),
     "head gate": tiny_model(vocab_size=50257, head_gate=True),
+    "pieces": tiny_model(vocab_size=50257, num_heads=4, **PIECES),
+    "weighted pieces": tiny_model(vocab_size=50257, num_heads=4, trunk=Weighted(), remat="full", **PIECES),
 }
 
 

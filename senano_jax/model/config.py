@@ -48,6 +48,11 @@ class TransformerConfig:
         """For each attention of one forward pass: does it see the long window?"""
         raise NotImplementedError
 
+    @property
+    def attention_pairs(self) -> tuple[bool, ...]:
+        """For each attention of one forward pass: do its heads attend in pairs?"""
+        return (False,) * len(self.attention_windows)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(TransformerConfig):
@@ -79,10 +84,13 @@ class ModelConfig(TransformerConfig):
     its own for each visit."""
     exclusive_attention: bool = False
     """Take from what each attention head gives a learned share of its part along the token's own value, before the
-    gate; a share for each head and visit, none at the start."""
+    gate; a share for each head and visit, none at the start. Not in layers with paired heads."""
     key_offset: Literal["none", "long", "all"] = "none"
     """Layers whose keys have the token before in the half of their dimensions that carries no position: none, those
-    that attend over the long window, or all. It reaches across the start of a document, by this one token."""
+    that attend over the long window, or all; never those with paired heads. It reaches across the start of a document,
+    by this one token."""
+    paired_heads: tuple[int, ...] = ()
+    """Layers whose heads attend in pairs: each sees the keys of both, over half as many tokens as the window has."""
 
     def mlp_width(self, layer: int) -> int:
         """Hidden units of a layer's MLP."""
@@ -90,7 +98,8 @@ class ModelConfig(TransformerConfig):
 
     def offsets_keys(self, layer: int) -> bool:
         """Whether a layer's keys have the token before in some of their dimensions."""
-        return self.key_offset == "all" or (self.key_offset == "long" and self.layers.has_long_window(layer))
+        chosen = self.key_offset == "all" or (self.key_offset == "long" and self.layers.has_long_window(layer))
+        return chosen and layer not in self.paired_heads
 
     @property
     def has_parameters_by_visit(self) -> bool:
@@ -110,6 +119,11 @@ class ModelConfig(TransformerConfig):
     def attention_windows(self) -> tuple[bool, ...]:
         layers = self.layers
         return tuple(layers.has_long_window(n) for n in layers.order if n not in layers.no_attention)
+
+    @property
+    def attention_pairs(self) -> tuple[bool, ...]:
+        layers = self.layers
+        return tuple(n in self.paired_heads for n in layers.order if n not in layers.no_attention)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,10 +201,18 @@ def _check_schedule(model: ModelConfig) -> None:
     for flag, named in {
         "--model.layers.long-windows": layers.long_windows or (),
         "--model.layers.no-attention": layers.no_attention,
+        "--model.paired-heads": model.paired_heads,
         "--model.mlp-widths": tuple(layer for layer, _ in model.mlp_widths),
     }.items():
         if unknown := [n for n in named if not 0 <= n < layers.layers]:
             raise UserError(f"{flag} names layer {unknown[0]}; there are layers 0 to {layers.layers - 1}")
+    if without := [n for n in model.paired_heads if n in layers.no_attention]:
+        raise UserError(f"--model.paired-heads names layer {without[0]}, which has no attention; leave it out")
+    if model.paired_heads and model.num_heads % 2:
+        raise UserError(
+            f"--model.paired-heads takes an even number of heads, --model.num-heads is {model.num_heads}; "
+            "change it, or leave all layers out"
+        )
     if model.value_embeddings > layers.prelude:
         raise UserError(
             f"--model.value-embeddings {model.value_embeddings} is more than --model.layers.prelude {layers.prelude}; "

@@ -7,6 +7,13 @@ from jaxtyping import Array, Float, Int
 from senano_jax.attention import Intervals
 
 
+class Slots(NamedTuple):
+    """What layers with paired heads take in place of the context's: of two slots a token, S = 2T."""
+
+    rotary: tuple[Float[Array, "S 1 half"], Float[Array, "S 1 half"]]
+    windows: dict[bool, Intervals]
+
+
 class Context(NamedTuple):
     """The same for all applications of layers, but for `first_v`, which the first one makes."""
 
@@ -17,3 +24,4 @@ class Context(NamedTuple):
     value_embeddings: tuple[Float[Array, "B T H K"], ...]  # of the tokens, one a table
     rotary: tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]
     windows: dict[bool, Intervals]  # by whether the layer has a long one
+    slots: Slots | None = None  # if some layer pairs its heads

@@ -10,6 +10,7 @@ from senano_jax.model.config import ModelConfig
 from senano_jax.model.context import Context
 from senano_jax.model.elementwise import norm, rows_of
 from senano_jax.model.loss import cross_entropy
+from senano_jax.model.pieces.paired_heads import slots_of
 from senano_jax.model.rotary import rotary_tables
 from senano_jax.model.targets import targets_of
 from senano_jax.model.trunks import trunk_of
@@ -88,5 +89,7 @@ class Gpt(nn.Module):
         x0 = norm(rows_of(self.head.T if c.tied else self.embedding, inputs, self.dtype))
         heads = (*inputs.shape, c.num_heads, c.head_dim)
         values = tuple(rows_of(table, inputs, self.dtype).reshape(heads) for table in self.value_tables)
-        context = Context(inputs, starts, x0, None, values, rotary_tables(inputs.shape[1], c.head_dim), windows)
+        slots = slots_of(starts, window_blocks, c.head_dim) if c.paired_heads else None
+        rotary = rotary_tables(inputs.shape[1], c.head_dim)
+        context = Context(inputs, starts, x0, None, values, rotary, windows, slots)
         return norm(self.trunk(context, visits)).astype(self.dtype)

@@ -14,6 +14,7 @@ from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.heads import prepare_heads
 from senano_jax.model.pieces import pieces_of
 from senano_jax.model.pieces.key_offset import offset_keys
+from senano_jax.model.pieces.paired_heads import columns_by_slot, in_slots
 from senano_jax.model.schedule import Weighted
 from senano_jax.model.squared_relu import squared_relu_mlp
 
@@ -49,11 +50,15 @@ class Attention(nn.Module):
         out_DD = self.param("out", nn.initializers.zeros, (D, D))
 
         # One product, so that its gradient is one too.
-        qkv_DE = jnp.swapaxes(qkv_3DD.astype(x_BTD.dtype), 0, 1).reshape(D, 3 * D)
-        qkv_BTE = x_BTD @ qkv_DE
+        qkv_3DD, heads = qkv_3DD.astype(x_BTD.dtype), c.num_heads
+        if self.layer in c.paired_heads:
+            qkv_BTE, heads = in_slots(x_BTD @ columns_by_slot(qkv_3DD)), c.num_heads // 2
+            other_v_BTHK = None if other_v_BTHK is None else in_slots(other_v_BTHK)
+        else:
+            qkv_BTE = x_BTD @ jnp.swapaxes(qkv_3DD, 0, 1).reshape(D, 3 * D)
         if c.value_embeddings:
             lambdas = self.param("value_lambdas", nn.initializers.constant(0.5), (2,))
-            q, k, v = prepare_heads(qkv_BTE, None, jnp.float32(0), rotary, c.num_heads)
+            q, k, v = prepare_heads(qkv_BTE, None, jnp.float32(0), rotary, heads)
             others = [] if other_v_BTHK is None else [(lambdas[1], other_v_BTHK)]
             v = weighted_sum((lambdas[0], v), *others, dtype=v.dtype)
         else:
@@ -62,10 +67,11 @@ class Attention(nn.Module):
             value_residual = self.param("value_residual", nn.initializers.constant(0.5), shape)
             if by_visit:
                 value_residual = value_residual[visit]
-            q, k, v = prepare_heads(qkv_BTE, other_v_BTHK, value_residual, rotary, c.num_heads)
+            q, k, v = prepare_heads(qkv_BTE, other_v_BTHK, value_residual, rotary, heads)
         if c.offsets_keys(self.layer):
             k = offset_keys(k)
         y_BTHK = attend(q, k, v, intervals, ATTENTION_SCALE, c.attention)
+        y_BTHK, v = (z.reshape(B, T, c.num_heads, c.head_dim) for z in (y_BTHK, v))  # of tokens, if they are of slots
         for piece in pieces_of(c, self.layer):
             y_BTHK = piece.after(y_BTHK, v, x_BTD, visit)
         return y_BTHK.reshape(B, T, D) @ out_DD.astype(x_BTD.dtype), v
@@ -105,5 +111,6 @@ class Layer(nn.Module):
         c = self.config
         table = c.value_table(self.layer)
         other_v = context.first_v if table is None else context.value_embeddings[table]
-        intervals = context.windows[c.layers.has_long_window(self.layer)]
-        return self.attention(x_BTD, other_v, context.rotary, intervals, visit)
+        rows = context.slots if self.layer in c.paired_heads else context
+        intervals = rows.windows[c.layers.has_long_window(self.layer)]
+        return self.attention(x_BTD, other_v, rows.rotary, intervals, visit)

@@ -9,6 +9,7 @@ nor the optimiser counts.
 import dataclasses
 import functools
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import jax
@@ -30,6 +31,7 @@ PEAK_BFLOAT16 = {
     "GH200": 989e12,
     "A100": 312e12,
 }
+SLOTS = {False: 1, True: 2}  # of a token in attention, by whether heads are paired
 TRAINING_FACTOR = 3  # forward pass, and gradients by both operands of each product
 
 
@@ -55,7 +57,10 @@ def matrix_flops_per_token(model: TransformerConfig) -> int:
     program = make_model(dataclasses.replace(model, attention="dense", remat="none"), "float32")
     tokens = jax.ShapeDtypeStruct((1, BLOCK), jnp.int32)
     forward = jax.make_jaxpr(lambda params, tokens: program.apply({"params": params}, tokens, tokens, 1))
-    attention = len(model.attention_windows) * attention_flops_per_pair(model) * BLOCK**2
+    attention = sum(
+        attention_flops_per_pair(model, paired=paired) * (BLOCK * SLOTS[paired]) ** 2
+        for paired in model.attention_pairs
+    )
     return (product_flops(forward(abstract_params(program), tokens).jaxpr) - attention) // BLOCK
 
 
@@ -72,15 +77,21 @@ def product_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
     return total
 
 
-def attention_flops_per_pair(model: TransformerConfig) -> int:
-    """Forward FLOPs of one visible pair in one layer application: score and weighted value, over all heads."""
-    return 4 * model.dim
+def attention_flops_per_pair(model: TransformerConfig, *, paired: bool = False) -> int:
+    """Forward FLOPs of one visible pair in one layer application: score and weighted value, over all heads; of one pair
+    of slots, over all pairs of heads, if these are `paired`."""
+    return 4 * model.dim // SLOTS[paired]
 
 
-def visible_pairs(tokens_ST: Int[np.ndarray, "S T"], window_blocks: int, *, sees_documents: bool = True) -> int:
-    """Pairs of query and key that see each other in all sequences, for one layer application with that window."""
-    position = np.arange(tokens_ST.shape[1])
+def visible_pairs(
+    tokens_ST: Int[np.ndarray, "S T"], window_blocks: int, *, sees_documents: bool = True, paired: bool = False
+) -> int:
+    """Pairs of query and key that see each other in all sequences, for one layer application with that window; of
+    slots where heads are `paired`."""
+    slots = SLOTS[paired]
+    position = np.arange(slots * tokens_ST.shape[1])
     start = document_start(tokens_ST) if sees_documents else np.zeros_like(tokens_ST)
+    start = np.repeat(slots * np.asarray(start), slots, axis=1)
     key_start = np.asarray(window_intervals(start, window_blocks).key_start)
     return int((position - key_start + 1).sum(dtype=np.int64))
 
@@ -90,15 +101,13 @@ def step_flops(
 ) -> ModelFlops:
     """Model FLOPs of the inputs `tokens_ST`: some layers see the long window, the others half of it."""
     factor = TRAINING_FACTOR if training else 1
-    long, short = (
-        visible_pairs(tokens_ST, window, sees_documents=model.sees_documents)
-        for window in (window_blocks, window_blocks // 2)
-    )
-    pairs = sum(long if is_long else short for is_long in model.attention_windows)
-    return ModelFlops(
-        factor * matrix_flops_per_token(model) * tokens_ST.size,
-        factor * attention_flops_per_pair(model) * pairs,
-    )
+    kinds = Counter(zip(model.attention_windows, model.attention_pairs, strict=True))
+    attention = 0
+    for (is_long, paired), count in kinds.items():
+        window = window_blocks if is_long else window_blocks // 2
+        pairs = visible_pairs(tokens_ST, window, sees_documents=model.sees_documents, paired=paired)
+        attention += count * attention_flops_per_pair(model, paired=paired) * pairs
+    return ModelFlops(factor * matrix_flops_per_token(model) * tokens_ST.size, factor * attention)
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:

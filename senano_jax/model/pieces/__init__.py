@@ -18,7 +18,7 @@ def pieces_of(model: ModelConfig, layer: int) -> tuple[nn.Module, ...]:
     children are made."""
     visits = model.layers.visits_of(layer)
     pieces: list[nn.Module] = []
-    if model.exclusive_attention:
+    if model.exclusive_attention and layer not in model.paired_heads:
         pieces.append(Exclusive(visits, model.num_heads, name="exclusive"))
     if model.head_gate:
         pieces.append(HeadGate(visits, model.num_heads, name="head_gate"))
