@@ -4,6 +4,7 @@ import math
 
 from senano_jax.attention import BLOCK
 from senano_jax.config import Config, Gpt2Config, ModelConfig, Stage
+from senano_jax.data.bpe import PUBLISHED
 from senano_jax.errors import UserError, check_counts
 from senano_jax.model.config import check_model
 from senano_jax.model.schedule import UNet
@@ -63,6 +64,11 @@ def check_config(config: Config) -> None:
     _check_windows(config)
     for number, stage in enumerate(config.stages):
         _check_stage(number, stage, model)
+        if any(stage.prefix) and data.bpe_dir is None:
+            raise UserError(
+                f"{_flag(number, 'prefix')} needs --data.bpe-dir, a folder with GPT-2's encoder.json and vocab.bpe, "
+                f"from {PUBLISHED}"
+            )
     plan = Plan(config)
     for stage in plan.stages:
         _check_steps(config, plan, stage)
@@ -112,9 +118,10 @@ def _check_stage(number: int, stage: Stage, model: ModelConfig | Gpt2Config) -> 
         raise UserError(f"{_flag(number, 'part')} is {stage.part}; use a number above 0")
     if not (math.isfinite(stage.rate) and stage.rate >= 0):
         raise UserError(f"{_flag(number, 'rate')} is {stage.rate}; use 0 or more")
-    for weight in (weight for pair in stage.ahead for weight in pair):
-        if not (math.isfinite(weight) and weight >= 0):
-            raise UserError(f"{_flag(number, 'ahead')} holds {weight}; use weights of 0 or more")
+    for name, pairs in {"ahead": stage.ahead, "prefix": (stage.prefix,)}.items():
+        for weight in (weight for pair in pairs for weight in pair):
+            if not (math.isfinite(weight) and weight >= 0):
+                raise UserError(f"{_flag(number, name)} holds {weight}; use weights of 0 or more")
     if stage.visits is not None:
         _check_visits(f"{_flag(number, 'visits')} {stage.visits}", stage.visits, model)
 

@@ -19,6 +19,7 @@ class StepInputs(NamedTuple):
     window_blocks: np.int32  # long attention window, in blocks of 128 tokens
     loss_weights: Float32[np.ndarray, "K"] | None = None  # of predicting the token 1, 2, .. K ahead
     rate: np.float32 | None = None  # factor of all learning rates, beside that of their schedule
+    prefix_weight: np.float32 | None = None  # of predicting what the next token begins with
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class PlannedStage:
     seq_len: int
     rate: float
     ahead: tuple[tuple[float, float], ...]
+    prefix: tuple[float, float]
     visits: int | None
     model: ModelConfig | Gpt2Config
     """As the stage applies it."""
@@ -44,6 +46,11 @@ class PlannedStage:
     def sequences(self) -> int:
         """Of one step, over all devices and micro-batches."""
         return self.batch_tokens // self.seq_len
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether what the next token begins with is predicted too, with a weight above 0 at some step."""
+        return any(self.prefix)
 
 
 class Plan:
@@ -92,22 +99,31 @@ class Plan:
         return window_blocks(steps, self.steps, config.evaluation_window_tokens, config.initial_window_tokens)
 
     def inputs(self, step: int) -> StepInputs:
-        return StepInputs(np.int32(self.window(step)), self.loss_weights(step), self.rate(step))
+        window = np.int32(self.window(step))
+        return StepInputs(window, self.loss_weights(step), self.rate(step), self.prefix_weight(step))
 
     def loss_weights(self, step: int) -> Float32[np.ndarray, "K"] | None:
         """Weights of predicting the token 1, 2, .. K ahead; None where the next token counts alone."""
         stage = self.stage(step)
-        if not stage.ahead:
-            return None
-        start, end = np.array(stage.ahead).T
-        done = (step - stage.first) / (stage.end - stage.first)
-        return (start + (end - start) * done).astype(np.float32)
+        return _moved(stage.ahead, stage, step) if stage.ahead else None
+
+    def prefix_weight(self, step: int) -> np.float32 | None:
+        """Weight of predicting what the next token begins with; None where its stage has none."""
+        stage = self.stage(step)
+        return _moved(stage.prefix, stage, step) if stage.has_prefix else None
 
     def rate(self, step: int) -> np.float32 | None:
         """The stage's factor of all learning rates; None if no stage of the run has one."""
         if all(stage.rate == 1 for stage in self.stages):
             return None
         return np.float32(self.stage(step).rate)
+
+
+def _moved(pairs: tuple, stage: PlannedStage, step: int) -> np.ndarray | np.float32:
+    """What moves linearly from the first of each pair, at the stage's first step, to its second, at the next one's."""
+    start, end = np.array(pairs).T
+    done = (step - stage.first) / (stage.end - stage.first)
+    return (start + (end - start) * done).astype(np.float32)
 
 
 def window_blocks(step: int, steps: int, final_window_tokens: int, initial_window_tokens: int = 0) -> int:
@@ -134,7 +150,19 @@ def _planned(config: Config) -> tuple[PlannedStage, ...]:
         batch_tokens = stage.batch_tokens or config.batch_tokens
         seq_len = stage.seq_len or config.seq_len
         planned.append(
-            PlannedStage(index, first, end, tokens, batch_tokens, seq_len, stage.rate, stage.ahead, visits, model)
+            PlannedStage(
+                index=index,
+                first=first,
+                end=end,
+                tokens_before=tokens,
+                batch_tokens=batch_tokens,
+                seq_len=seq_len,
+                rate=stage.rate,
+                ahead=stage.ahead,
+                prefix=stage.prefix,
+                visits=visits,
+                model=model,
+            )
         )
         tokens += (end - first) * batch_tokens
     return tuple(planned)

@@ -253,6 +253,15 @@ def multi_token() -> Config:
     return changed(strict(), {"stages": stages})
 
 
+def prefix() -> Config:
+    """Each token also predicts the longest token that the next one begins with, in the first two thirds of the run, as
+    in modded-nanogpt since 2026-07. It needs GPT-2's tables in data/gpt2."""
+    base = multi_token()
+    weights = ((0.25, 0.25), (0.25, 0.0), (0.0, 0.0))
+    stages = tuple(dataclasses.replace(stage, prefix=pair) for stage, pair in zip(base.stages, weights, strict=True))
+    return changed(base, {"stages": stages, "data.bpe_dir": "data/gpt2"})
+
+
 def look_ahead() -> Config:
     """Gradients ahead of the weights from a tenth to two thirds of the run: EMA-Nesterov (arXiv 2605.25395) with the
     numbers of modded-nanogpt's slow track, result 46."""
@@ -291,6 +300,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "weighted": weighted,
     "shifted-cap": shifted_cap,
     "multi-token": multi_token,
+    "prefix": prefix,
 }
 
 

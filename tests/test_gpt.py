@@ -45,7 +45,7 @@ def test_value_embeddings_count_as_parameters():
     assert [(leaf.shape, leaf.dtype) for leaf in tables] == [((50_257, 768), jnp.dtype("bfloat16"))] * 4
 
 
-@pytest.mark.parametrize("name", ["strict", "head-gate", "weighted", "shifted-cap", "multi-token"])
+@pytest.mark.parametrize("name", ["strict", "head-gate", "weighted", "shifted-cap", "multi-token", "prefix"])
 def test_the_ladder_begins_at_or_below_162_million_parameters(name):
     """Read strictly: the last layer's MLP is 256 units narrower, which the Hopper product takes as well."""
     config = preset(name)

@@ -186,4 +186,11 @@ def test_stages_are_read_back_and_compared_value_by_value(tmp_path):
     other = dataclasses.replace(config, stages=(config.stages[0], changed(config.stages[1], {"rate": 2.0})))
     ours, theirs = settings(config), settings(other)
     different = {name for name in ours if ours[name] != theirs.get(name)}
-    assert different == {"stages", "stages.1.rate", "stages.2.part", "stages.2.rate", "stages.2.ahead"}
+    assert different == {
+        "stages",
+        "stages.1.rate",
+        "stages.2.part",
+        "stages.2.rate",
+        "stages.2.ahead",
+        "stages.2.prefix",
+    }

@@ -12,7 +12,7 @@ from senano_jax.model.elementwise import norm, rows_of
 from senano_jax.model.loss import cross_entropy
 from senano_jax.model.pieces.paired_heads import slots_of
 from senano_jax.model.rotary import rotary_tables
-from senano_jax.model.targets import targets_of
+from senano_jax.model.targets import Prefixes, targets_of
 from senano_jax.model.trunks import trunk_of
 
 TIED_DEVIATION = 0.005  # of a table that is both embedding and head, at the start; from modded-nanogpt
@@ -52,14 +52,16 @@ class Gpt(nn.Module):
         window_blocks: Int[Array, ""] | int,
         *,
         loss_weights: Float[Array, "K"] | None = None,
+        prefixes: Prefixes | None = None,
         visits: int | None = None,
     ) -> Float[Array, ""]:
         """Cross-entropy summed over all tokens, float32.
 
         `window_blocks` is the long window in blocks of 128. `loss_weights` weigh the prediction of the token 1, 2, .. K
-        ahead; None: of the next one alone. `visits` of the loop, None: as configured.
+        ahead; None: of the next one alone. `prefixes` add that of what the next one begins with. `visits` of the loop,
+        None: as configured.
         """
-        asked = targets_of(targets.astype(jnp.int32), loss_weights)
+        asked = targets_of(targets.astype(jnp.int32), loss_weights, prefixes)
         features = self.features(inputs, window_blocks, visits)
         return cross_entropy(features, self.head, asked, self.config.cap, self.logit_bias)
 

@@ -4,15 +4,19 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Int32
 
 from senano_jax.config import Config
+from senano_jax.data.prefixes import read_prefixes
 from senano_jax.model.build import Model, make_model
 from senano_jax.optim.recipe import make_optimizer
 from senano_jax.plan import Plan
 from senano_jax.training.memory import choose_micro_batches, memory_budget
 from senano_jax.training.mesh import DATA_AXIS, make_mesh
+from senano_jax.training.processes import together
 from senano_jax.training.state import TrainState, abstract_state
 from senano_jax.training.step import StepMetrics, make_train_step
 
@@ -35,16 +39,26 @@ class Wiring(NamedTuple):
 
 
 def wire(config: Config) -> Wiring:
-    """Allocates nothing. Raises UserError for devices that cannot do what `config` asks for, which has been checked."""
+    """Allocates nothing. Raises UserError for devices that cannot do what `config` asks for, which has been checked,
+    and for tables of prefixes that cannot be read."""
     plan, mesh = Plan(config), make_mesh(config.devices)
     model = make_model(config.model, config.dtype)
     optimizer = make_optimizer(config.optimizer, config.steps, DATA_AXIS)
     state = abstract_state(model, optimizer)
+    with together():
+        prefix_table = _prefix_table(plan)
     micro_batches = choose_micro_batches(plan, mesh.size, memory_budget(state, mesh))
 
     @functools.cache
     def train_step(visits: int | None):
-        return make_train_step(model, optimizer, mesh, visits)
+        return make_train_step(model, optimizer, mesh, visits, prefix_table)
 
     train_steps = tuple(train_step(stage.visits) for stage in plan.stages)
     return Wiring(plan, mesh, model, optimizer, state, micro_batches, train_steps)
+
+
+def _prefix_table(plan: Plan) -> Int32[np.ndarray, "V"] | None:
+    """None if no stage has a weight for prefixes."""
+    if not any(stage.has_prefix for stage in plan.stages):
+        return None
+    return read_prefixes(plan.config.data.bpe_dir, plan.config.model.vocab_size)
