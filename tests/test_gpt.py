@@ -167,7 +167,7 @@ def sensitivity(model, params, tokens_T, position, window_blocks):
 LENGTH = 384
 # END_OF_TEXT needs the whole embedding; the head may be narrow, as long as targets are.
 READER = tiny_model(vocab_size=50257)
-PIECES = {"head_gate": True, "exclusive_attention": True, "paired_heads": (1,)}
+PIECES = {"head_gate": True, "exclusive_attention": True, "paired_heads": (1,), "values_from_x0": (0, 1)}
 READERS = {
     "skips": READER,
     "weighted": tiny_model(vocab_size=50257, trunk=Weighted()),

@@ -89,6 +89,9 @@ class ModelConfig(TransformerConfig):
     by this one token."""
     paired_heads: tuple[int, ...] = ()
     """Layers whose heads attend in pairs: each sees the keys of both, over half as many tokens as the window has."""
+    values_from_x0: tuple[int, ...] = ()
+    """Layers to whose values a product of the embedding with a matrix of their own is added, which is zero at the
+    start."""
 
     def mlp_width(self, layer: int) -> int:
         """Hidden units of a layer's MLP."""
@@ -200,12 +203,19 @@ def _check_schedule(model: ModelConfig) -> None:
         "--model.layers.long-windows": layers.long_windows or (),
         "--model.layers.no-attention": layers.no_attention,
         "--model.paired-heads": model.paired_heads,
+        "--model.values-from-x0": model.values_from_x0,
         "--model.mlp-widths": tuple(layer for layer, _ in model.mlp_widths),
     }.items():
         if unknown := [n for n in named if not 0 <= n < layers.layers]:
             raise UserError(f"{flag} names layer {unknown[0]}; there are layers 0 to {layers.layers - 1}")
-    if without := [n for n in model.paired_heads if n in layers.no_attention]:
-        raise UserError(f"--model.paired-heads names layer {without[0]}, which has no attention; leave it out")
+    for flag, named in {
+        "--model.paired-heads": model.paired_heads,
+        "--model.values-from-x0": model.values_from_x0,
+    }.items():
+        if without := [n for n in named if n in layers.no_attention]:
+            raise UserError(f"{flag} names layer {without[0]}, which has no attention; leave it out")
+    if twice := [n for n in model.values_from_x0 if model.values_from_x0.count(n) > 1]:
+        raise UserError(f"--model.values-from-x0 names layer {twice[0]} more than once; name it once")
     if model.paired_heads and model.num_heads % 2:
         raise UserError(
             f"--model.paired-heads takes an even number of heads, --model.num-heads is {model.num_heads}; "

@@ -18,7 +18,7 @@ from senano_jax.model.trunks import trunk_of
 
 class Gpt(nn.Module):
     """Parameters: embedding and value_embedding_<i> [vocab, dim] in `dtype`; head [dim, padded vocab], logit_bias
-    [padded vocab] if there is one, and the trunk's, in float32.
+    [padded vocab] if there is one, x0_values_<layer> [dim, dim], and the trunk's, in float32.
 
     Profiles tell the parts of a step by the names of `features` and of the layers' scopes (profiling/hlo.py).
     """
@@ -34,8 +34,9 @@ class Gpt(nn.Module):
         self.trunk = trunk_of(c)
         nn.share_scope(self, self.trunk)
         # Drawn last: a parameter's initial weights depend on how many were drawn before it.
-        bias = nn.initializers.zeros
-        self.logit_bias = self.param("logit_bias", bias, (c.padded_vocab_size,)) if c.logit_bias else None
+        zeros = nn.initializers.zeros
+        self.logit_bias = self.param("logit_bias", zeros, (c.padded_vocab_size,)) if c.logit_bias else None
+        self.x0_matrices = [self.param(f"x0_values_{layer}", zeros, (c.dim, c.dim)) for layer in c.values_from_x0]
 
     def _table(self, name: str) -> Float[Array, "vocab dim"]:
         def init(key):
@@ -89,5 +90,6 @@ class Gpt(nn.Module):
         values = tuple(rows_of(table, inputs, self.dtype).reshape(heads) for table in self.value_tables)
         slots = slots_of(starts, window_blocks, c.head_dim) if c.paired_heads else None
         rotary = rotary_tables(inputs.shape[1], c.head_dim)
-        context = Context(inputs, starts, x0, None, values, rotary, windows, slots)
+        x0_values = tuple((x0 @ matrix.astype(self.dtype)).reshape(heads) for matrix in self.x0_matrices)
+        context = Context(inputs, starts, x0, None, values, rotary, windows, slots, x0_values)
         return norm(self.trunk(context, visits)).astype(self.dtype)

@@ -38,11 +38,12 @@ class Attention(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x_BTD, other_v_BTHK, rotary, intervals: Intervals, visit=0):
+    def __call__(self, x_BTD, other_v_BTHK, x0_v_BTHK, rotary, intervals: Intervals, visit=0):
         """Returns the output and the values it weighs.
 
         `other_v_BTHK` is those of the first layer or the tokens' value embeddings. None mixes nothing: what the first
-        layer returns is later layers' `other_v_BTHK`. `visit` numbers the applications of this layer.
+        layer returns is later layers' `other_v_BTHK`. `x0_v_BTHK` is None, or added to the layer's own values. `rotary`
+        and `intervals` are those of slots where heads are paired. `visit` numbers the applications of this layer.
         """
         c = self.config
         B, T, D = x_BTD.shape
@@ -53,13 +54,14 @@ class Attention(nn.Module):
         qkv_3DD, heads = qkv_3DD.astype(x_BTD.dtype), c.num_heads
         if self.layer in c.paired_heads:
             qkv_BTE, heads = in_slots(x_BTD @ columns_by_slot(qkv_3DD)), c.num_heads // 2
-            other_v_BTHK = None if other_v_BTHK is None else in_slots(other_v_BTHK)
+            other_v_BTHK, x0_v_BTHK = (None if v is None else in_slots(v) for v in (other_v_BTHK, x0_v_BTHK))
         else:
             qkv_BTE = x_BTD @ jnp.swapaxes(qkv_3DD, 0, 1).reshape(D, 3 * D)
         if c.value_embeddings:
             lambdas = self.param("value_lambdas", nn.initializers.constant(0.5), (2,))
             q, k, v = prepare_heads(qkv_BTE, None, jnp.float32(0), rotary, heads)
-            others = [] if other_v_BTHK is None else [(lambdas[1], other_v_BTHK)]
+            others = [(lambdas[0], x0_v_BTHK), (lambdas[1], other_v_BTHK)]
+            others = [(share, other) for share, other in others if other is not None]
             v = weighted_sum((lambdas[0], v), *others, dtype=v.dtype)
         else:
             by_visit = isinstance(c.trunk, Weighted)
@@ -68,6 +70,9 @@ class Attention(nn.Module):
             if by_visit:
                 value_residual = value_residual[visit]
             q, k, v = prepare_heads(qkv_BTE, other_v_BTHK, value_residual, rotary, heads)
+            if x0_v_BTHK is not None:  # added to a sum of which the own values are this share
+                own = 1.0 if other_v_BTHK is None else 1 - value_residual
+                v = weighted_sum((1.0, v), (own, x0_v_BTHK), dtype=v.dtype)
         if c.offsets_keys(self.layer):
             k = offset_keys(k)
         y_BTHK = attend(q, k, v, intervals, ATTENTION_SCALE, c.attention)
@@ -111,6 +116,7 @@ class Layer(nn.Module):
         c = self.config
         table = c.value_table(self.layer)
         other_v = context.first_v if table is None else context.value_embeddings[table]
+        x0_v = dict(zip(c.values_from_x0, context.x0_values)).get(self.layer)
         rows = context.slots if self.layer in c.paired_heads else context
         intervals = rows.windows[c.layers.has_long_window(self.layer)]
-        return self.attention(x_BTD, other_v, rows.rotary, intervals, visit)
+        return self.attention(x_BTD, other_v, x0_v, rows.rotary, intervals, visit)
