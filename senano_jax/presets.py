@@ -236,6 +236,11 @@ def values_from_x0() -> Config:
     return changed(strict(), {"model.values_from_x0": (1, 10, 11), "model.mlp_widths": widths})
 
 
+def smear() -> Config:
+    """Each token's embedding takes some of that of the token before (modded-nanogpt of 2025-09)."""
+    return changed(strict(), {"model.smear": True})
+
+
 def weighted() -> Config:
     """No skip connections over depth: weights of the residual stream and of what is added to it, by application
     (modded-nanogpt of 2026-03 has them by layer), and less added by the layers of the loop (arXiv 2606.18524)."""
@@ -296,6 +301,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "key-offset": key_offset,
     "paired-heads": paired_heads,
     "values-from-x0": values_from_x0,
+    "smear": smear,
     "weighted": weighted,
     "shifted-cap": shifted_cap,
     "multi-token": multi_token,

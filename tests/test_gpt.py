@@ -177,6 +177,21 @@ READERS = {
 }
 
 
+def test_pieces_leave_the_initial_weights_of_all_others_as_they_are():
+    """So that a model with one and a model without begin alike, whatever else is drawn."""
+
+    def initial(**changes):
+        model, tokens = tiny_model(num_heads=4, **changes), jnp.zeros((1, 128), jnp.int32)
+        return dict(jax.tree.leaves_with_path(jax.jit(model.init)(jax.random.key(0), tokens, tokens, 1)["params"]))
+
+    plain, with_pieces = initial(), initial(**PIECES, smear=True, key_offset="all")
+    assert (
+        len(with_pieces) == len(plain) + 4 + 3 + 2 + 2
+    )  # gates, strengths but where heads are paired, matrices, smear
+    for path, weights in plain.items():
+        np.testing.assert_array_equal(with_pieces[path], weights, jax.tree_util.keystr(path))
+
+
 def different_tokens(boundary=None):
     """int32 [LENGTH], all different; END_OF_TEXT at `boundary` only."""
     tokens = np.random.default_rng(1).permutation(50256)[:LENGTH].astype(np.int32)
@@ -185,7 +200,7 @@ def different_tokens(boundary=None):
     return tokens
 
 
-CAUSAL = READERS | {"one token back": tiny_model(vocab_size=50257, key_offset="all")}
+CAUSAL = READERS | {"one token back": tiny_model(vocab_size=50257, key_offset="all", smear=True)}
 
 
 @pytest.mark.parametrize("reader", CAUSAL)

@@ -9,7 +9,7 @@ from senano_jax.kernels import triton
 from senano_jax.model.cap import SoftCap
 from senano_jax.model.schedule import LayerSchedule, UNet, Weighted
 
-GATE_INPUTS = 12  # channels of the normalised stream that a gate reads, the first ones
+GATE_INPUTS = 12  # channels of its input that a gate reads, the first ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,9 @@ class ModelConfig(TransformerConfig):
     values_from_x0: tuple[int, ...] = ()
     """Layers to whose values a product of the embedding with a matrix of their own is added, which is zero at the
     start."""
+    smear: bool = False
+    """Add to each token's embedding a learned share of that of the token before, also across the start of a document;
+    none at the start of training."""
 
     def mlp_width(self, layer: int) -> int:
         """Hidden units of a layer's MLP."""
@@ -184,8 +187,9 @@ def check_model(model: ModelConfig | Gpt2Config) -> None:
         _check_schedule(model)
         check_counts({"--model.mlp-widths": min((width for _, width in model.mlp_widths), default=1)}, least=1)
         model.cap.check("--model.cap")
-        if model.head_gate and model.dim < GATE_INPUTS:
-            raise UserError(f"--model.head-gate reads {GATE_INPUTS} channels, --model.dim is {model.dim}; widen it")
+        for flag, reads in {"--model.head-gate": model.head_gate, "--model.smear": model.smear}.items():
+            if reads and model.dim < GATE_INPUTS:
+                raise UserError(f"{flag} reads {GATE_INPUTS} channels, --model.dim is {model.dim}; widen it")
 
 
 def _check_schedule(model: ModelConfig) -> None:

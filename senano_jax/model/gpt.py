@@ -11,6 +11,7 @@ from senano_jax.model.context import Context
 from senano_jax.model.elementwise import norm, rows_of
 from senano_jax.model.loss import cross_entropy
 from senano_jax.model.pieces.paired_heads import slots_of
+from senano_jax.model.pieces.smear import Smear
 from senano_jax.model.rotary import rotary_tables
 from senano_jax.model.targets import targets_of
 from senano_jax.model.trunks import trunk_of
@@ -18,7 +19,7 @@ from senano_jax.model.trunks import trunk_of
 
 class Gpt(nn.Module):
     """Parameters: embedding and value_embedding_<i> [vocab, dim] in `dtype`; head [dim, padded vocab], logit_bias
-    [padded vocab] if there is one, x0_values_<layer> [dim, dim], and the trunk's, in float32.
+    [padded vocab] if there is one, x0_values_<layer> [dim, dim], those of smear and the trunk's, in float32.
 
     Profiles tell the parts of a step by the names of `features` and of the layers' scopes (profiling/hlo.py).
     """
@@ -31,6 +32,7 @@ class Gpt(nn.Module):
         self.embedding = self._table("embedding")
         self.value_tables = [self._table(f"value_embedding_{n}") for n in range(c.value_embeddings)]
         self.head = self.param("head", nn.initializers.zeros, (c.dim, c.padded_vocab_size))
+        self.smear = Smear() if c.smear else None
         self.trunk = trunk_of(c)
         nn.share_scope(self, self.trunk)
         # Drawn last: a parameter's initial weights depend on how many were drawn before it.
@@ -85,7 +87,8 @@ class Gpt(nn.Module):
         inputs = inputs.astype(jnp.int32)
         starts = document_start(inputs)
         windows = {True: window_intervals(starts, window_blocks), False: window_intervals(starts, window_blocks // 2)}
-        x0 = norm(rows_of(self.embedding, inputs, self.dtype))
+        rows = rows_of(self.embedding, inputs, self.dtype)
+        x0 = norm(rows if self.smear is None else self.smear(rows))
         heads = (*inputs.shape, c.num_heads, c.head_dim)
         values = tuple(rows_of(table, inputs, self.dtype).reshape(heads) for table in self.value_tables)
         slots = slots_of(starts, window_blocks, c.head_dim) if c.paired_heads else None
