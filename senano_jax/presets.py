@@ -247,6 +247,12 @@ def weighted() -> Config:
     return changed(strict(), {"model.trunk": Weighted()})
 
 
+def output_init() -> Config:
+    """Each sublayer adds something from the start on, attention as in modded-nanogpt since 2026-02; the MLP does so in
+    its slow track, from numbers twice as large. Layers of the loop add less (`weighted`), as they do at every visit."""
+    return changed(weighted(), {"model.output_init": 0.5})
+
+
 def shifted_cap() -> Config:
     """The soft-cap of modded-nanogpt since 2025-10: logits 23 sigmoid((z + 5) / 7.5), not divided by the root of the
     width, and the head's learning rate divided by it instead."""
@@ -303,6 +309,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "values-from-x0": values_from_x0,
     "smear": smear,
     "weighted": weighted,
+    "output-init": output_init,
     "shifted-cap": shifted_cap,
     "multi-token": multi_token,
 }

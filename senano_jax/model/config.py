@@ -95,6 +95,9 @@ class ModelConfig(TransformerConfig):
     smear: bool = False
     """Add to each token's embedding a learned share of that of the token before, also across the start of a document;
     none at the start of training."""
+    output_init: float = 0.0
+    """Standard deviation at the start of the last matrices of attention and MLP, in units of one over the root of their
+    inputs: uniform numbers in attention, normal ones in the MLP. 0: both are zero."""
 
     def mlp_width(self, layer: int) -> int:
         """Hidden units of a layer's MLP."""
@@ -187,6 +190,8 @@ def check_model(model: ModelConfig | Gpt2Config) -> None:
         _check_schedule(model)
         check_counts({"--model.mlp-widths": min((width for _, width in model.mlp_widths), default=1)}, least=1)
         model.cap.check("--model.cap")
+        if not 0 <= model.output_init < float("inf"):
+            raise UserError(f"--model.output-init is {model.output_init}; use 0 or more")
         for flag, reads in {"--model.head-gate": model.head_gate, "--model.smear": model.smear}.items():
             if reads and model.dim < GATE_INPUTS:
                 raise UserError(f"{flag} reads {GATE_INPUTS} channels, --model.dim is {model.dim}; widen it")

@@ -3,6 +3,8 @@
 How they meet the residual stream is a trunk's matter, whose layers add it to this class.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -27,6 +29,13 @@ def uniform_fan_in(key, shape, dtype=jnp.float32):
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def output_init(deviation: float, distribution: Literal["uniform", "normal"]):
+    """Standard deviation `deviation` / sqrt(fan_in), for matrices [in, out]; zeros for 0."""
+    if not deviation:
+        return nn.initializers.zeros
+    return nn.initializers.variance_scaling(deviation**2, "fan_in", distribution)
+
+
 class Attention(nn.Module):
     """Multi-head attention with normalised queries and keys and a learned share of values from elsewhere.
 
@@ -48,7 +57,7 @@ class Attention(nn.Module):
         c = self.config
         B, T, D = x_BTD.shape
         qkv_3DD = self.param("qkv", uniform_fan_in, (3, D, D))
-        out_DD = self.param("out", nn.initializers.zeros, (D, D))
+        out_DD = self.param("out", output_init(c.output_init, "uniform"), (D, D))
 
         # One product, so that its gradient is one too.
         qkv_3DD, heads = qkv_3DD.astype(x_BTD.dtype), c.num_heads
@@ -86,12 +95,13 @@ class Mlp(nn.Module):
     """Two matrices around relu(x)^2."""
 
     hidden: int
+    output_init: float
 
     @nn.compact
     def __call__(self, x_BTD):
         D, F = x_BTD.shape[-1], self.hidden
         up_DF = self.param("up", uniform_fan_in, (D, F))
-        down_FD = self.param("down", nn.initializers.zeros, (F, D))
+        down_FD = self.param("down", output_init(self.output_init, "normal"), (F, D))
         return squared_relu_mlp(x_BTD, up_DF.astype(x_BTD.dtype), down_FD.astype(x_BTD.dtype))
 
 
@@ -104,7 +114,7 @@ class Layer(nn.Module):
     def setup(self):
         if self.has_attention:
             self.attention = Attention(self.config, self.layer)
-        self.mlp = Mlp(self.config.mlp_width(self.layer))
+        self.mlp = Mlp(self.config.mlp_width(self.layer), self.config.output_init)
 
     @property
     def has_attention(self) -> bool:
