@@ -229,10 +229,28 @@ def paired_heads() -> Config:
     return changed(strict(), {"model.paired_heads": (1, 5, 9)})
 
 
+def values_from_x0() -> Config:
+    """The embedding, by a matrix of their own, adds to the values of three layers, which costs less than tables of
+    values by token; the MLPs of five layers are narrower for it, so that parameters stay below 162,000,000."""
+    widths = tuple((layer, 2816) for layer in (1, 2, 9, 10, 11))
+    return changed(strict(), {"model.values_from_x0": (1, 10, 11), "model.mlp_widths": widths})
+
+
+def smear() -> Config:
+    """Each token's embedding takes some of that of the token before (modded-nanogpt of 2025-09)."""
+    return changed(strict(), {"model.smear": True})
+
+
 def weighted() -> Config:
     """No skip connections over depth: weights of the residual stream and of what is added to it, by application
     (modded-nanogpt of 2026-03 has them by layer), and less added by the layers of the loop (arXiv 2606.18524)."""
     return changed(strict(), {"model.trunk": Weighted()})
+
+
+def output_init() -> Config:
+    """Each sublayer adds something from the start on, attention as in modded-nanogpt since 2026-02; the MLP does so in
+    its slow track, from numbers twice as large. Layers of the loop add less (`weighted`), as they do at every visit."""
+    return changed(weighted(), {"model.output_init": 0.5})
 
 
 def shifted_cap() -> Config:
@@ -297,7 +315,10 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "exclusive": exclusive,
     "key-offset": key_offset,
     "paired-heads": paired_heads,
+    "values-from-x0": values_from_x0,
+    "smear": smear,
     "weighted": weighted,
+    "output-init": output_init,
     "shifted-cap": shifted_cap,
     "multi-token": multi_token,
     "prefix": prefix,

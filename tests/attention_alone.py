@@ -24,6 +24,7 @@ class Inputs(NamedTuple):
     params: dict
     x: jax.Array  # [T, D]
     first_v: jax.Array  # [T, H, K]
+    x0_v: jax.Array | None  # [T, H, K], of a layer that takes them
 
 
 def tokens_with_documents(*starts: int) -> np.ndarray:
@@ -36,32 +37,35 @@ def tokens_with_documents(*starts: int) -> np.ndarray:
 def random_inputs(config: ModelConfig, layer: int, seed: int = 0) -> Inputs:
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.standard_normal((LENGTH, config.dim)), jnp.float32)
-    first_v = jnp.asarray(rng.standard_normal((LENGTH, config.num_heads, config.head_dim)), jnp.float32)
+    heads = (LENGTH, config.num_heads, config.head_dim)
+    first_v = jnp.asarray(rng.standard_normal(heads), jnp.float32)
+    x0_v = jnp.asarray(rng.standard_normal(heads), jnp.float32) if layer in config.values_from_x0 else None
 
     def drawn(leaf):
         drawn = rng.standard_normal(leaf.shape) / (leaf.shape[-2] ** 0.5 if leaf.ndim > 1 else 1)
         return jnp.asarray(drawn, jnp.float32)
 
     module = Layer(config, layer)
-    context = _context(config, np.zeros(LENGTH, np.int32), x, first_v)
+    context = _context(config, np.zeros(LENGTH, np.int32), Inputs({}, x, first_v, x0_v))
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x[None], context, 0, method=Layer.attend))
-    return Inputs(jax.tree.map(drawn, shapes["params"]["attention"]), x, first_v)
+    return Inputs(jax.tree.map(drawn, shapes["params"]["attention"]), x, first_v, x0_v)
 
 
 def attention(config: ModelConfig, layer: int, tokens: np.ndarray, inputs: Inputs, visit=0):
     """What attention adds, [T, D], and the values that it weighs, [T, H, K]."""
-    context = _context(config, tokens, inputs.x, inputs.first_v)
+    context = _context(config, tokens, inputs)
     params = {"params": {"attention": inputs.params}}
     y, v = Layer(config, layer).apply(params, inputs.x[None], context, visit, method=Layer.attend)
     return y[0], v[0]
 
 
-def _context(config, tokens, x, first_v) -> Context:
+def _context(config: ModelConfig, tokens: np.ndarray, inputs: Inputs) -> Context:
     starts = document_start(jnp.asarray(tokens)[None])
     windows = {True: window_intervals(starts, WINDOW), False: window_intervals(starts, WINDOW // 2)}
     rotary, slots = rotary_tables(LENGTH, config.head_dim), slots_of(starts, WINDOW, config.head_dim)
-    x0 = jnp.zeros_like(x)
-    return Context(jnp.asarray(tokens)[None], starts, x0[None], first_v[None], (), rotary, windows, slots)
+    x0, first_v = jnp.zeros_like(inputs.x)[None], inputs.first_v[None]
+    x0_values = (None if inputs.x0_v is None else inputs.x0_v[None],) * len(config.values_from_x0)
+    return Context(jnp.asarray(tokens)[None], starts, x0, first_v, (), rotary, windows, slots, x0_values)
 
 
 def check_by_formula(config: ModelConfig, layer: int, tokens: np.ndarray, visit: int = 0) -> None:
@@ -72,8 +76,8 @@ def check_by_formula(config: ModelConfig, layer: int, tokens: np.ndarray, visit:
     options = {"key_offset": config.offsets_keys(layer), "paired": paired}
 
     def by_formula(inputs):
-        heads = config.num_heads
-        return expected_attention(inputs.params, inputs.x, inputs.first_v, seen, heads, visit, **options)
+        given = options if inputs.x0_v is None else options | {"x0_v": inputs.x0_v}
+        return expected_attention(inputs.params, inputs.x, inputs.first_v, seen, config.num_heads, visit, **given)
 
     weights = [rng.standard_normal(shape) for shape in (inputs.x.shape, inputs.first_v.shape)]
     exact = jax.tree.map(lambda x: np.asarray(x, np.float64), inputs)

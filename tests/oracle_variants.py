@@ -59,9 +59,10 @@ def loss(params, tokens, targets, window_blocks, loss_weights, *, layers, heads,
     return total
 
 
-def attention(w, x, first_v, visible, heads, visit, *, key_offset=False, paired=False):
+def attention(w, x, first_v, visible, heads, visit, *, x0_v=0.0, key_offset=False, paired=False):
     """What attention adds, and the values that it weighs; `visible` is of slots if heads are paired."""
     q, k, v = ((x @ matrix).reshape(len(x), heads, -1) for matrix in w["qkv"])
+    v = v + x0_v
     if first_v is not None:
         share = w["value_residual"] if np.ndim(w["value_residual"]) == 0 else w["value_residual"][visit]
         v = (1 - share) * v + share * first_v

@@ -167,7 +167,7 @@ def sensitivity(model, params, tokens_T, position, window_blocks):
 LENGTH = 384
 # END_OF_TEXT needs the whole embedding; the head may be narrow, as long as targets are.
 READER = tiny_model(vocab_size=50257)
-PIECES = {"head_gate": True, "exclusive_attention": True, "paired_heads": (1,)}
+PIECES = {"head_gate": True, "exclusive_attention": True, "paired_heads": (1,), "values_from_x0": (0, 1)}
 READERS = {
     "skips": READER,
     "weighted": tiny_model(vocab_size=50257, trunk=Weighted(exits=True, coda_reads_exit=True)),
@@ -175,6 +175,21 @@ READERS = {
     "pieces": tiny_model(vocab_size=50257, num_heads=4, **PIECES),
     "weighted pieces": tiny_model(vocab_size=50257, num_heads=4, trunk=Weighted(), remat="full", **PIECES),
 }
+
+
+def test_pieces_leave_the_initial_weights_of_all_others_as_they_are():
+    """So that a model with one and a model without begin alike, whatever else is drawn."""
+
+    def initial(**changes):
+        model, tokens = tiny_model(num_heads=4, **changes), jnp.zeros((1, 128), jnp.int32)
+        return dict(jax.tree.leaves_with_path(jax.jit(model.init)(jax.random.key(0), tokens, tokens, 1)["params"]))
+
+    plain, with_pieces = initial(), initial(**PIECES, smear=True, key_offset="all")
+    assert (
+        len(with_pieces) == len(plain) + 4 + 3 + 2 + 2
+    )  # gates, strengths but where heads are paired, matrices, smear
+    for path, weights in plain.items():
+        np.testing.assert_array_equal(with_pieces[path], weights, jax.tree_util.keystr(path))
 
 
 def different_tokens(boundary=None):
@@ -185,7 +200,7 @@ def different_tokens(boundary=None):
     return tokens
 
 
-CAUSAL = READERS | {"one token back": tiny_model(vocab_size=50257, key_offset="all")}
+CAUSAL = READERS | {"one token back": tiny_model(vocab_size=50257, key_offset="all", smear=True)}
 
 
 @pytest.mark.parametrize("reader", CAUSAL)

@@ -139,6 +139,8 @@ def test_gpt2_may_bring_its_head_along():
         ({"head_gate": True}, "--model.head-gate is True, which"),
         ({"exclusive_attention": True}, "--model.exclusive-attention is True, which"),
         ({"paired_heads": (1,)}, "--model.paired-heads is (1,), which"),
+        ({"values_from_x0": (1,)}, "--model.values-from-x0 is (1,), which"),
+        ({"smear": True}, "--model.smear is True, which"),
         ({"key_offset": "long"}, "--model.key-offset is long, which"),
     ],
     ids=str,

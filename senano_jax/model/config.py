@@ -9,7 +9,7 @@ from senano_jax.kernels import triton
 from senano_jax.model.cap import SoftCap
 from senano_jax.model.schedule import LayerSchedule, UNet, Weighted
 
-GATE_INPUTS = 12  # channels of the normalised stream that a gate reads, the first ones
+GATE_INPUTS = 12  # channels of its input that a gate reads, the first ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,15 @@ class ModelConfig(TransformerConfig):
     by this one token."""
     paired_heads: tuple[int, ...] = ()
     """Layers whose heads attend in pairs: each sees the keys of both, over half as many tokens as the window has."""
+    values_from_x0: tuple[int, ...] = ()
+    """Layers to whose values a product of the embedding with a matrix of their own is added, which is zero at the
+    start."""
+    smear: bool = False
+    """Add to each token's embedding a learned share of that of the token before, also across the start of a document;
+    none at the start of training."""
+    output_init: float = 0.0
+    """Standard deviation at the start of the last matrices of attention and MLP, in units of one over the root of their
+    inputs: uniform numbers in attention, normal ones in the MLP. 0: both are zero."""
 
     def mlp_width(self, layer: int) -> int:
         """Hidden units of a layer's MLP."""
@@ -183,8 +192,11 @@ def check_model(model: ModelConfig | Gpt2Config) -> None:
         _check_schedule(model)
         check_counts({"--model.mlp-widths": min((width for _, width in model.mlp_widths), default=1)}, least=1)
         model.cap.check("--model.cap")
-        if model.head_gate and model.dim < GATE_INPUTS:
-            raise UserError(f"--model.head-gate reads {GATE_INPUTS} channels, --model.dim is {model.dim}; widen it")
+        if not 0 <= model.output_init < float("inf"):
+            raise UserError(f"--model.output-init is {model.output_init}; use 0 or more")
+        for flag, reads in {"--model.head-gate": model.head_gate, "--model.smear": model.smear}.items():
+            if reads and model.dim < GATE_INPUTS:
+                raise UserError(f"{flag} reads {GATE_INPUTS} channels, --model.dim is {model.dim}; widen it")
 
 
 def _check_schedule(model: ModelConfig) -> None:
@@ -202,12 +214,19 @@ def _check_schedule(model: ModelConfig) -> None:
         "--model.layers.long-windows": layers.long_windows or (),
         "--model.layers.no-attention": layers.no_attention,
         "--model.paired-heads": model.paired_heads,
+        "--model.values-from-x0": model.values_from_x0,
         "--model.mlp-widths": tuple(layer for layer, _ in model.mlp_widths),
     }.items():
         if unknown := [n for n in named if not 0 <= n < layers.layers]:
             raise UserError(f"{flag} names layer {unknown[0]}; there are layers 0 to {layers.layers - 1}")
-    if without := [n for n in model.paired_heads if n in layers.no_attention]:
-        raise UserError(f"--model.paired-heads names layer {without[0]}, which has no attention; leave it out")
+    for flag, named in {
+        "--model.paired-heads": model.paired_heads,
+        "--model.values-from-x0": model.values_from_x0,
+    }.items():
+        if without := [n for n in named if n in layers.no_attention]:
+            raise UserError(f"{flag} names layer {without[0]}, which has no attention; leave it out")
+    if twice := [n for n in model.values_from_x0 if model.values_from_x0.count(n) > 1]:
+        raise UserError(f"--model.values-from-x0 names layer {twice[0]} more than once; name it once")
     if model.paired_heads and model.num_heads % 2:
         raise UserError(
             f"--model.paired-heads takes an even number of heads, --model.num-heads is {model.num_heads}; "

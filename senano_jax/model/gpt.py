@@ -11,6 +11,7 @@ from senano_jax.model.context import Context
 from senano_jax.model.elementwise import norm, rows_of
 from senano_jax.model.loss import cross_entropy
 from senano_jax.model.pieces.paired_heads import slots_of
+from senano_jax.model.pieces.smear import Smear
 from senano_jax.model.rotary import rotary_tables
 from senano_jax.model.targets import Prefixes, targets_of
 from senano_jax.model.trunks import trunk_of
@@ -20,7 +21,8 @@ TIED_DEVIATION = 0.005  # of a table that is both embedding and head, at the sta
 
 class Gpt(nn.Module):
     """Parameters: embedding, unless it is the head, and value_embedding_<i> [vocab, dim] in `dtype`; head [dim, padded
-    vocab], logit_bias [padded vocab] if there is one, and the trunk's, in float32.
+    vocab], logit_bias [padded vocab] if there is one, x0_values_<layer> [dim, dim], those of smear and the trunk's, in
+    float32.
 
     Profiles tell the parts of a step by the names of `features` and of the layers' scopes (profiling/hlo.py).
     """
@@ -34,10 +36,12 @@ class Gpt(nn.Module):
         self.value_tables = [self._table(f"value_embedding_{n}") for n in range(c.value_embeddings)]
         zeros, small = nn.initializers.zeros, nn.initializers.normal(TIED_DEVIATION)
         self.head = self.param("head", small if c.tied else zeros, (c.dim, c.padded_vocab_size))
+        self.smear = Smear() if c.smear else None
         self.trunk = trunk_of(c)
         nn.share_scope(self, self.trunk)
         # Drawn last: a parameter's initial weights depend on how many were drawn before it.
         self.logit_bias = self.param("logit_bias", zeros, (c.padded_vocab_size,)) if c.logit_bias else None
+        self.x0_matrices = [self.param(f"x0_values_{layer}", zeros, (c.dim, c.dim)) for layer in c.values_from_x0]
 
     def _table(self, name: str) -> Float[Array, "vocab dim"]:
         def init(key):
@@ -88,10 +92,12 @@ class Gpt(nn.Module):
         inputs = inputs.astype(jnp.int32)
         starts = document_start(inputs)
         windows = {True: window_intervals(starts, window_blocks), False: window_intervals(starts, window_blocks // 2)}
-        x0 = norm(rows_of(self.head.T if c.tied else self.embedding, inputs, self.dtype))
+        rows = rows_of(self.head.T if c.tied else self.embedding, inputs, self.dtype)
+        x0 = norm(rows if self.smear is None else self.smear(rows))
         heads = (*inputs.shape, c.num_heads, c.head_dim)
         values = tuple(rows_of(table, inputs, self.dtype).reshape(heads) for table in self.value_tables)
         slots = slots_of(starts, window_blocks, c.head_dim) if c.paired_heads else None
         rotary = rotary_tables(inputs.shape[1], c.head_dim)
-        context = Context(inputs, starts, x0, None, values, rotary, windows, slots)
+        x0_values = tuple((x0 @ matrix.astype(self.dtype)).reshape(heads) for matrix in self.x0_matrices)
+        context = Context(inputs, starts, x0, None, values, rotary, windows, slots, x0_values)
         return norm(self.trunk(context, visits)).astype(self.dtype)

@@ -3,6 +3,8 @@
 How they meet the residual stream is a trunk's matter, whose layers add it to this class.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -27,6 +29,13 @@ def uniform_fan_in(key, shape, dtype=jnp.float32):
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def output_init(deviation: float, distribution: Literal["uniform", "normal"]):
+    """Standard deviation `deviation` / sqrt(fan_in), for matrices [in, out]; zeros for 0."""
+    if not deviation:
+        return nn.initializers.zeros
+    return nn.initializers.variance_scaling(deviation**2, "fan_in", distribution)
+
+
 class Attention(nn.Module):
     """Multi-head attention with normalised queries and keys and a learned share of values from elsewhere.
 
@@ -38,28 +47,30 @@ class Attention(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x_BTD, other_v_BTHK, rotary, intervals: Intervals, visit=0):
+    def __call__(self, x_BTD, other_v_BTHK, x0_v_BTHK, rotary, intervals: Intervals, visit=0):
         """Returns the output and the values it weighs.
 
         `other_v_BTHK` is those of the first layer or the tokens' value embeddings. None mixes nothing: what the first
-        layer returns is later layers' `other_v_BTHK`. `visit` numbers the applications of this layer.
+        layer returns is later layers' `other_v_BTHK`. `x0_v_BTHK` is None, or added to the layer's own values. `rotary`
+        and `intervals` are those of slots where heads are paired. `visit` numbers the applications of this layer.
         """
         c = self.config
         B, T, D = x_BTD.shape
         qkv_3DD = self.param("qkv", uniform_fan_in, (3, D, D))
-        out_DD = self.param("out", nn.initializers.zeros, (D, D))
+        out_DD = self.param("out", output_init(c.output_init, "uniform"), (D, D))
 
         # One product, so that its gradient is one too.
         qkv_3DD, heads = qkv_3DD.astype(x_BTD.dtype), c.num_heads
         if self.layer in c.paired_heads:
             qkv_BTE, heads = in_slots(x_BTD @ columns_by_slot(qkv_3DD)), c.num_heads // 2
-            other_v_BTHK = None if other_v_BTHK is None else in_slots(other_v_BTHK)
+            other_v_BTHK, x0_v_BTHK = (None if v is None else in_slots(v) for v in (other_v_BTHK, x0_v_BTHK))
         else:
             qkv_BTE = x_BTD @ jnp.swapaxes(qkv_3DD, 0, 1).reshape(D, 3 * D)
         if c.value_embeddings:
             lambdas = self.param("value_lambdas", nn.initializers.constant(0.5), (2,))
             q, k, v = prepare_heads(qkv_BTE, None, jnp.float32(0), rotary, heads)
-            others = [] if other_v_BTHK is None else [(lambdas[1], other_v_BTHK)]
+            others = [(lambdas[0], x0_v_BTHK), (lambdas[1], other_v_BTHK)]
+            others = [(share, other) for share, other in others if other is not None]
             v = weighted_sum((lambdas[0], v), *others, dtype=v.dtype)
         else:
             by_visit = isinstance(c.trunk, Weighted)
@@ -68,6 +79,9 @@ class Attention(nn.Module):
             if by_visit:
                 value_residual = value_residual[visit]
             q, k, v = prepare_heads(qkv_BTE, other_v_BTHK, value_residual, rotary, heads)
+            if x0_v_BTHK is not None:  # added to a sum of which the own values are this share
+                own = 1.0 if other_v_BTHK is None else 1 - value_residual
+                v = weighted_sum((1.0, v), (own, x0_v_BTHK), dtype=v.dtype)
         if c.offsets_keys(self.layer):
             k = offset_keys(k)
         y_BTHK = attend(q, k, v, intervals, ATTENTION_SCALE, c.attention)
@@ -81,12 +95,13 @@ class Mlp(nn.Module):
     """Two matrices around relu(x)^2."""
 
     hidden: int
+    output_init: float
 
     @nn.compact
     def __call__(self, x_BTD):
         D, F = x_BTD.shape[-1], self.hidden
         up_DF = self.param("up", uniform_fan_in, (D, F))
-        down_FD = self.param("down", nn.initializers.zeros, (F, D))
+        down_FD = self.param("down", output_init(self.output_init, "normal"), (F, D))
         return squared_relu_mlp(x_BTD, up_DF.astype(x_BTD.dtype), down_FD.astype(x_BTD.dtype))
 
 
@@ -99,7 +114,7 @@ class Layer(nn.Module):
     def setup(self):
         if self.has_attention:
             self.attention = Attention(self.config, self.layer)
-        self.mlp = Mlp(self.config.mlp_width(self.layer))
+        self.mlp = Mlp(self.config.mlp_width(self.layer), self.config.output_init)
 
     @property
     def has_attention(self) -> bool:
@@ -111,6 +126,7 @@ class Layer(nn.Module):
         c = self.config
         table = c.value_table(self.layer)
         other_v = context.first_v if table is None else context.value_embeddings[table]
+        x0_v = dict(zip(c.values_from_x0, context.x0_values)).get(self.layer)
         rows = context.slots if self.layer in c.paired_heads else context
         intervals = rows.windows[c.layers.has_long_window(self.layer)]
-        return self.attention(x_BTD, other_v, rows.rotary, intervals, visit)
+        return self.attention(x_BTD, other_v, x0_v, rows.rotary, intervals, visit)

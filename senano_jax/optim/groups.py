@@ -4,11 +4,11 @@ import re
 
 # Of each group, a pattern that the whole path of a parameter fits, its names joined with "/". No path fits two.
 GROUPS = {
-    "matrices": r"(.*/)?(attention/(qkv|out)|mlp/(up|down))(/kernel)?",
+    "matrices": r"(.*/)?(attention/(qkv|out)|mlp/(up|down))(/kernel)?|x0_values_\d+",
     "head": r"head",
     "embeddings": r"(position_)?embedding",
     "scalars": r"(.*/)?(lambdas|value_residual|value_lambdas|(skip|stream)_weights|(logit_)?bias|scale"
-    r"|exclusive/strength)",
+    r"|exclusive/strength|smear/weight)",
     "branches": r"(added|x0)_weights",
     "tables": r"value_embedding_\d+",
     "gates": r"(.*/)?\w*gate",
