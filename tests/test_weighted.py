@@ -17,8 +17,8 @@ class Tanh(WeightedLayer):
 
     matrix: jax.Array | None = None
 
-    def attend(self, x_BTD, context, visit):
-        return jnp.tanh(x_BTD @ self.matrix), None
+    def attend(self, x_BTD, context, visit, weight):
+        return (weight * jnp.tanh(x_BTD @ self.matrix)).astype(x_BTD.dtype), None
 
 
 def test_a_layer_is_the_original_one():

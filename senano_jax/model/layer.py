@@ -47,8 +47,8 @@ class Attention(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x_BTD, other_v_BTHK, x0_v_BTHK, rotary, intervals: Intervals, visit=0):
-        """Returns the output and the values it weighs.
+    def __call__(self, x_BTD, other_v_BTHK, x0_v_BTHK, rotary, intervals: Intervals, visit=0, weight=None):
+        """Returns the output, times `weight` if there is one, and the values it weighs.
 
         `other_v_BTHK` is those of the first layer or the tokens' value embeddings. None mixes nothing: what the first
         layer returns is later layers' `other_v_BTHK`. `x0_v_BTHK` is None, or added to the layer's own values. `rotary`
@@ -88,7 +88,7 @@ class Attention(nn.Module):
         y_BTHK, v = (z.reshape(B, T, c.num_heads, c.head_dim) for z in (y_BTHK, v))  # of tokens, if they are of slots
         for piece in pieces_of(c, self.layer):
             y_BTHK = piece.after(y_BTHK, v, x_BTD, visit)
-        return y_BTHK.reshape(B, T, D) @ out_DD.astype(x_BTD.dtype), v
+        return y_BTHK.reshape(B, T, D) @ weighted(out_DD, weight).astype(x_BTD.dtype), v
 
 
 class Mlp(nn.Module):
@@ -98,11 +98,18 @@ class Mlp(nn.Module):
     output_init: float
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD, weight=None):
+        """The output, times `weight` if there is one."""
         D, F = x_BTD.shape[-1], self.hidden
         up_DF = self.param("up", uniform_fan_in, (D, F))
         down_FD = self.param("down", output_init(self.output_init, "normal"), (F, D))
-        return squared_relu_mlp(x_BTD, up_DF.astype(x_BTD.dtype), down_FD.astype(x_BTD.dtype))
+        return squared_relu_mlp(x_BTD, up_DF.astype(x_BTD.dtype), weighted(down_FD, weight).astype(x_BTD.dtype))
+
+
+def weighted(matrix_FD, weight):
+    """The matrix, times a weight if there is one. That of an output costs nothing here, nor does its gradient, where
+    each would be a pass over all tokens."""
+    return matrix_FD if weight is None else weight * matrix_FD
 
 
 class Layer(nn.Module):
@@ -120,13 +127,13 @@ class Layer(nn.Module):
     def has_attention(self) -> bool:
         return self.layer not in self.config.layers.no_attention
 
-    def attend(self, x_BTD, context: Context, visit=0):
-        """Attention with the values and the window that this layer takes; returns the output and the values that it
-        weighed."""
+    def attend(self, x_BTD, context: Context, visit=0, weight=None):
+        """Attention with the values and the window that this layer takes; returns the output, times `weight` if there
+        is one, and the values that it weighed."""
         c = self.config
         table = c.value_table(self.layer)
         other_v = context.first_v if table is None else context.value_embeddings[table]
         x0_v = dict(zip(c.values_from_x0, context.x0_values)).get(self.layer)
         rows = context.slots if self.layer in c.paired_heads else context
         intervals = rows.windows[c.layers.has_long_window(self.layer)]
-        return self.attention(x_BTD, other_v, x0_v, rows.rotary, intervals, visit)
+        return self.attention(x_BTD, other_v, x0_v, rows.rotary, intervals, visit, weight)

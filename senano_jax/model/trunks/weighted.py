@@ -44,12 +44,11 @@ class WeightedLayer(Layer):
         if self.has_attention:
             if read_BTD is None:
                 x_BTD, read_BTD = norm_fork(x_BTD)
-            y_BTD, v_BTHK = self.attend(read_BTD, context, visit)
-            y_BTD = weighted_sum((weights.added[0], y_BTD), dtype=dtype)
+            y_BTD, v_BTHK = self.attend(read_BTD, context, visit, weights.added[0])
         x_BTD = weighted_sum((weights.stream[0], x_BTD), (weights.x0, context.x0), dtype=dtype)
         x_BTD, normed_BTD = norm_fork(x_BTD, y_BTD)
-        mlp_BTD = self.mlp(normed_BTD)
-        return weighted_sum((weights.stream[1], x_BTD), (weights.added[1], mlp_BTD), dtype=jnp.float32), v_BTHK
+        mlp_BTD = self.mlp(normed_BTD, weights.added[1])
+        return weighted_sum((weights.stream[1], x_BTD), (1.0, mlp_BTD), dtype=jnp.float32), v_BTHK
 
 
 def apply_layer(layer: WeightedLayer, x: Float[Array, "B T D"], weights: Weights, context: Context, visit, read=None):
