@@ -22,7 +22,7 @@ def test_what_a_layer_adds_to_a_large_stream_is_not_lost(by):
     tokens = jnp.ones((1, length), jnp.int32)
     starts = document_start(tokens)
     windows = {True: window_intervals(starts, 1)}
-    given = (x, None, Context(tokens, starts, x0, None, (), rotary_tables(length, TINY.head_dim), windows))
+    given = (x, None, Context(x0, None, (), rotary_tables(length, TINY.head_dim), windows))
     params = layer.init(jax.random.key(1), *given)["params"]
     last = "out" if by == "attention" else "down"
     matrix = 0.1 * jax.random.normal(jax.random.key(2), params[by][last].shape)

@@ -52,7 +52,7 @@ def test_with_the_original_s_positions_it_is_the_original_function(monkeypatch):
 
     slots = slot[:, 0]
     key_start = jnp.asarray(np.maximum(np.where(slots < 2 * second, 0, 2 * second), slots - 20), jnp.int32)[None]
-    context = Context(None, None, None, None, (), None, {}, Slots(rotary, {False: Intervals(key_start, None)}))
+    context = Context(None, None, (), None, {}, Slots(rotary, {False: Intervals(key_start, None)}))
     config = changed(TINY, {"dim": heads * width, "num_heads": heads, "paired_heads": (1,), "attention": "dense"})
     columns = np.arange(heads * width).reshape(heads, width)
     pairs_apart = columns[:, np.r_[0:width:2, 1:width:2]].ravel()  # the original's rotary pairs are neighbours

@@ -32,7 +32,7 @@ def test_they_are_own_values_where_value_embeddings_are_mixed_in():
     tokens = jnp.ones((1, 128), jnp.int32)
     starts = document_start(tokens)
     windows = {True: window_intervals(starts, 1)}
-    context = Context(tokens, starts, x, None, (table,), rotary_tables(128, 16), windows)
+    context = Context(x, None, (table,), rotary_tables(128, 16), windows)
     context = context._replace(x0_values=(jnp.zeros_like(values), values))
     layer = Layer(config, 0)
     params = jax.jit(lambda: layer.init(jax.random.key(0), x, context, method=Layer.attend))()["params"]

@@ -32,7 +32,7 @@ def test_a_layer_is_the_original_one():
         weights = Weights(
             jnp.concatenate([resid_attn, resid_mlp]), jnp.concatenate([post_attn, post_mlp]), x0_lambda[0]
         )
-        context = Context(None, None, x0[None], None, (), None, {})
+        context = Context(x0[None], None, (), None, {})
         variables = {"params": {"mlp": {"up": M1, "down": M2}}}
         return Tanh(config, 0, matrix=A).apply(variables, x[None], weights, context, 0)[0][0]
 
@@ -47,7 +47,7 @@ def test_what_a_sublayer_adds_to_a_large_stream_is_not_lost(by):
     """bfloat16 numbers near 256 are 2 apart, and what is added is less; its sum with the stream is float32."""
     config = changed(TINY, {"trunk": Weighted()})
     x = jnp.full((1, 128, TINY.dim), 256, jnp.bfloat16)
-    context = Context(None, None, jnp.zeros_like(x), None, (), None, {})
+    context = Context(jnp.zeros_like(x), None, (), None, {})
     matrix = 0.01 * jax.random.normal(jax.random.key(0), (TINY.dim, TINY.dim)).astype(jnp.bfloat16)
     layer = Tanh(config, 0, matrix=matrix if by == "attention" else jnp.zeros_like(matrix))
     weights = Weights(jnp.ones(2), jnp.ones(2), jnp.float32(0))

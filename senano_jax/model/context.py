@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from senano_jax.attention import Intervals
 
@@ -17,8 +17,6 @@ class Slots(NamedTuple):
 class Context(NamedTuple):
     """The same for all applications of layers, but for `first_v`, which the first one makes."""
 
-    tokens: Int[Array, "B T"]
-    starts: Int[Array, "B T"]  # of each token, the index of its document's first one
     x0: Float[Array, "B T D"]  # normalised embedding
     first_v: Float[Array, "B T H K"] | None  # values of the first layer; None there and with value embeddings
     value_embeddings: tuple[Float[Array, "B T H K"], ...]  # of the tokens, one a table
