@@ -29,8 +29,8 @@ def update_stacks(
 ) -> tuple[list[Float[Array, "*stack in out"]], dict[str, Any]]:
     """Applies `rule` to every matrix: those of one shape (up to transposition) in one stack.
 
-    Everything is the same on all devices of `axis_name`, before and after: each does its part of every stack that
-    divides evenly, and all gather the results. None: every device does all of it.
+    Everything is the same on all devices of `axis_name`, before and after: each does its part of every stack, and all
+    gather the results. None: every device does all of it.
     """
     wide = _wide(matrices)
     results: list[Array | None] = [None] * len(matrices)
@@ -66,10 +66,16 @@ def _name(shape: tuple[int, int]) -> str:
 
 
 def _shared(rule: StackRule, stack: Stack, kept: Any, axis_name: str | None) -> tuple[Stack, Any]:
-    """One stack, split over the devices of `axis_name` if it divides evenly."""
-    if axis_name is None or len(stack) % jax.lax.axis_size(axis_name):
+    """One stack, split over the devices of `axis_name`; where it does not divide, zeros fill the last share up."""
+    if axis_name is None:
         return rule.update(stack, kept)
-    size = len(stack) // jax.lax.axis_size(axis_name)
+    count, devices = len(stack), jax.lax.axis_size(axis_name)
+    size = -(-count // devices)
     start = jax.lax.axis_index(axis_name) * size
-    mine = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), (stack, kept))
-    return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), rule.update(*mine))
+
+    def mine(x):
+        filled = jnp.concatenate([x, jnp.zeros((size * devices - count, *x.shape[1:]), x.dtype)])
+        return jax.lax.dynamic_slice_in_dim(filled, start, size)
+
+    done = rule.update(*jax.tree.map(mine, (stack, kept)))
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True)[:count], done)
