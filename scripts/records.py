@@ -66,9 +66,7 @@ def main() -> None:
                 written = path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{path} cannot be read ({error}); restore it") from None
-            generated = fill_figures(written, root)
-            if path == readme:
-                generated = fill(generated, root / "logs")
+            generated = fill(fill_figures(written, root), path.name, root / "logs")
             if args.check and generated != written:
                 print(f"error: {path} differs from its data: run python scripts/records.py", file=sys.stderr)
                 sys.exit(1)
@@ -76,17 +74,18 @@ def main() -> None:
                 write_atomically(path, generated.encode())
 
 
-def fill(readme: str, logs: Path) -> str:
-    """The text with both generated blocks renewed. Raises UserError for missing markers or damaged logs."""
-    blocks = {"records": records_block(logs), "same-tokens": same_tokens_block(logs)}
-    for name, block in blocks.items():
-        begin, end = f"<!-- {name}: written by scripts/records.py -->\n", f"<!-- end of {name} -->"
-        before, found, rest = readme.partition(begin)
-        _, found_end, after = rest.partition(end)
-        if not found or not found_end:
-            raise UserError(f"README.md has no line {begin.strip()} with {end} after it; put them where the table goes")
-        readme = before + begin + block + end + after
-    return readme
+def fill(text: str, file_name: str, logs: Path) -> str:
+    """The text of a file with its generated block renewed, if it is to have one. Raises UserError for missing markers
+    or damaged logs."""
+    if file_name not in BLOCKS:
+        return text
+    name, block_of = BLOCKS[file_name]
+    begin, end = f"<!-- {name}: written by scripts/records.py -->\n", f"<!-- end of {name} -->"
+    before, found, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end:
+        raise UserError(f"{file_name} has no line {begin.strip()} with {end} after it; put them where the table goes")
+    return before + begin + block_of(logs) + end + after
 
 
 def fill_figures(text: str, root: Path) -> str:
@@ -237,6 +236,9 @@ def loss_cell(sample: Sample | None, seeds: int) -> str:
         return "-"
     spread = "" if sample.sd is None else f" ± {sample.sd:.4f}"
     return f"{sample.mean:.4f}{spread}" + (f" (n={sample.n})" if sample.n < seeds else "")
+
+
+BLOCKS = {"README.md": ("records", records_block), "parity.md": ("same-tokens", same_tokens_block)}
 
 
 if __name__ == "__main__":

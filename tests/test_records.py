@@ -58,9 +58,10 @@ def both(tmp_path):
     return tmp_path
 
 
-def test_the_readme_is_what_the_data_say():
-    readme = (ROOT / "README.md").read_text()
-    assert records.fill(readme, ROOT / "logs") == readme, "run python scripts/records.py"
+@pytest.mark.parametrize("name", ["README.md", "docs/parity.md"])
+def test_the_texts_are_what_the_data_say(name):
+    text = (ROOT / name).read_text()
+    assert records.fill(text, Path(name).name, ROOT / "logs") == text, "run python scripts/records.py"
 
 
 @pytest.mark.parametrize("entry", [entry for entry in KNOWN if entry["preset"] in PRESETS], ids=lambda e: e["preset"])
@@ -173,9 +174,10 @@ def test_check_changes_nothing_and_tells(both, monkeypatch, capsys):
 
 def test_missing_markers_are_named(tmp_path):
     with pytest.raises(UserError, match=r"README\.md has no line <!-- records: "):
-        records.fill("# a text without them", tmp_path)
+        records.fill("# a text without them", "README.md", tmp_path)
 
 
+DOCS = ("parity.md", "systems.md")
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -189,11 +191,11 @@ def test_each_command_gives_the_figures_beside_it(path):
 
 
 def test_the_commands_are_of_the_runs_that_the_texts_speak_of():
-    readme, systems = TEXTS[0].read_text(), (ROOT / "docs" / "systems.md").read_text()
+    readme, parity, systems = (path.read_text() for path in (TEXTS[0], *(ROOT / "docs" / n for n in DOCS)))
     torch, jax = cells(figures_in(readme[readme.index("'logs/recurrent-*-200-steps-seed*'") :]))
     assert ("(n=3)" in torch[3], "(n=3)" in jax[3]) == (True, True)
     for row, side in zip((torch, jax), ("PyTorch", "JAX")):
-        same_tokens = [line for line in readme.splitlines() if line.startswith(f"| `recurrent` | {side} |")][-1]
+        same_tokens = [line for line in parity.splitlines() if line.startswith(f"| `recurrent` | {side} |")][-1]
         assert row[3].split(" (")[0] in same_tokens
     final = {row[0]: row[3] for row in cells(figures_in(systems))}
     for name, loss in final.items():
