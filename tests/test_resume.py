@@ -26,11 +26,11 @@ from senano_jax.training.mesh import DATA_AXIS, make_mesh
 from senano_jax.training.resume import restore
 from senano_jax.training.state import abstract_state, init_state
 
-STEPS, BATCH = 6, 2048
+STEPS, BATCH = 6, 1024
 SMALL = [
     "demo", "--model.dim=16", "--model.num-heads=2", "--model.layers.loop=0", "--model.layers.visits=0",
-    f"--steps={STEPS}", f"--batch-tokens={BATCH}", "--seq-len=256", "--final-window-tokens=256",
-    "--data.val-tokens=1024", "--data.val-seq-len=512", "--val-every=3", "--devices=1", "--checkpoint-every=2",
+    f"--steps={STEPS}", f"--batch-tokens={BATCH}", "--seq-len=128", "--final-window-tokens=256",
+    "--data.val-tokens=512", "--data.val-seq-len=256", "--val-every=3", "--devices=1", "--checkpoint-every=2",
     "--checkpoint-keep=9", "--tensorboard",
 ]  # fmt: skip
 TIMES = ("step_ms", "tokens_per_s", "train_time_ms")
