@@ -28,8 +28,8 @@ if jax.config.jax_platforms in (None, "", "cpu"):
 
 # The files that take longest, which must not be left for the end, when one process has nothing to do.
 LONGEST = (
-    "test_ablate", "test_resume", "test_parity", "test_train", "test_processes", "test_faults", "test_profile",
-    "test_step",
+    "test_parity", "test_ablate", "test_resume", "test_train", "test_faults", "test_processes", "test_gpt",
+    "test_golden", "test_stages",
 )  # fmt: skip
 
 
