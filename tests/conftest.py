@@ -9,9 +9,11 @@ import pytest
 
 from senano_jax.jax_settings import configure_jax
 
-# Most of the suite's time is compilation. LLVM's first level takes less time for the same XLA program, and many
-# tests compile the same. In the environment, so that the workers and the processes that tests start share both.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# Most of the suite's time is compilation. LLVM without optimisation and XLA's older way to write fused loops take a
+# quarter of the time for the same XLA program (JAX 0.12 has only the first), and many tests compile the same. In the
+# environment, so that the workers and the processes that tests start share both.
+QUICK = "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+os.environ.setdefault("XLA_FLAGS", QUICK)
 configure_jax("bfloat16", None)  # and what the commands set, before the first device is looked for
 OWNS_CACHE = "PYTEST_XDIST_WORKER" not in os.environ
 if OWNS_CACHE:
@@ -26,8 +28,8 @@ if jax.config.jax_platforms in (None, "", "cpu"):
 
 # The files that take longest, which must not be left for the end, when one process has nothing to do.
 LONGEST = (
-    "test_ablate", "test_resume", "test_parity", "test_train", "test_processes", "test_faults", "test_profile",
-    "test_step",
+    "test_parity", "test_ablate", "test_resume", "test_train", "test_faults", "test_processes", "test_gpt",
+    "test_golden", "test_stages",
 )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from senano_jax.training.weights import is_torch_file, load_weights
 
 EXPORT = Path(__file__).parents[1] / "scripts" / "export_torch.py"
 
-STEPS, BATCH, SEQ = 5, 1024, 256
+STEPS, BATCH, SEQ = 5, 512, 256
 SMALL = [
     "--model.dim=16", "--model.num-heads=2", f"--steps={STEPS}", f"--batch-tokens={BATCH}", f"--seq-len={SEQ}",
     "--final-window-tokens=256", "--data.val-tokens=1024", "--data.val-seq-len=512", "--val-every=2", "--devices=2",
@@ -251,24 +251,58 @@ def test_paths_may_begin_at_home_and_have_brackets(tmp_path, monkeypatch):
     assert loss == pytest.approx(records(run)[1][-1]["val_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nonsense"], "unknown preset 'nonsense'; choose one of"),
-        (["--steps", "4", "demo"], "the preset comes first: python -m senano_jax.train demo --steps 4"),
-        (["--tensorboard", "demo"], "the preset comes first: python -m senano_jax.train demo --tensorboard"),
-        ([".", "--resume"], ". is a path, not a preset; say with a flag what it is"),
-        (["--resume"], "--resume needs --run-dir"),
-        (["demo", "--batch-tokens=5000"], "--batch-tokens 5000 is not a multiple of --seq-len 1024"),
-        (["demo", "--data.train-files=/nowhere/*.bin"], "no shard matches '/nowhere/*.bin'"),
-        (["demo", "--model.attention=flash", "--model.dim=24"], "heads whose width is a power of two from 16 up"),
-    ],
-)
-def test_bad_input_ends_in_one_line_without_a_traceback(arguments, message, tmp_path):
-    command = [sys.executable, "-m", "senano_jax.train", *arguments, "--compilation-cache=None"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ") and message in result.stderr
+BAD_INPUT = [
+    (["nonsense"], "unknown preset 'nonsense'; choose one of"),
+    (["--steps", "4", "demo"], "the preset comes first: python -m senano_jax.train demo --steps 4"),
+    (["--tensorboard", "demo"], "the preset comes first: python -m senano_jax.train demo --tensorboard"),
+    ([".", "--resume"], ". is a path, not a preset; say with a flag what it is"),
+    (["--resume"], "--resume needs --run-dir"),
+    (["demo", "--batch-tokens=5000"], "--batch-tokens 5000 is not a multiple of --seq-len 1024"),
+    (["demo", "--data.train-files=/nowhere/*.bin"], "no shard matches '/nowhere/*.bin'"),
+    (["demo", "--model.attention=flash", "--model.dim=24"], "heads whose width is a power of two from 16 up"),
+]
+# `python -m senano_jax.train` with the words of every line that comes, in a process of its own that has JAX already.
+COMMAND_BY_LINE = """
+import json, os, runpy, sys
+import senano_jax.train
+del sys.modules["senano_jax.train"]
+for line in sys.stdin:
+    words = json.loads(line)
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(write, 2)
+        os.close(write)
+        sys.argv = ["senano_jax.train", *words]
+        runpy.run_module("senano_jax.train", run_name="__main__", alter_sys=True)
+        sys.exit(0)
+    os.close(write)
+    said = os.fdopen(read).read()
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def train_command(tmp_path_factory):
+    """(words) -> status and standard error of the command; its folder is empty."""
+    folder = tmp_path_factory.mktemp("empty")
+    with subprocess.Popen(
+        [sys.executable, "-c", COMMAND_BY_LINE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder
+    ) as process:
+
+        def run(words):
+            print(json.dumps(words), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield run
+        process.stdin.close()
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT)
+def test_bad_input_ends_in_one_line_without_a_traceback(arguments, message, train_command):
+    status, said = train_command([*arguments, "--compilation-cache=None"])
+    assert status == 2
+    assert said.count("\n") == 1 and said.startswith("error: ") and message in said
 
 
 def test_a_cache_of_compiled_programs_named_in_the_environment_is_kept(monkeypatch):
@@ -287,7 +321,7 @@ def test_a_bad_token_in_the_middle_of_training_is_named(tmp_path):
     tokens = open_shard(sample.TRAIN)[: STEPS * BATCH + 1].copy()
     write_shard(tmp_path / "train.bin", tokens)
     with (tmp_path / "train.bin").open("r+b") as file:
-        file.seek(1024 + 2 * 4000)
+        file.seek(1024 + 2 * 2000)
         file.write((60000).to_bytes(2, "little"))
-    with pytest.raises(UserError, match=r"train\.bin holds 60000 at token 4000"):
+    with pytest.raises(UserError, match=r"train\.bin holds 60000 at token 2000"):
         train.main([*PLAIN, f"--data.train-files={tmp_path}/*.bin", f"--run-dir={tmp_path / 'run'}"])
