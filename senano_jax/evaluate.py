@@ -1,4 +1,4 @@
-"""python -m senano_jax.evaluate RUN_DIR|FILE.pt [flags]: validation loss of saved weights."""
+"""python -m senano_jax.evaluate RUN_DIR|FILE [flags]: validation loss of saved weights."""
 
 import dataclasses
 import sys
@@ -10,9 +10,7 @@ import tyro
 
 from senano_jax.config import Config, DataConfig
 from senano_jax.config_check import check_config
-from senano_jax.config_file import read_config
 from senano_jax.errors import UserError, one_line_errors
-from senano_jax.files import expand_home
 from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import abstract_params, make_model
 from senano_jax.plan import Plan
@@ -20,18 +18,18 @@ from senano_jax.presets import preset
 from senano_jax.train import value_of, with_dashes
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import make_mesh
-from senano_jax.training.weights import is_torch_file, load_weights
+from senano_jax.training.weights import config_of, is_weights_file, load_weights
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Prints val_loss:<6 decimals> tokens:<n> for a checkpoint of a run, or for PyTorch weights."""
+    """Prints val_loss:<6 decimals> tokens:<n> for a checkpoint of a run, or for a file of weights."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """Folder of a run, or a PyTorch checkpoint (.pt)."""
+    """Folder of a run, a .safetensors file of one, or a PyTorch checkpoint (.pt)."""
     data: DataConfig
     preset: str = "recurrent"
-    """System that a PyTorch checkpoint holds; a run folder knows its own."""
+    """System that a PyTorch checkpoint holds; the others know their own."""
     step: int | None = None
     """Checkpoint of a run; the newest by default."""
     window_blocks: int | None = None
@@ -53,7 +51,7 @@ def main(arguments: Sequence[str]) -> float:
         source=tyro.MISSING, data=base.data, dtype=base.dtype, attention=base.model.attention, devices=base.devices
     )
     args = tyro.cli(Arguments, default=defaults, args=arguments, prog="python -m senano_jax.evaluate")
-    is_torch_file(args.source)  # or the folder of a run, else refused before anything is looked for
+    is_weights_file(args.source)  # or the folder of a run, else refused before anything is looked for
     if args.window_blocks is not None and args.window_blocks < 1:
         raise UserError(f"--window-blocks is {args.window_blocks}; it must be at least 1")
     config = dataclasses.replace(
@@ -77,11 +75,10 @@ def main(arguments: Sequence[str]) -> float:
 
 
 def _base_config(arguments: Sequence[str]) -> Config:
-    """The configuration that the flags change: of the run folder named, or of --preset."""
-    folders = [expand_home(argument) for argument in arguments if not argument.startswith("-")]
-    for folder in folders:
-        if (folder / "config.json").is_file():
-            return read_config(folder / "config.json")[0]
+    """The configuration that the flags change: of the run named, or of --preset."""
+    for word in arguments:
+        if not word.startswith("-") and (config := config_of(word)) is not None:
+            return config
     return preset(value_of("--preset", list(arguments)) or "recurrent")
 
 
