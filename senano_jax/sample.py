@@ -15,6 +15,7 @@ import tyro
 from senano_jax.config import Config
 from senano_jax.config_check import check_config
 from senano_jax.data.bpe import encode_all, load_bpe
+from senano_jax.data.sample.pieces import SamplePieces, is_sample, load_pieces
 from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.jax_settings import start_jax
@@ -55,7 +56,9 @@ class Arguments:
     preset: str = "recurrent"
     """System that a PyTorch checkpoint holds; the others know their own."""
     bpe_dir: Path | None = None
-    """Folder with GPT-2's encoder.json and vocab.bpe; tiktoken downloads them by default."""
+    """Folder with GPT-2's encoder.json and vocab.bpe. By default tiktoken downloads them. Only for a run on the bundled
+    sample the package has the tokens itself: a prompt is made of the longest that fit, from left to right, and one that
+    the sample lacks is written as its <|number|>."""
 
 
 def main(arguments: Sequence[str]) -> list[str]:
@@ -63,7 +66,7 @@ def main(arguments: Sequence[str]) -> list[str]:
     args = tyro.cli(Arguments, args=with_dashes(arguments), prog="python -m senano_jax.sample")
     _check(args)
     config = _config(args)
-    encoding = load_bpe(args.bpe_dir)
+    encoding = _encoding(args.bpe_dir, config.data.train_files)
     prompt = [END_OF_TEXT, *encode_all(encoding, [args.prompt], ["--prompt"])[0]]  # a document starts with this token
     plan = Plan(config)
     if len(prompt) + args.tokens > plan.longest_sequence:
@@ -89,7 +92,7 @@ def main(arguments: Sequence[str]) -> list[str]:
     return texts
 
 
-def decode(tokens: Iterable[int], encoding: "tiktoken.Encoding") -> Iterator[str]:
+def decode(tokens: Iterable[int], encoding: "tiktoken.Encoding | SamplePieces") -> Iterator[str]:
     """The text of the tokens before END_OF_TEXT, piece by piece: a character of several tokens comes with its last."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
@@ -97,6 +100,14 @@ def decode(tokens: Iterable[int], encoding: "tiktoken.Encoding") -> Iterator[str
             break
         yield decoder.decode(encoding.decode_single_token_bytes(token))
     yield decoder.decode(b"", final=True)
+
+
+def _encoding(folder: Path | None, train_files: str) -> "tiktoken.Encoding | SamplePieces":
+    """GPT-2's, or for a run on the bundled sample what the package knows of it, which it says."""
+    if folder is not None or not is_sample(train_files):
+        return load_bpe(folder)
+    print("in the tokens of the bundled sample; --bpe-dir DIR takes all of GPT-2's", file=sys.stderr)
+    return load_pieces()
 
 
 def _print_text(prompt: str, pieces: Iterable[str]) -> str:
