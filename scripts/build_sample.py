@@ -3,7 +3,8 @@
     python scripts/build_sample.py --bpe-dir DIR
 
 The text is that of `pydoc_data.topics` and of the standard library's docstrings, so the sample depends on the Python
-that runs this: senano_jax/data/sample/README.md says which one made the committed files.
+that runs this: senano_jax/data/sample/README.md says which one made the committed files. Beside it, the text of each
+of its tokens, for `sample`.
 """
 
 import argparse
@@ -15,11 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from senano_jax.data.bpe import encode_all, load_bpe
-from senano_jax.data.sample import TRAIN, VAL
+from senano_jax.data.sample import PIECES, TRAIN, VAL
+from senano_jax.data.sample.pieces import pieces_json
 from senano_jax.data.shards import write_shard
 from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.errors import one_line_errors
-from senano_jax.files import expand_home
+from senano_jax.files import expand_home, write_atomically
 
 NOT_DOCUMENTATION = {"test", "idlelib", "lib2to3", "distutils", "turtledemo", "tkinter", "site-packages", "pydoc_data"}
 SHORTEST_DOCUMENT = 200  # characters
@@ -44,6 +46,11 @@ def main() -> None:
         tokens = [token for document in part for token in document]
         write_shard(path, tokens)
         print(f"{path}: {len(part)} documents, {len(tokens):,} tokens")
+    tokens = {token for document in encoded for token in document} - {END_OF_TEXT}
+    tokens |= {encoding.encode_single_token(bytes([byte])) for byte in range(256)}  # of which any text can be made
+    texts = {token: encoding.decode_single_token_bytes(token) for token in tokens}
+    write_atomically(Path(PIECES), pieces_json(texts).encode())
+    print(f"{PIECES}: {len(texts):,} tokens")
 
 
 def documents() -> list[str]:

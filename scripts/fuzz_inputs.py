@@ -2,10 +2,10 @@
 
     python scripts/fuzz_inputs.py --inputs 10000
 
-Kinds: shards, config.json, our run folders, text logs, .pt files, checkpoint folders. An input must end in a valid
-read or a UserError of one line; never in another exception, in more than --seconds, in memory beyond --gigabytes above
-what was used at the start, or in the execution of code (a pickle that makes a file). Seeded; ends with status 1 on any
-violation, which the JSON names with the number that `--only` repeats.
+Kinds: shards, config.json, our run folders, text logs, .pt and .safetensors files, checkpoint folders. An input must
+end in a valid read or a UserError of one line; never in another exception, in more than --seconds, in memory beyond
+--gigabytes above what was used at the start, or in the execution of code (a pickle that makes a file). Seeded; ends
+with status 1 on any violation, which the JSON names with the number that `--only` repeats.
 """
 
 import argparse
@@ -31,6 +31,7 @@ except ImportError:
 from fuzz.checkpoints import CheckpointFolders
 from fuzz.configs import Configs
 from fuzz.logs import RunFolders, TorchLogs
+from fuzz.safetensors_files import SafetensorsFiles
 from fuzz.shards import Shards
 from fuzz.torch_checkpoints import CANARY, TorchCheckpoints
 
@@ -40,10 +41,11 @@ from senano_jax.files import expand_home
 # Each with its share of the inputs.
 KINDS = {
     "shard": (0.25, Shards),
-    "config": (0.25, Configs),
+    "config": (0.2, Configs),
     "run_folder": (0.2, RunFolders),
     "torch_log": (0.15, TorchLogs),
     "torch_checkpoint": (0.1, TorchCheckpoints),
+    "safetensors": (0.05, SafetensorsFiles),
     "checkpoint": (0.05, CheckpointFolders),
 }
 

@@ -117,7 +117,7 @@ class Config:
     checkpoint_keep_every: int = field(default=0, metadata=FREE)
     """Checkpoints of every so many steps are kept too; 0 keeps none of them."""
     init_from: str | None = None
-    """Start from these weights: a PyTorch checkpoint (.pt) or a run folder."""
+    """Start from these weights: a .safetensors file, a PyTorch checkpoint (.pt) or a run folder."""
     compilation_cache: str | None = field(default="~/.cache/senano_jax/xla", metadata=FREE)
     """Folder of compiled programs, kept between runs; None compiles anew. JAX_COMPILATION_CACHE_DIR goes before it."""
     tensorboard: bool = field(default=False, metadata=FREE)

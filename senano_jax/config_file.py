@@ -24,7 +24,11 @@ def read_config(path: Path) -> tuple[Config, str]:
 
     Raises UserError naming the file and the field that is missing, unknown or of another type.
     """
-    document = read_json_object(path)
+    return config_from(read_json_object(path), path)
+
+
+def config_from(document: dict[str, Any], path: Path) -> tuple[Config, str]:
+    """That of the object in a config.json, which `path` holds. Raises UserError as `read_config` does."""
     preset = document.pop("preset", None)
     document.pop("parameters", None)
     return parse(Config, upgraded(document), path, ""), preset if isinstance(preset, str) else "unknown"

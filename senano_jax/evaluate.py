@@ -1,37 +1,46 @@
-"""python -m senano_jax.evaluate RUN_DIR|FILE.pt [flags]: validation loss of saved weights."""
+"""python -m senano_jax.evaluate RUN_DIR|FILE [flags]: validation loss or HellaSwag of saved weights."""
 
 import dataclasses
+import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from jax.sharding import Mesh
 
 from senano_jax.config import Config, DataConfig
 from senano_jax.config_check import check_config
-from senano_jax.config_file import read_config
+from senano_jax.data.bpe import load_bpe
+from senano_jax.data.hellaswag import read_questions, rows_of
 from senano_jax.errors import UserError, one_line_errors
-from senano_jax.files import expand_home
+from senano_jax.files import check_output_file, expand_home, write_atomically
 from senano_jax.jax_settings import start_jax
-from senano_jax.model.build import abstract_params, make_model
+from senano_jax.model.build import Model, Params, abstract_params, make_model
 from senano_jax.plan import Plan
 from senano_jax.presets import preset
 from senano_jax.train import value_of, with_dashes
+from senano_jax.training.choices import log_probabilities, shares
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import make_mesh
-from senano_jax.training.weights import is_torch_file, load_weights
+from senano_jax.training.weights import config_of, is_weights_file, load_weights
+
+SECONDS_BETWEEN_LINES = 10  # of progress
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Prints val_loss:<6 decimals> tokens:<n> for a checkpoint of a run, or for PyTorch weights."""
+    """Prints val_loss:<6 decimals> tokens:<n> for a checkpoint of a run, or for a file of weights; with --hellaswag how
+    often it finds the true one of four endings the most probable, in place of it."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """Folder of a run, or a PyTorch checkpoint (.pt)."""
+    """Folder of a run, a .safetensors file of one, or a PyTorch checkpoint (.pt)."""
     data: DataConfig
     preset: str = "recurrent"
-    """System that a PyTorch checkpoint holds; a run folder knows its own."""
+    """System that a PyTorch checkpoint holds; the others know their own."""
     step: int | None = None
     """Checkpoint of a run; the newest by default."""
     window_blocks: int | None = None
@@ -43,19 +52,28 @@ class Arguments:
     """Implementation of attention."""
     devices: int | None = None
     """Devices to use; all by default."""
+    hellaswag: Path | None = None
+    """HellaSwag's hellaswag_val.jsonl: acc_norm compares endings by the mean log-probability of their tokens, acc by
+    the sum, as llm.c does."""
+    bpe_dir: Path | None = None
+    """Folder with GPT-2's encoder.json and vocab.bpe, for HellaSwag; tiktoken downloads them by default."""
+    json: Path | None = None
+    """File for the result, with what it was computed from."""
 
 
 def main(arguments: Sequence[str]) -> float:
-    """Parses, evaluates, prints, and returns the loss."""
+    """Parses, evaluates, prints, and returns the loss, or with --hellaswag acc_norm."""
     arguments = with_dashes(arguments)
     base = _base_config(arguments)
     defaults = Arguments(
         source=tyro.MISSING, data=base.data, dtype=base.dtype, attention=base.model.attention, devices=base.devices
     )
     args = tyro.cli(Arguments, default=defaults, args=arguments, prog="python -m senano_jax.evaluate")
-    is_torch_file(args.source)  # or the folder of a run, else refused before anything is looked for
+    is_weights_file(args.source)  # or the folder of a run, else refused before anything is looked for
     if args.window_blocks is not None and args.window_blocks < 1:
         raise UserError(f"--window-blocks is {args.window_blocks}; it must be at least 1")
+    out = None if args.json is None else expand_home(args.json)
+    check_output_file("--json", out)
     config = dataclasses.replace(
         base,
         data=args.data,
@@ -67,21 +85,51 @@ def main(arguments: Sequence[str]) -> float:
     start_jax(config.dtype, config.compilation_cache)
     mesh = make_mesh(config.devices)
     model = make_model(config.model, config.dtype)
-    evaluate = make_evaluator(config, model, mesh)
+    evaluate = make_evaluator(config, model, mesh) if args.hellaswag is None else _hellaswag(args, config, model, mesh)
     params, step = load_weights(args.source, config.model, abstract_params(model), mesh, args.step)
     step = config.steps if step is None else step
     window = Plan(config).evaluation_window(step) if args.window_blocks is None else args.window_blocks
-    loss = evaluate(params, window)
-    print(f"val_loss:{loss:.6f} tokens:{evaluate.tokens}")
-    return loss
+    if args.hellaswag is None:
+        loss = evaluate(params, window)
+        result = {"val_loss": loss, "tokens": evaluate.tokens}
+        print(f"val_loss:{loss:.6f} tokens:{evaluate.tokens}")
+    else:
+        result = evaluate(params, window)
+        print("hellaswag " + " ".join(f"{name}:{value:.6g}" for name, value in result.items()))
+    if out is not None:
+        of = {"source": args.source, "step": step, "window_blocks": window, "dtype": config.dtype}
+        write_atomically(out, (json.dumps(result | of, indent=2) + "\n").encode())
+    return next(iter(result.values()))
+
+
+def _hellaswag(args: Arguments, config: Config, model: Model, mesh: Mesh) -> Callable[[Params, int], dict[str, float]]:
+    """A function of weights and window. Raises UserError for a file or tables that cannot serve."""
+    questions = read_questions(expand_home(args.hellaswag))
+    rows = rows_of(questions, load_bpe(args.bpe_dir), Plan(config).longest_sequence, config.model.vocab_size)
+    said = time.monotonic()
+
+    def say(done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            print(f"{done:,} of {total:,} endings", file=sys.stderr, flush=True)
+
+    def score(params: Params, window_blocks: int) -> dict[str, float]:
+        scores = log_probabilities(model, params, mesh, rows, window_blocks, say)
+        tokens = [len(row.tokens) - row.first for row in rows]
+        by_mean, by_sum = shares(scores, tokens, [question.label for question in questions])
+        named = {"acc_norm": by_mean, "acc": by_sum}
+        errors = {f"{name}_standard_error": share.standard_error for name, share in named.items()}
+        return {name: share.value for name, share in named.items()} | errors | {"questions": len(questions)}
+
+    return score
 
 
 def _base_config(arguments: Sequence[str]) -> Config:
-    """The configuration that the flags change: of the run folder named, or of --preset."""
-    folders = [expand_home(argument) for argument in arguments if not argument.startswith("-")]
-    for folder in folders:
-        if (folder / "config.json").is_file():
-            return read_config(folder / "config.json")[0]
+    """The configuration that the flags change: of the run named, or of --preset."""
+    for word in arguments:
+        if not word.startswith("-") and (config := config_of(word)) is not None:
+            return config
     return preset(value_of("--preset", list(arguments)) or "recurrent")
 
 

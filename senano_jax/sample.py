@@ -1,4 +1,4 @@
-"""python -m senano_jax.sample RUN_DIR|FILE.pt --prompt TEXT [flags]: text from saved weights."""
+"""python -m senano_jax.sample RUN_DIR|FILE --prompt TEXT [flags]: text from saved weights."""
 
 import codecs
 import dataclasses
@@ -14,11 +14,10 @@ import tyro
 
 from senano_jax.config import Config
 from senano_jax.config_check import check_config
-from senano_jax.config_file import read_config
 from senano_jax.data.bpe import encode_all, load_bpe
+from senano_jax.data.sample.pieces import SamplePieces, is_sample, load_pieces
 from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.errors import UserError, one_line_errors
-from senano_jax.files import expand_home
 from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import abstract_params, make_model
 from senano_jax.model.sampling import generate
@@ -27,7 +26,7 @@ from senano_jax.plan import Plan
 from senano_jax.presets import preset
 from senano_jax.train import with_dashes
 from senano_jax.training.mesh import make_mesh
-from senano_jax.training.weights import is_torch_file, load_weights
+from senano_jax.training.weights import config_of, is_weights_file, load_weights
 
 if TYPE_CHECKING:
     import tiktoken
@@ -39,7 +38,7 @@ class Arguments:
     written. The attention window is that of the checkpoint's evaluation."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """Folder of a run, or a PyTorch checkpoint (.pt)."""
+    """Folder of a run, a .safetensors file of one, or a PyTorch checkpoint (.pt)."""
     prompt: str = ""
     """Text that the model goes on with."""
     tokens: int = 200
@@ -55,9 +54,11 @@ class Arguments:
     step: int | None = None
     """Checkpoint of this step of the run; the newest by default."""
     preset: str = "recurrent"
-    """System that a PyTorch checkpoint holds; a run folder knows its own."""
+    """System that a PyTorch checkpoint holds; the others know their own."""
     bpe_dir: Path | None = None
-    """Folder with GPT-2's encoder.json and vocab.bpe; tiktoken downloads them by default."""
+    """Folder with GPT-2's encoder.json and vocab.bpe. By default tiktoken downloads them. Only for a run on the bundled
+    sample the package has the tokens itself: a prompt is made of the longest that fit, from left to right, and one that
+    the sample lacks is written as its <|number|>."""
 
 
 def main(arguments: Sequence[str]) -> list[str]:
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str]) -> list[str]:
     args = tyro.cli(Arguments, args=with_dashes(arguments), prog="python -m senano_jax.sample")
     _check(args)
     config = _config(args)
-    encoding = load_bpe(args.bpe_dir)
+    encoding = _encoding(args.bpe_dir, config.data.train_files)
     prompt = [END_OF_TEXT, *encode_all(encoding, [args.prompt], ["--prompt"])[0]]  # a document starts with this token
     plan = Plan(config)
     if len(prompt) + args.tokens > plan.longest_sequence:
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str]) -> list[str]:
     return texts
 
 
-def decode(tokens: Iterable[int], encoding: "tiktoken.Encoding") -> Iterator[str]:
+def decode(tokens: Iterable[int], encoding: "tiktoken.Encoding | SamplePieces") -> Iterator[str]:
     """The text of the tokens before END_OF_TEXT, piece by piece: a character of several tokens comes with its last."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
@@ -99,6 +100,14 @@ def decode(tokens: Iterable[int], encoding: "tiktoken.Encoding") -> Iterator[str
             break
         yield decoder.decode(encoding.decode_single_token_bytes(token))
     yield decoder.decode(b"", final=True)
+
+
+def _encoding(folder: Path | None, train_files: str) -> "tiktoken.Encoding | SamplePieces":
+    """GPT-2's, or for a run on the bundled sample what the package knows of it, which it says."""
+    if folder is not None or not is_sample(train_files):
+        return load_bpe(folder)
+    print("in the tokens of the bundled sample; --bpe-dir DIR takes all of GPT-2's", file=sys.stderr)
+    return load_pieces()
 
 
 def _print_text(prompt: str, pieces: Iterable[str]) -> str:
@@ -126,10 +135,8 @@ def _check(args: Arguments) -> None:
 
 def _config(args: Arguments) -> Config:
     """That of the run or preset, with the attention that suits this machine. Raises UserError if it cannot work."""
-    if is_torch_file(args.source):
-        config = preset(args.preset)
-    else:
-        config = read_config(expand_home(args.source) / "config.json")[0]
+    is_weights_file(args.source)  # or the folder of a run, else refused
+    config = config_of(args.source) or preset(args.preset)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
     check_config(config)
     if args.top_k is not None and args.top_k > config.model.vocab_size:

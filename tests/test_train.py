@@ -29,7 +29,7 @@ from senano_jax.runlog.reader import read_log
 from senano_jax.training.checkpoint import Checkpoints, load_params
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import make_mesh
-from senano_jax.training.weights import is_torch_file, load_weights
+from senano_jax.training.weights import is_weights_file, load_weights
 
 EXPORT = Path(__file__).parents[1] / "scripts" / "export_torch.py"
 
@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_last_checkpoint(tm
 
 def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path):
     arguments = [*PLAIN, "--val-every=0", f"--run-dir={tmp_path / 'run'}"]
-    with pytest.raises(UserError, match="/nowhere is neither a PyTorch checkpoint"):
+    with pytest.raises(UserError, match="/nowhere is neither weights"):
         train.main([*arguments, "--init-from=/nowhere"])
     assert len(records(train.main(arguments))[0]) == STEPS
 
@@ -215,10 +215,10 @@ def test_weights_are_known_by_what_lies_there(run_dir, tmp_path, monkeypatch):
     """Not by the end of their name. What cannot be weights is refused for what it is, before shards are looked for."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run").symlink_to(run_dir)
-    assert not is_torch_file("~/run")
+    assert not is_weights_file("~/run")
     for name in ("weights.pth", "weights.bin", "weights"):
         (tmp_path / name).touch()
-        assert is_torch_file(f"~/{name}")
+        assert is_weights_file(f"~/{name}")
     wrong = {
         tmp_path / "typo": "cannot be read (nothing is called ",
         tmp_path: "config.json cannot be read (there is no such file); give the folder of a run",
@@ -233,7 +233,7 @@ def test_weights_are_known_by_what_lies_there(run_dir, tmp_path, monkeypatch):
         ):
             with pytest.raises(UserError) as caught:
                 command([str(path)])
-            start = f"{path} is neither a PyTorch checkpoint (.pt) nor the folder of a run"
+            start = f"{path} is neither weights (.safetensors, .pt) nor the folder of a run"
             assert str(caught.value).startswith(start) and reason in str(caught.value)
 
 

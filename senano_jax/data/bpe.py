@@ -107,7 +107,7 @@ def read_tables(folder: Path, flag: str = "--bpe-dir") -> dict[bytes, int]:
     """
     folder = expand_home(folder)
     encoder_path, merges_path = folder / "encoder.json", folder / "vocab.bpe"
-    byte_of = {character: byte for byte, character in enumerate(_characters())}
+    byte_of = {character: byte for byte, character in enumerate(characters())}
     try:
         numbers = json.loads(encoder_path.read_text(encoding="utf-8-sig"))
         merges = merges_path.read_text(encoding="utf-8").split("\n")[1:]  # after the version
@@ -131,7 +131,7 @@ def read_tables(folder: Path, flag: str = "--bpe-dir") -> dict[bytes, int]:
     return ranks
 
 
-def _characters() -> list[str]:
+def characters() -> list[str]:
     """The character that stands in the tables for each byte: itself where visible in Latin-1, else from 256 on."""
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     stand_ins = iter(range(256, 512))

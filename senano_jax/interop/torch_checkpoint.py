@@ -16,6 +16,7 @@ import numpy as np
 from senano_jax.config import Gpt2Config, ModelConfig
 from senano_jax.errors import UserError
 from senano_jax.files import expand_home, write_atomically
+from senano_jax.interop.tensor_names import check_names
 
 _TOP_LEVEL = {
     "embed.weight": ("embedding",),
@@ -112,10 +113,7 @@ def from_torch(arrays: Mapping[str, np.ndarray], config: ModelConfig | Gpt2Confi
     if head is not None and not np.array_equal(head, arrays.get("wte.weight")):
         raise UserError(f"{source}: lm_head.weight differs from wte.weight; this model has one table for both")
     names = torch_names(config)
-    if missing := sorted(names.keys() - arrays.keys()):
-        raise UserError(f"{source} lacks {_some(missing)}; is it a checkpoint of another --preset or --model.layers?")
-    if extra := sorted(arrays.keys() - names.keys()):
-        raise UserError(f"{source} holds {_some(extra)}, unknown to this model; is it a checkpoint of another preset?")
+    check_names(source, names, arrays)
     params: dict = {}
     for name, path in names.items():
         array = _other_layout(np.asarray(arrays[name]), path)
@@ -229,7 +227,3 @@ def _get(tree, path):
     for key in path:
         tree = tree[key]
     return tree
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")

@@ -4,3 +4,4 @@ from pathlib import Path
 
 TRAIN = str(Path(__file__).with_name("sample_train.bin"))
 VAL = str(Path(__file__).with_name("sample_val.bin"))
+PIECES = str(Path(__file__).with_name("pieces.json"))
