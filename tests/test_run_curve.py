@@ -68,7 +68,7 @@ def test_the_first_steps_do_not_stretch_the_axis_of_a_long_run(tmp_path):
     curve = run_curve(trained(tmp_path, falling(1000), {0: 10.8, 1000: 3.0}))
     assert 3.3 < curve.highest < 4
     assert curve.lowest < 3
-    short = run_curve(trained(tmp_path, falling(20), {0: 10.8, 20: 3.0}, "short"))
+    short = run_curve(trained(tmp_path, falling(60), {0: 10.8, 60: 3.0}, "short"))
     assert short.highest > 10.8
 
 

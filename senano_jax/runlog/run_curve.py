@@ -8,7 +8,8 @@ from pathlib import Path
 from senano_jax.runlog.curves import RunLog, ValidationPoint
 from senano_jax.runlog.run_folder import read_run_folder
 
-_EARLY = 0.02  # part of the run whose losses, of several nats, do not stretch the axis
+_EARLY = 0.02  # part of a long run whose losses, of several nats, do not stretch the axis
+_LONG = 200  # steps
 _DRAWN = 2000  # points of a line; more of them than an image has columns show nothing more
 
 Point = tuple[int, float]
@@ -36,8 +37,8 @@ def run_curve(folder: Path) -> RunCurve | None:
         return None
     smoothed = _smooth(training)
     losses = [*smoothed, *((point.tokens, point.val_loss) for point in run.points)]
-    end = max(tokens for tokens, _ in losses)
-    late = [loss for tokens, loss in losses if tokens >= _EARLY * end]
+    early = _EARLY * max(tokens for tokens, _ in losses) if len(training) > _LONG else 0
+    late = [loss for tokens, loss in losses if tokens >= early]
     margin = 0.05 * max(max(late) - min(late), 0.02)
     title = f"{run.name}, {folder.resolve().name}" if run.name != folder.resolve().name else run.name
     lowest, highest = min(late) - margin, max(late) + margin
