@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from senano_jax.runlog.comparability import other_validation
 from senano_jax.runlog.comparison import Group, complete_runs
 from senano_jax.runlog.curves import ValidationPoint, difference_curve, mean_curve, tokens_to_loss
 from senano_jax.runlog.units import format_tokens
@@ -21,7 +22,7 @@ class Series:
     seeds: list[list[ValidationPoint]]
     """The single runs, where there are several."""
     difference: list[tuple[int, float]]
-    """(tokens, loss - the first group's mean loss); none for the first group itself."""
+    """(tokens, loss - the first group's mean loss); none for the first group itself, nor for losses on other text."""
     seed_differences: list[list[tuple[int, float]]]
     """The same of the single runs."""
     tokens_to_target: float | None
@@ -33,13 +34,15 @@ class Series:
 def series_of(groups: Sequence[Group], target: float) -> list[Series]:
     """What to draw, a series a group, in order."""
     base, series = None, []
+    first = complete_runs(groups[0])
     for group in groups:
         runs = complete_runs(group)
+        compared = other_validation(first, runs) is None
         curve = mean_curve(runs)
         seeds = [[point for point in run.points if point.tokens > 0] for run in runs] if len(runs) > 1 else []
-        difference = [] if base is None else difference_curve(curve, base)
+        difference = difference_curve(curve, base) if base is not None and compared else []
         base = curve if base is None else base
-        seed_differences = [difference_curve(seed, base) for seed in seeds]
+        seed_differences = [difference_curve(seed, base) for seed in seeds if compared]
         reached = [tokens for run in runs if (tokens := tokens_to_loss(run.points, target)) is not None]
         diverged = any(run.diverged for run in runs)
         to_target = None if diverged or len(reached) < len(runs) else sum(reached) / len(reached)
