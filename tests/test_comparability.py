@@ -9,6 +9,8 @@ from written_logs import run_folder, torch_log
 
 from senano_jax.compare import Arguments, figures, main
 from senano_jax.runlog.comparison import compare, read_groups
+from senano_jax.runlog.curves import mean_curve
+from senano_jax.runlog.series import series_of
 from senano_jax.runlog.tables import comparison_tables
 
 
@@ -32,7 +34,9 @@ def test_losses_on_other_text_are_not_compared(tmp_path, first, second, differen
     for run, text in zip(runs, (first, second)):
         run_folder(run, 5.0, 4.0, 3.0)
         on_text(run, *text)
-    rows, remarks = figures(read_groups([f"x={runs[0]}", f"y={runs[1]}"], None), 4.5)
+    groups = read_groups([f"x={runs[0]}", f"y={runs[1]}"], None)
+    rows, remarks = figures(groups, 4.5)
+    assert bool(series_of(groups, 4.5)[1].difference) == (difference is None)  # nor are they drawn
     saved, against = comparison_tables(rows, 4.5)[0].rows[1][5], comparison_tables(rows, 4.5)[1].rows[1][2:]
     if difference is None:
         assert (rows[1].tokens_saved, rows[1].difference_at_common, remarks) == (0, 0, [])
@@ -122,3 +126,20 @@ def test_the_runs_of_one_file_are_seeds(tmp_path):
     (row,) = compare(read_groups([str(tmp_path / "all.txt")], None), target=4.0)
     assert (row.name, row.n, row.reached) == ("all", 3, 3)
     assert (row.final_loss.mean, row.final_loss.sd) == pytest.approx((3.99, 0.01))
+
+
+def test_counts_that_a_log_has_rounded_are_one_point_of_the_mean(tmp_path):
+    """78.6432M tokens are 78.64M in a PyTorch log; there are means over both runs' evaluations, times included."""
+    exact, rounded = tmp_path / "exact.csv", tmp_path / "rounded.csv"
+    exact.write_text("tokens,val_loss,train_time_ms\n39321600,5,100\n78643200,4,200\n")
+    rounded.write_text("tokens,val_loss,train_time_ms\n39320000,6,300\n78640000,5,400\n")
+    (group,) = read_groups([f"x={exact},{rounded}"], None)
+    curve = mean_curve(group.runs)
+    assert [tuple(point) for point in curve] == [(None, 39321600, 5.5, 200), (None, 78643200, 4.5, 300)]
+
+
+def test_evaluations_of_one_run_that_lie_close_stay_apart(tmp_path):
+    dense = tmp_path / "dense.csv"
+    dense.write_text("tokens,val_loss\n" + "".join(f"{10**6 + 100 * k},{5 - k / 10}\n" for k in range(4)))
+    (group,) = read_groups([str(dense)], None)
+    assert [point.val_loss for point in mean_curve(group.runs)] == [5, 4.9, 4.8, 4.7]

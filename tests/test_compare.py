@@ -150,6 +150,41 @@ def test_the_published_record_in_a_table():
     assert tables[1].rows[0][2:] == ("2 x RTX 4090", "1,700", "752.03M", "1:49:16", "101,970")
 
 
+def test_the_published_curves_draw_the_history(tmp_path):
+    logs = ("published:value-embeddings", "published:recurrent")
+    first, second = compare(read_groups(logs, None), 3.28)
+    assert (first.tokens_trained, first.parameters, first.comparable) == (695_992_320, 275_598_388, True)
+    assert (first.final_loss.mean, second.final_loss.mean) == (3.2782, 3.2701)
+    assert second.saved_fraction == pytest.approx(0.0594, abs=1e-4)
+    with pytest.raises(UserError, match="no-value-embeddings has no curve here, only the token count"):
+        read_groups(["published:no-value-embeddings"], None)
+    main(Arguments(logs, out=tmp_path / "a.html", records=True))
+    data = json.loads(re.search(r'id="data">(.*)</script>', (tmp_path / "a.html").read_text())[1])
+    marks = [[668.4672, "668.47M recurrent"], [695.99232, "695.99M value-embeddings"]]
+    assert data["charts"][0]["marks"] == [*marks, [747.1104, "747.11M no-value-embeddings"]]
+    assert data["charts"][0]["xMax"] > 747.1104
+    assert [chart["marks"] for chart in data["charts"][1:]] == [[], []]
+
+
+def test_the_page_has_the_values_of_the_tables(seeds, tmp_path):
+    """Under the pointer are the figures of the tables, means over seeds included."""
+    ours, theirs = seeds
+    groups = read_groups([f"torch={','.join(theirs)}", *ours], None)
+    results, tests, _ = comparison_tables(compare(groups, 4.0), 4.0)
+    main(Arguments((f"torch={','.join(theirs)}", *ours), target=4.0, out=tmp_path / "a.html"))
+    data = json.loads(re.search(r'id="data">(.*)</script>', (tmp_path / "a.html").read_text())[1])
+    by_tokens, by_time, differences = data["charts"]
+    for row, line, style in zip(results.rows, by_tokens["series"], data["styles"]):
+        assert row[3].startswith(f"{line['points'][-1][1]:.4f} ± ")
+        assert style["label"] == f"{row[0]}: {row[4].split(' ± ')[0]}"
+    at, difference = differences["series"][1]["points"][-1]
+    assert tests.rows[1][4] == f"{difference:+.4f} at {format_tokens(at * 1e6)}"
+    assert [by_time["series"][k]["points"][-1][0] * by_time["clock"] for k in (0, 1)] == pytest.approx([400, 150])
+    assert [chart["yLabel"] for chart in data["charts"]] == [
+        "validation loss, nats per token", "validation loss, nats per token", "difference, nats per token",
+    ]  # fmt: skip
+
+
 def test_formats():
     assert format_tokens(650_179_142) == "650.18M"
     assert format_tokens(10_485_760_000) == "10,485.76M"

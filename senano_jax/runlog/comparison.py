@@ -98,31 +98,55 @@ def complete_runs(group: Group) -> tuple[RunLog, ...]:
     return tuple(run for run in sound if run.complete) or sound or group.runs
 
 
+def cautions(rows: Sequence[Row]) -> list[str]:
+    """What keeps rows from being compared, each difference once."""
+    first = rows[0].name
+    found = [(row.name, row.caution) for row in rows if row.caution]
+    within = [caution for name, caution in found if name == first]
+    others = [(name, caution.removeprefix(f"{first} and {name}: ")) for name, caution in found if name != first]
+    return within + [f"{first} and {sentence}" for sentence in _said_once(others, [row.name for row in rows[1:]])]
+
+
 def notes(groups: Sequence[Group]) -> list[str]:
-    """What the reader of the table should know about single runs, one sentence each."""
+    """What the reader of the table should know about single runs, a sentence for what several have in common."""
+    found = [(group.name, text) for group in groups for text in _notes(group, groups[0])]
+    return _said_once(found, [group.name for group in groups[1:]])
+
+
+def _said_once(remarks: Sequence[tuple[str, str]], all_names: Sequence[str]) -> list[str]:
+    """Sentences of (name, text), a text once for all its names, which are "the others" if they are `all_names`."""
+    names: dict[str, list[str]] = {}
+    for name, text in remarks:
+        names.setdefault(text, []).append(name)
+    return [f"{_listed(list(dict.fromkeys(subjects)), all_names)}: {text}" for text, subjects in names.items()]
+
+
+def _listed(names: Sequence[str], all_names: Sequence[str]) -> str:
+    if len(names) > 2 and list(names) == list(all_names):
+        return "the others"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _notes(group: Group, first: Group) -> list[str]:
     found = []
-    for group in groups:
-        if not _evaluated_alike(groups[0], group):
-            found.append(
-                f"{group.name}: evaluated at other token counts than {groups[0].name}; differences are interpolated"
-            )
-        # A seed says nothing of runs that began with given weights, whose configurations name them.
-        starts = [(run.seed, run.group_key) for run in group.runs if run.seed is not None]
-        if len(set(starts)) < len(starts):
-            found.append(f"{group.name}: two runs have one seed; their spread is not the spread over seeds")
-        sound = [run for run in group.runs if not run.diverged]
-        if len(sound) < len(group.runs):
-            places = ", ".join(run.diverged for run in group.runs if run.diverged)
-            which = f"{len(group.runs) - len(sound)} of {len(group.runs)} runs" if len(group.runs) > 1 else "the run"
-            found.append(f"{group.name}: {which} DIVERGED: the loss is no number from {places} on")
-        done = sum(run.complete for run in sound)
-        if 0 < done < len(sound):
-            found.append(f"{group.name}: {len(sound) - done} of {len(group.runs)} runs left out as not complete")
-        elif sound and not done:
-            steps = ", ".join(f"{run.final.step} of {run.steps_total or 'an unknown number'}" for run in sound)
-            found.append(f"{group.name}: not complete (evaluated at step {steps}); its loss is not a final one")
-        found += [f"{group.name}: {note}" for run in group.runs for note in run.notes]
-    return found
+    if not _evaluated_alike(first, group):
+        found.append(f"evaluated at other token counts than {first.name}; differences are interpolated")
+    # A seed says nothing of runs that began with given weights, whose configurations name them.
+    starts = [(run.seed, run.group_key) for run in group.runs if run.seed is not None]
+    if len(set(starts)) < len(starts):
+        found.append("two runs have one seed; their spread is not the spread over seeds")
+    sound = [run for run in group.runs if not run.diverged]
+    if len(sound) < len(group.runs):
+        places = ", ".join(run.diverged for run in group.runs if run.diverged)
+        which = f"{len(group.runs) - len(sound)} of {len(group.runs)} runs" if len(group.runs) > 1 else "the run"
+        found.append(f"{which} DIVERGED: the loss is no number from {places} on")
+    done = sum(run.complete for run in sound)
+    if 0 < done < len(sound):
+        found.append(f"{len(sound) - done} of {len(group.runs)} runs left out as not complete")
+    elif sound and not done:
+        steps = ", ".join(f"{run.final.step} of {run.steps_total or 'an unknown number'}" for run in sound)
+        found.append(f"not complete (evaluated at step {steps}); its loss is not a final one")
+    return found + [note for run in group.runs for note in run.notes]
 
 
 def _evaluated_alike(first: Group, group: Group) -> bool:

@@ -116,16 +116,30 @@ def time_at(points: Sequence[ValidationPoint], tokens: float) -> float | None:
 
 
 def mean_curve(runs: Sequence[RunLog]) -> list[ValidationPoint]:
-    """The mean over seeds at every token count of an evaluation that lies within all runs; none before training."""
+    """The mean over seeds at every token count of an evaluation that lies within all runs; none before training.
+
+    Evaluations of several runs at counts that are one but for rounding make one point, at the largest count.
+    """
     counts = sorted({point.tokens for run in runs for point in run.points if point.tokens > 0})
+    evaluated = [{point.tokens for point in run.points} for run in runs]
     curve = []
-    for tokens in counts:
-        losses = [loss_at(run.points, tokens) for run in runs]
-        times = [time_at(run.points, tokens) for run in runs]
+    for tokens, following in zip(counts, [*counts[1:], math.inf]):
+        own = any(tokens in those and following in those for those in evaluated)  # two evaluations of one run
+        if following <= tokens * (1 + SAME_TOKENS) and not own:
+            continue
+        losses, times = zip(*(_loss_and_time(run.points, tokens) for run in runs))
         if None not in losses:
             time = None if None in times else math.fsum(times) / len(times)
             curve.append(ValidationPoint(None, tokens, math.fsum(losses) / len(losses), time))
     return curve
+
+
+def _loss_and_time(points: Sequence[ValidationPoint], tokens: int) -> tuple[float | None, float | None]:
+    """Those of the evaluation at this count, if there is one, else interpolated."""
+    nearest = min(points, key=lambda point: abs(point.tokens - tokens), default=None)
+    if nearest and abs(nearest.tokens - tokens) <= SAME_TOKENS * tokens:
+        return nearest.val_loss, nearest.train_time_ms
+    return loss_at(points, tokens), time_at(points, tokens)
 
 
 def difference_curve(points: Sequence[ValidationPoint], base: Sequence[ValidationPoint]) -> list[tuple[int, float]]:

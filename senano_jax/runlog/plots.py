@@ -1,113 +1,97 @@
-"""The comparison as a picture: loss against tokens and time, and below it the difference to the first run."""
+"""Pictures: a comparison's losses against tokens and time, with the differences to the first run; one run's curve."""
 
+import contextlib
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from senano_jax.errors import UserError
-from senano_jax.runlog.comparison import Group, complete_runs
-from senano_jax.runlog.curves import ValidationPoint, difference_curve, mean_curve, tokens_to_loss
+from senano_jax.files import write_atomically
+from senano_jax.runlog.comparison import Group
+from senano_jax.runlog.curves import ValidationPoint
+from senano_jax.runlog.html_report import run_page
+from senano_jax.runlog.published import Record
+from senano_jax.runlog.run_curve import RunCurve, run_curve
+from senano_jax.runlog.series import Series, difference_range, loss_range, series_of, time_unit
+from senano_jax.runlog.short_names import short_names
+from senano_jax.runlog.styles import COLOURS, style_of
 from senano_jax.runlog.units import format_tokens
 
-# Okabe and Ito's colours without the yellow, which white paper swallows. With the dashes and the markers, whose counts
-# have no common factor with theirs, two systems stay apart in black and white too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-DASHES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v")
-HOURS, MINUTES = 3_600_000, 60_000  # milliseconds
-_EARLY = 0.15  # part of a run whose losses, of several nats, do not stretch the axis
+_TOKENS = "tokens trained on (millions)"
+_NAME_WIDTH = 32  # characters of a name in the legend
+_STYLE = {
+    "text.parse_math": False,  # a $ in a name is a $
+    "svg.hashsalt": "senano_jax",  # the same runs give the same file
+    "font.size": 10,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+}
 
 
-@dataclass(frozen=True)
-class Series:
-    """What is drawn of one group."""
-
-    name: str
-    curve: list[ValidationPoint]
-    """Mean over the seeds."""
-    seeds: list[list[ValidationPoint]]
-    """The single runs, where there are several."""
-    difference: list[tuple[int, float]]
-    """(tokens, loss - the first group's mean loss); none for the first group itself."""
-    seed_differences: list[list[tuple[int, float]]]
-    """The same of the single runs."""
-    tokens_to_target: float | None
-    """Mean over the seeds; None unless all reached it."""
-
-
-def series_of(groups: Sequence[Group], target: float) -> list[Series]:
-    """What to draw, a series a group, in order."""
-    base, series = None, []
-    for group in groups:
-        runs = complete_runs(group)
-        curve = mean_curve(runs)
-        seeds = [[point for point in run.points if point.tokens > 0] for run in runs] if len(runs) > 1 else []
-        difference = [] if base is None else difference_curve(curve, base)
-        base = curve if base is None else base
-        seed_differences = [difference_curve(seed, base) for seed in seeds]
-        reached = [tokens_to_loss(run.points, target) for run in runs]
-        unknown = None in reached or any(run.diverged for run in runs)
-        to_target = None if unknown else sum(reached) / len(reached)
-        series.append(Series(group.name, curve, seeds, difference, seed_differences, to_target))
-    return series
-
-
-def loss_range(series: Sequence[Series], target: float) -> tuple[float, float, bool]:
-    """(lowest, highest, whether the target is among them) for the loss axis.
-
-    The first steps of a run and a target far from all curves would flatten what there is to see.
-    """
-    late = [p.val_loss for s in series for p in s.curve if p.tokens >= _EARLY * s.curve[-1].tokens]
-    low, high = (min(late), max(late)) if late else (target, target)
-    span = max(high - low, 0.02)
-    shown = low - span / 2 <= target <= high + span / 2
-    if shown:
-        low, high = min(low, target), max(high, target)
-    return low - 0.05 * span, high + 0.05 * span, shown
-
-
-def difference_range(series: Sequence[Series]) -> tuple[float, float]:
-    """(lowest, highest) for the axis of the differences, scaled like the loss axis by what comes after the start."""
-    drawn = [differences for one in series for differences in (one.difference, *one.seed_differences) if differences]
-    late = [d for differences in drawn for tokens, d in differences if tokens >= _EARLY * differences[-1][0]]
-    low, high = min(0, *late, 0), max(0, *late, 0)
-    margin = 0.12 * max(high - low, 0.002)
-    return low - margin, high + margin
-
-
-def time_unit(series: Sequence[Series]) -> tuple[str, float]:
-    """The unit of the time axis, by the longest run, and its milliseconds."""
-    longest = max((point.train_time_ms or 0 for s in series for point in s.curve), default=0)
-    return ("hours", HOURS) if longest > 3 * HOURS else ("minutes", MINUTES)
-
-
-def plot_image(groups: Sequence[Group], target: float, image_format: str) -> bytes:
-    """The picture as a "png" or "svg" file. Raises UserError if matplotlib is not installed."""
+def plot_image(groups: Sequence[Group], target: float, image_format: str, records: Sequence[Record] = ()) -> bytes:
+    """The comparison as a "png" or "svg" file, with `records` marked on the axis of tokens. Raises UserError if
+    matplotlib is not installed."""
     try:
-        import matplotlib
-        from matplotlib.figure import Figure
+        return _image(
+            lambda figure_class: _figure(figure_class, series_of(groups, target), target, records), image_format
+        )
     except ImportError:
         raise UserError("plots need matplotlib; run pip install 'senano-jax[plot]'") from None
-    style = {
-        "text.parse_math": False,  # a $ in a name is a $
-        "svg.hashsalt": "senano_jax",  # the same runs give the same file
-        "font.size": 10,
-        "axes.grid": True,
-        "grid.color": "#dddddd",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-    }
-    series = series_of(groups, target)
-    with matplotlib.rc_context(style):
-        figure = _figure(Figure, series, target)
+
+
+def write_curve(run_folder: Path) -> Path | None:
+    """Draws the training losses and the evaluations of a run into its folder: curve.html, and curve.png if matplotlib
+    is installed. Returns the path of curve.html; None, and writes nothing, if the run has no losses yet.
+
+    Raises UserError if the run's files are damaged or the curve cannot be written; each file is whole or not there.
+    """
+    curve = run_curve(run_folder)
+    if curve is None:
+        return None
+    page = run_folder / "curve.html"
+    write_atomically(page, run_page(curve).encode())
+    with contextlib.suppress(ImportError):
+        write_atomically(run_folder / "curve.png", _image(lambda figure_class: _run_figure(figure_class, curve), "png"))
+    return page
+
+
+def _image(make_figure: Callable[[type], Any], image_format: str) -> bytes:
+    """The file of the figure; raises ImportError if matplotlib is not installed."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = make_figure(Figure)
         content = io.BytesIO()
         metadata = {"Date": None} if image_format == "svg" else {}
         figure.savefig(content, format=image_format, dpi=200, facecolor="white", metadata=metadata)
     return content.getvalue()
 
 
-def _figure(figure_class: type, series: Sequence[Series], target: float):
+def _run_figure(figure_class: type, curve: RunCurve):
+    figure = figure_class(figsize=(8, 4.2), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(*_columns(curve.training), color=COLOURS[0], lw=0.6, alpha=0.35)
+    if curve.smoothed:
+        axis.plot(
+            *_columns(curve.smoothed), color=COLOURS[0], lw=1.6, label="training loss, mean over the steps around"
+        )
+    points = [(point.tokens, point.val_loss) for point in curve.evaluations]
+    if points:
+        axis.plot(*_columns(points), color=COLOURS[1], ls="none", marker="o", ms=5, label="validation loss")
+    axis.set_ylim(curve.lowest, curve.highest)
+    axis.set_xlim(left=0)
+    axis.set(xlabel=_TOKENS, ylabel="loss, nats per token")
+    axis.set_title(curve.title, loc="left", fontsize=10)
+    axis.legend(frameon=False, fontsize=9.5)
+    return figure
+
+
+def _figure(figure_class: type, series: Sequence[Series], target: float, records: Sequence[Record]):
     """Two panels; below them, if there is something to compare, the difference and the legend."""
     compared = len(series) > 1
     legend_rows = max(0, len(series) - 8)
@@ -124,15 +108,7 @@ def _figure(figure_class: type, series: Sequence[Series], target: float):
         if timed:
             _draw_loss(by_time, one, index, lambda point: (point.train_time_ms or 0) / unit_ms, timed)
         if target_shown and one.tokens_to_target is not None:
-            by_tokens.plot(
-                [one.tokens_to_target / 1e6],
-                [target],
-                "o",
-                ms=9,
-                mfc="none",
-                mec=COLOURS[index % len(COLOURS)],
-                mew=1.5,
-            )
+            by_tokens.plot([one.tokens_to_target / 1e6], [target], "o", ms=9, mfc="none", mec=_colour(index), mew=1.5)
     for axis in (by_tokens, by_time):
         axis.set_ylim(low, high)
         axis.set_xlim(left=0)
@@ -140,9 +116,11 @@ def _figure(figure_class: type, series: Sequence[Series], target: float):
             axis.axhline(target, color="#555555", lw=1, ls=(0, (1, 1.5)))
             axis.annotate(
                 f"target {target:g}", (0.01, target), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                textcoords="offset points", color="#444444", fontsize=9,
+                textcoords="offset points", color="#444444", fontsize=9, zorder=1.8,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
             )  # fmt: skip
-    by_tokens.set(xlabel="tokens trained on (millions)", ylabel="validation loss (nats/token)")
+    _mark_records(by_tokens, records)
+    by_tokens.set(xlabel=_TOKENS, ylabel="validation loss, nats per token")
     by_time.set(xlabel=f"training time ({unit})")
     if compared:
         _draw_differences(axes[1][0], series)
@@ -156,55 +134,59 @@ def _figure(figure_class: type, series: Sequence[Series], target: float):
 def _draw_loss(axis, one: Series, index: int, x, points: Sequence[ValidationPoint] | None = None) -> None:
     for seed in one.seeds:
         known = [point for point in seed if points is None or point.train_time_ms is not None]
-        axis.plot(
-            [x(p) for p in known], [p.val_loss for p in known], color=COLOURS[index % len(COLOURS)], lw=0.6, alpha=0.5
-        )
+        axis.plot([x(p) for p in known], [p.val_loss for p in known], color=_colour(index), lw=0.6, alpha=0.5)
     points = one.curve if points is None else points
-    axis.plot(
-        [x(p) for p in points], [p.val_loss for p in points], **_style(index), markevery=max(1, len(points) // 16)
-    )
+    axis.plot([x(p) for p in points], [p.val_loss for p in points], **_line(index), markevery=max(1, len(points) // 16))
+
+
+def _mark_records(axis, records: Sequence[Record]) -> None:
+    for row, record in enumerate(sorted(records, key=lambda record: record.tokens)):
+        at = record.tokens / 1e6
+        axis.axvline(at, color="#555555", lw=1, ls=(0, (1, 1.5)))
+        axis.annotate(
+            f"{format_tokens(record.tokens)} {record.name}", (at, 0.98), xycoords=("data", "axes fraction"),
+            xytext=(-3, -11 * row), textcoords="offset points", ha="right", va="top", color="#444444", fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
+        )  # fmt: skip
+        axis.set_xlim(right=max(axis.get_xlim()[1], 1.02 * at))
 
 
 def _draw_differences(axis, series: Sequence[Series]) -> None:
-    axis.axhline(0, color=COLOURS[0], lw=1.6)
+    axis.axhline(0, color=_colour(0), lw=1.6)
     for index, one in enumerate(series):
         for differences in one.seed_differences:
-            axis.plot(*_columns(differences), color=COLOURS[index % len(COLOURS)], lw=0.6, alpha=0.5)
-        axis.plot(*_columns(one.difference), **_style(index))
+            axis.plot(*_columns(differences), color=_colour(index), lw=0.6, alpha=0.5)
+        axis.plot(*_columns(one.difference), **_line(index))
     axis.set_ylim(difference_range(series))
-    axis.set_title(f"loss minus that of {_short(series[0].name)}", loc="left", fontsize=10)
-    axis.set(xlabel="tokens trained on (millions)", ylabel="difference")
+    axis.set_title(f"loss minus that of {short_names([series[0].name], _NAME_WIDTH)[0]}", loc="left", fontsize=10)
+    axis.set(xlabel=_TOKENS, ylabel="difference, nats per token")
 
 
-def _columns(differences: Sequence[tuple[int, float]]) -> tuple[list[float], list[float]]:
-    return [tokens / 1e6 for tokens, _ in differences], [difference for _, difference in differences]
+def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[float], list[float]]:
+    return [tokens / 1e6 for tokens, _ in points], [value for _, value in points]
 
 
 def _draw_legend(axis, series: Sequence[Series], target: float, box: dict) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], **_style(index)) for index in range(len(series))]
-    labels = []
-    for one in series:
-        reached = "not reached" if one.tokens_to_target is None else format_tokens(one.tokens_to_target, 1)
-        seeds = f", mean of {len(one.seeds)}" if one.seeds else ""
-        labels.append(f" {_short(one.name)}: {reached}{seeds}")  # the space: matplotlib drops labels that begin with _
+    handles = [Line2D([], [], **_line(index)) for index in range(len(series))]
+    names, labels = short_names([one.name for one in series], _NAME_WIDTH), []
+    for name, one in zip(names, series):
+        seeds = f", mean of {len(one.seeds)}" if one.seeds and one.tokens_to_target is not None else ""
+        labels.append(f" {name}: {one.verdict}{seeds}")  # the space: matplotlib drops labels that begin with _
     title = f"tokens to {target:g}"
     legend = axis.legend(
-        handles, labels, title=title, frameon=False, fontsize=9.5, handlelength=3, alignment="left", **box
+        handles, labels, title=title, frameon=False, fontsize=9.5, handlelength=3.5, alignment="left", **box
     )
     legend.get_title().set_fontsize(9.5)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 34 else name[:33] + "…"
+def _colour(index: int) -> str:
+    return COLOURS[style_of(index).colour]
 
 
-def _style(index: int) -> dict:
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "ls": DASHES[index % len(DASHES)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "ms": 3.5,
-        "lw": 1.6,
-    }
+def _line(index: int) -> dict:
+    """matplotlib's arguments for a line; it counts dashes in widths of the line."""
+    width, style = 1.6, style_of(index)
+    dashes = (0, tuple(length / 2 for length in style.dashes)) if style.dashes else "-"
+    return {"color": _colour(index), "ls": dashes, "marker": style.marker, "ms": 3.5, "lw": width}

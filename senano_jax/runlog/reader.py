@@ -9,7 +9,7 @@ from senano_jax.files import expand_home
 from senano_jax.runlog.batch_plan import BatchPlan
 from senano_jax.runlog.curves import RunLog
 from senano_jax.runlog.log_lines import Line, PointCollector, read_lines
-from senano_jax.runlog.published import PUBLISHED
+from senano_jax.runlog.published import PUBLISHED, record_history
 from senano_jax.runlog.run_folder import read_run_folder
 from senano_jax.runlog.torch_log import read_torch_log
 
@@ -65,8 +65,10 @@ def _refuse_batch(text: str, batch: BatchPlan | None) -> None:
 def _read_published(name: str) -> RunLog:
     published = PUBLISHED.get(name)
     if published is None:
-        raise UserError(f"published:{name} is not known; choose from {', '.join(f'published:{n}' for n in PUBLISHED)}")
-    (run,) = read_torch_log(published.path, f"published {name}")
+        is_record = name in {record.name for record in record_history()}
+        reason = "has no curve here, only the token count that --records marks" if is_record else "is not known"
+        raise UserError(f"published:{name} {reason}; choose from {', '.join(f'published:{n}' for n in PUBLISHED)}")
+    (run,) = read_torch_log(published.path, f"published {name}", published.tokens_per_step)
     return dataclasses.replace(
         run,
         parameters=published.parameters,

@@ -15,8 +15,9 @@ from senano_jax.runlog.log_lines import Line, PointCollector, is_not_finite, rea
 from senano_jax.runlog.validation import Text, Validation
 
 
-def read_run_folder(folder: Path, name: str | None = None) -> RunLog:
-    """Reads one run; it is called `name`, or as its preset. Raises UserError for a damaged or empty one."""
+def read_run_folder(folder: Path, name: str | None = None, *, evaluated: bool = True) -> RunLog:
+    """Reads one run; it is called `name`, or as its preset. Raises UserError for a damaged one, and for one that has
+    not evaluated unless `evaluated` is False."""
     config = read_json_object(folder / "config.json")
     steps_total = config.get("steps")
     if not _is_count(steps_total) or steps_total == 0:
@@ -45,7 +46,7 @@ def read_run_folder(folder: Path, name: str | None = None) -> RunLog:
                 line.number_of("loss", record["loss"])
             collector.add_train(line, step, tokens, record["loss"], None, position)
         trained = max(trained, tokens)
-    points = collector.evaluations()
+    points = collector.evaluations() if evaluated else tuple(collector.validation)
     parameters, seed, preset = config.get("parameters"), config.get("seed"), config.get("preset")
     return RunLog(
         name=name or (preset if isinstance(preset, str) and preset.strip() else folder.resolve().name),

@@ -52,7 +52,7 @@ def _costs(rows: Sequence[Row]) -> Table:
         (
             row.name,
             row.implementation,
-            row.hardware or "-",
+            (row.hardware or "-").replace("NVIDIA ", ""),
             _or_dash(row.steps, "{:,}"),
             "-" if row.tokens_read is None else format_tokens(row.tokens_read),
             "-" if row.train_time_ms is None else format_time(row.train_time_ms),
