@@ -83,7 +83,9 @@ def begin_or_resume(
         state = init_state(wiring.model, wiring.optimizer, config.seed, mesh)
         bookmark = Bookmark(0, 0, 0.0, evaluated=False, run_folder={"metrics": 0, "log": 0})
         if config.init_from is not None:
-            params, _ = load_weights(config.init_from, config.model, wiring.state.params, mesh)
+            params, _ = load_weights(
+                config.init_from, config.model, wiring.state.params, mesh, own_model=config.own_model is not None
+            )
             state = with_params(state, params, mesh)
     with together():
         if config.resume is None:  # only now: a run that could not begin leaves no folder that looks like one

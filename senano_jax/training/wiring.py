@@ -16,6 +16,7 @@ from senano_jax.optim.recipe import make_optimizer
 from senano_jax.plan import Plan
 from senano_jax.training.memory import choose_micro_batches, memory_budget
 from senano_jax.training.mesh import DATA_AXIS, make_mesh
+from senano_jax.training.own import NOTHING_OWN, Own, on_mean_gradients
 from senano_jax.training.processes import together
 from senano_jax.training.state import TrainState, abstract_state
 from senano_jax.training.step import StepMetrics, make_train_step
@@ -38,12 +39,18 @@ class Wiring(NamedTuple):
     for programs that it does not need."""
 
 
-def wire(config: Config) -> Wiring:
-    """Allocates nothing. Raises UserError for devices that cannot do what `config` asks for, which has been checked,
-    and for tables of prefixes that cannot be read."""
+def wire(config: Config, own: Own = NOTHING_OWN) -> Wiring:
+    """Allocates nothing; `own` stands in place of what is configured.
+
+    Raises UserError for devices that cannot do what `config` asks for, which has been checked, and for tables of
+    prefixes that cannot be read.
+    """
     plan, mesh = Plan(config), make_mesh(config.devices)
-    model = make_model(config.model, config.dtype)
-    optimizer = make_optimizer(config.optimizer, config.steps, DATA_AXIS)
+    model = make_model(config.model, config.dtype) if own.model is None else own.model
+    if own.optimizer is None:
+        optimizer = make_optimizer(config.optimizer, config.steps, DATA_AXIS)
+    else:
+        optimizer = on_mean_gradients(own.optimizer)
     state = abstract_state(model, optimizer)
     with together():
         prefix_table = _prefix_table(plan)
