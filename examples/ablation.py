@@ -1,4 +1,4 @@
-"""An ablation: each idea alone against the base, over three seeds. Cells for a notebook; ten minutes on two CPU cores.
+"""An ablation: each idea alone against the base, over three seeds. In cells; ten minutes on two CPU cores.
 
 Studies of many runs on several GPUs: scripts/ablate.py, which keeps what is finished and goes on after a stop.
 """

@@ -1,4 +1,4 @@
-"""A model by hand: its weights, its loss, a gradient check, a few steps. Cells for a notebook; half a minute on a CPU."""
+"""A model by hand: its weights, its loss, a gradient check, a few steps. In cells; half a minute on a CPU."""
 
 # %% A model and its weights. Nothing here needs a run.
 import jax

@@ -1,4 +1,4 @@
-"""Another optimiser on the demo, compared over three seeds. Cells for a notebook; ten minutes on two CPU cores."""
+"""Another optimiser on the demo, compared over three seeds. In cells; ten minutes on two CPU cores."""
 
 # %% An optimiser of your own: the sign of a moving average of the gradients.
 import jax

@@ -37,6 +37,8 @@ FREE = {"free": True}
 
 @dataclass(frozen=True)
 class DataConfig:
+    """What is read, and how much of it."""
+
     train_files: str = field(metadata=FREE)
     """Glob of the training shards, read in the order of their names."""
     val_files: str = field(metadata=FREE)

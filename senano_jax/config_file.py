@@ -15,6 +15,7 @@ _LARGEST_INT = 2**63  # a float holds it; JSON knows integers of thousands of di
 
 
 def write_config(path: Path, config: Config, preset: str, parameters: int) -> None:
+    """Writes config.json, whole or not at all. Raises UserError if it cannot be written."""
     document = {"preset": preset, "parameters": parameters, **to_document(config)}
     write_atomically(path, (json.dumps(document, indent=2) + "\n").encode())
 

@@ -10,6 +10,7 @@ def tiny_demo() -> Config:
         demo(),
         {
             "model.dim": 16,
+            "model.attention": "dense",
             "model.layers.loop": 0,
             "model.layers.visits": 0,
             "steps": 2,

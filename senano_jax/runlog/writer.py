@@ -90,9 +90,11 @@ class RunFolder:
             return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
 
     def metric(self, **record: float) -> None:
+        """Appends a line to metrics.jsonl."""
         self._write("metrics", json.dumps(record))
 
     def log(self, line: str) -> None:
+        """Appends a line to log.txt."""
         self._write("log", line)
 
     def _open(self, metrics: int, log: int) -> None:

@@ -20,6 +20,8 @@ from senano_jax.training.step import StepMetrics
 
 
 class FinishedStep(NamedTuple):
+    """A step whose metrics have arrived."""
+
     loss: float
     grad_norm: float
     train_ms: float  # training time when its metrics had arrived
@@ -71,6 +73,7 @@ class Recorder:
             self._schedules["lr"] = self._schedules.get("lr", np.float32(1)) * rates
 
     def say(self, line: str) -> None:
+        """A line for the screen and for log.txt."""
         self._run.log(line)
         self._progress.say(line)
 

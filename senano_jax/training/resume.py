@@ -47,6 +47,7 @@ class OpenRun(NamedTuple):
         self.checkpoints.save(step, state, bookmark._asdict(), val_loss, readout)
 
     def newest_checkpoint(self) -> int | None:
+        """Its step, once it is completely on disk; None if there is none."""
         return next(iter(self.checkpoints.steps()), None)
 
 
