@@ -1,7 +1,8 @@
-"""A demo of one layer on each side and of two steps: what the presets, the examples and the pages are tried with."""
+"""A demo that is quick to compile: one layer on each side, two steps, AdamW. Presets, examples and pages are tried
+with it."""
 
 from senano_jax.config import Config, changed
-from senano_jax.presets import demo
+from senano_jax.presets import demo, llmc
 
 
 def tiny_demo() -> Config:
@@ -13,6 +14,7 @@ def tiny_demo() -> Config:
             "model.attention": "dense",
             "model.layers.loop": 0,
             "model.layers.visits": 0,
+            "optimizer": llmc().optimizer,
             "steps": 2,
             "batch_tokens": 512,
             "seq_len": 256,
