@@ -24,7 +24,10 @@ from senano_jax.model.build import abstract_params
 from senano_jax.optim.config import OwnOptimizer
 from senano_jax.optim.recipe import make_optimizer
 from senano_jax.runlog.reader import read_log
+from senano_jax.training.checkpoint import Checkpoints
+from senano_jax.training.mesh import make_mesh
 from senano_jax.training.own import Own, naming, on_mean_gradients
+from senano_jax.training.state import TrainState
 
 
 class Bigram(nn.Module):
@@ -116,7 +119,8 @@ def test_checksums_are_of_what_is_computed():
     different = [
         optax.adamw(1e-3), optax.adamw(1.001e-3), optax.adamw(1e-3, b2=0.99), optax.adam(1e-3), optax.lion(1e-3),
         optax.adamw(optax.cosine_decay_schedule(1e-3, 10)), optax.adamw(optax.cosine_decay_schedule(1e-3, 11)),
-        optax.apply_if_finite(optax.adamw(1e-3), 2), optax.adagrad(1e-3), optax.adagrad(1e-3, 0.2),
+        optax.apply_if_finite(optax.adamw(1e-3), 2), optax.add_noise(0.1, 0.5, jax.random.key(0)),
+        optax.add_noise(0.1, 0.5, jax.random.key(1)), optax.adagrad(1e-3), optax.adagrad(1e-3, 0.2),
     ]  # fmt: skip
     assert len({checksum(optimizer) for optimizer in different}) == len(different)
 
@@ -139,6 +143,22 @@ def test_a_recipe_given_as_an_optimiser_keeps_its_state():
     assert jax.tree.structure(jax.eval_shape(own.init, params)) == jax.tree.structure(
         jax.eval_shape(configured.init, params)
     )
+
+
+def test_flags_and_keys_in_an_optimiser_s_state_are_saved(tmp_path):
+    optimizer = optax.apply_if_finite(optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(5)), optax.sgd(0.1)), 3)
+    params = {"x": jnp.ones(3)}
+    state = TrainState(jnp.int32(1), params, jax.jit(optimizer.init)(params))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, state, {})
+        restored, _ = checkpoints.restore(1, jax.eval_shape(lambda: state), make_mesh(1))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    (flag,), (key,) = (
+        [leaf for leaf in jax.tree.leaves(restored) if jnp.issubdtype(leaf.dtype, kind)]
+        for kind in (jnp.bool_, jax.dtypes.prng_key)
+    )
+    assert flag == state.opt_state.last_finite
+    assert key == jax.random.key(5)
 
 
 def test_fit_wants_a_configuration():

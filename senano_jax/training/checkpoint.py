@@ -257,8 +257,11 @@ def _checksums(tree: Any) -> jax.Array:
     """A sum of each array's bits, uint32: orbax does not notice every damaged byte."""
 
     def checksum(x):
-        if x.dtype == jnp.bool_:  # a flag of somebody's optimiser
+        # Somebody's optimiser may keep flags and keys.
+        if x.dtype == jnp.bool_:
             x = x.astype(jnp.uint8)
+        elif jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
         bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
         return jnp.sum(jax.lax.bitcast_convert_type(x, bits), dtype=jnp.uint32)
 

@@ -87,5 +87,6 @@ def _checksum(*calls: tuple[Callable[..., Any], *tuple[Any, ...]]) -> str:
         traced = jax.make_jaxpr(function, axis_env=[(DATA_AXIS, 1)])(*arguments)
         digest.update(re.sub(r"\bat 0x[0-9a-f]+|\bname=\S+", "", str(traced)).encode())
         for constant in traced.consts:
-            digest.update(np.asarray(constant).tobytes())
+            is_key = jnp.issubdtype(jnp.result_type(constant), jax.dtypes.prng_key)
+            digest.update(np.asarray(jax.random.key_data(constant) if is_key else constant).tobytes())
     return digest.hexdigest()[:8]
