@@ -23,6 +23,7 @@ from senano_jax.errors import UserError
 from senano_jax.model.build import abstract_params
 from senano_jax.optim.config import OwnOptimizer
 from senano_jax.optim.recipe import make_optimizer
+from senano_jax.presets import demo
 from senano_jax.runlog.reader import read_log
 from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.mesh import make_mesh
@@ -159,6 +160,12 @@ def test_flags_and_keys_in_an_optimiser_s_state_are_saved(tmp_path):
     )
     assert flag == state.opt_state.last_finite
     assert key == jax.random.key(5)
+
+
+def test_a_model_of_ones_own_with_parameters_that_the_recipe_does_not_know_needs_an_optimiser():
+    recipe = demo().optimizer  # of several rules
+    with pytest.raises(UserError, match=r"parameter table fits the patterns of no group.*give it an optimiser too"):
+        senano_jax.fit(changed(tiny_demo(), {"optimizer": recipe}), model=Bigram(50_257), quiet=True)
 
 
 def test_fit_wants_a_configuration():

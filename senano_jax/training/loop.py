@@ -23,7 +23,7 @@ from senano_jax.runlog.sinks import Record, Sinks
 from senano_jax.training.clock import Clock
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import place_batch
-from senano_jax.training.own import NOTHING_OWN, Own, require_own
+from senano_jax.training.own import NOTHING_OWN, Own
 from senano_jax.training.processes import StopVote, together
 from senano_jax.training.recorder import Recorder, RunningStep, wait_for_step
 from senano_jax.training.resume import Bookmark, begin_or_resume, check_same_run, open_run
@@ -50,7 +50,7 @@ def train(
     a signal asked it to stop, once the run is saved. JAX's settings are changed for the whole process.
     """
     start_jax(config.dtype, config.compilation_cache)
-    sinks, shards = _checked(config, own)
+    sinks, shards = _checked(config)
     wiring = wire(config, own)
     plan = wiring.plan
     with together():
@@ -124,14 +124,13 @@ def train(
     return run.folder.path
 
 
-def _checked(config: Config, own: Own) -> tuple[Sinks, list[Path]]:
+def _checked(config: Config) -> tuple[Sinks, list[Path]]:
     """The tools to watch the run with, and the shards to train on. Raises UserError for what cannot work whatever the
     devices are."""
     if jax.process_count() > 1 and config.run_dir is None:
         raise UserError("a run of several processes needs --run-dir, the same folder for all of them")
     with together():
         check_config(config)
-        require_own(config, own)
         if config.resume is not None:
             check_same_run(config, expand_home(config.run_dir))
         sinks = Sinks(config)
