@@ -9,6 +9,8 @@ from senano_jax.config import Config
 from senano_jax.errors import UserError
 from senano_jax.files import expand_home
 
+_MODULE = "senano_jax_preset_file"  # what a file that is run is called, so that it hides no module of its name
+
 
 def names_file(name: str) -> bool:
     """Whether it is of the form FILE.py or FILE.py:FUNCTION."""
@@ -25,7 +27,7 @@ def preset_of_file(name: str) -> Config:
     if not path.is_file():
         raise UserError(f"{file} is not there; give FILE.py:FUNCTION, a function that returns a Config")
     try:
-        found = runpy.run_path(str(path), run_name=path.stem)
+        found = runpy.run_path(str(path), run_name=_MODULE)
     except UserError:
         raise
     except Exception as error:
@@ -33,7 +35,7 @@ def preset_of_file(name: str) -> Config:
     own = [
         name
         for name, value in found.items()
-        if inspect.isfunction(value) and value.__module__ == path.stem and not name.startswith("_")
+        if inspect.isfunction(value) and value.__module__ == _MODULE and not name.startswith("_")
     ]
     if function not in own:
         there = ", ".join(f"{file}:{name}" for name in own) or "none: write one that returns a Config"
