@@ -7,10 +7,12 @@ work is refused by config_check.py; what follows for each step is in plan.py.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
 
 from senano_jax.model.config import Gpt2Config, LayerSchedule, ModelConfig, TransformerConfig
-from senano_jax.optim.config import Recipe
+from senano_jax.optim.config import OwnOptimizer, Recipe
 
 __all__ = [
     "Config",
@@ -18,6 +20,7 @@ __all__ = [
     "Gpt2Config",
     "LayerSchedule",
     "ModelConfig",
+    "OwnOptimizer",
     "Recipe",
     "Stage",
     "TransformerConfig",
@@ -34,6 +37,8 @@ FREE = {"free": True}
 
 @dataclass(frozen=True)
 class DataConfig:
+    """What is read, and how much of it."""
+
     train_files: str = field(metadata=FREE)
     """Glob of the training shards, read in the order of their names."""
     val_files: str = field(metadata=FREE)
@@ -80,7 +85,7 @@ class Config:
 
     model: ModelConfig | Gpt2Config
     data: DataConfig
-    optimizer: Recipe
+    optimizer: Recipe | OwnOptimizer
     steps: int
     """Optimiser steps; every schedule is stretched over them."""
     batch_tokens: int
@@ -124,6 +129,9 @@ class Config:
     """Show the run's curves in TensorBoard too, from event files in its folder."""
     wandb: bool = field(default=False, metadata=FREE)
     """Show the run's curves in Weights & Biases too."""
+
+    own_model: Annotated[str | None, tyro.conf.Suppress] = None
+    """Class and checksum of the model that a program gave in place of the configured one (training/own.py)."""
 
     @property
     def batch_sequences(self) -> int:

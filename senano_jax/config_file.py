@@ -15,6 +15,7 @@ _LARGEST_INT = 2**63  # a float holds it; JSON knows integers of thousands of di
 
 
 def write_config(path: Path, config: Config, preset: str, parameters: int) -> None:
+    """Writes config.json, whole or not at all. Raises UserError if it cannot be written."""
     document = {"preset": preset, "parameters": parameters, **to_document(config)}
     write_atomically(path, (json.dumps(document, indent=2) + "\n").encode())
 
@@ -86,9 +87,9 @@ _ADAMW = {
 
 
 def _upgraded_optimizer(flat: dict[str, Any]) -> dict[str, Any]:
-    """A recipe, if given the fields of an optimiser from before there were recipes."""
+    """A recipe that says so, if given one that does not, or the fields of an optimiser from before there were any."""
     if "matrices" in flat or not {"muon_lr", "learning_rate"} & flat.keys():
-        return flat
+        return flat if "kind" in flat else {"kind": "Recipe"} | flat
     if "muon_lr" in flat:
         moved, recipe = _MUON_AND_ADAM, {"matrices": {"kind": "MuonRule"}, "schedule": {"kind": "Cooldown"}}
     else:
@@ -101,7 +102,8 @@ def _upgraded_optimizer(flat: dict[str, Any]) -> dict[str, Any]:
             for part in parts:
                 place = place.setdefault(part, {})
             place[last] = flat[name]
-    return recipe | {name: value for name, value in flat.items() if name not in moved and name != "kind"}
+    kept = {name: value for name, value in flat.items() if name not in moved and name != "kind"}
+    return {"kind": "Recipe"} | recipe | kept
 
 
 def parse(kind: Any, value: Any, path: Path, field: str) -> Any:

@@ -99,6 +99,7 @@ class Plan:
         return window_blocks(steps, self.steps, config.evaluation_window_tokens, config.initial_window_tokens)
 
     def inputs(self, step: int) -> StepInputs:
+        """All that changes from step to step, for the step that `step` steps precede."""
         window = np.int32(self.window(step))
         return StepInputs(window, self.loss_weights(step), self.rate(step), self.prefix_weight(step))
 

@@ -1,17 +1,10 @@
 """The systems of the record table, and ideas for fewer tokens, each as a difference from another."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 
-from senano_jax.config import (
-    Config,
-    DataConfig,
-    Gpt2Config,
-    LayerSchedule,
-    ModelConfig,
-    Stage,
-    changed,
-)
+from senano_jax.config import Config, DataConfig, Gpt2Config, LayerSchedule, ModelConfig, Stage, changed
 from senano_jax.data import sample
 from senano_jax.errors import UserError
 from senano_jax.model.cap import SoftCap
@@ -27,6 +20,7 @@ from senano_jax.optim.config import (
     TailAverage,
     WarmupCosine,
 )
+from senano_jax.preset_file import made, names_file, preset_of_file
 
 
 def llmc() -> Config:
@@ -325,8 +319,33 @@ PRESETS: dict[str, Callable[[], Config]] = {
 }
 
 
+_OURS = frozenset(PRESETS)
+
+
 def preset(name: str) -> Config:
-    """The configuration called `name`; raises UserError with the known names otherwise."""
+    """The configuration called `name`, or that of a Python file's function: FILE.py:FUNCTION.
+
+    Raises UserError with the known names for another one, and for a function or a file that makes none.
+    """
+    if names_file(name):
+        return preset_of_file(name)
     if name not in PRESETS:
-        raise UserError(f"unknown preset '{name}'; choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]()
+        raise UserError(f"unknown preset '{name}'; choose one of {', '.join(PRESETS)}; or give FILE.py:FUNCTION")
+    return PRESETS[name]() if name in _OURS else made(PRESETS[name], name)
+
+
+def preset_names() -> tuple[str, ...]:
+    """The presets of this package, then those that were registered."""
+    return tuple(PRESETS)
+
+
+def register(name: str, function: Callable[[], Config]) -> None:
+    """Makes the configuration that `function` returns a preset of this process, in place of one registered before.
+
+    Raises UserError for the name of a preset of this package, and for one that a command line could not give.
+    """
+    if name in _OURS:
+        raise UserError(f"there is a preset {name!r} already; choose another name")
+    if not re.fullmatch(r"\w[\w.+-]*", name) or names_file(name):
+        raise UserError(f"{name!r} cannot name a preset; use letters, digits and . _ + -")
+    PRESETS[name] = function

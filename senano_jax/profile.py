@@ -40,6 +40,8 @@ The defaults below are those of {name}.
 
 @dataclass(frozen=True)
 class Arguments(Config):
+    """The flags of training, and what to measure."""
+
     stage: int | None = None
     """Stage to measure, counted from 0; the last one by default."""
     window_blocks: int | None = None

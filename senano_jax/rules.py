@@ -47,6 +47,7 @@ def main(arguments: Arguments) -> int:
 
 
 def exit_status(verdicts: list[Verdict]) -> int:
+    """Of the command: 1 if a rule is broken, 3 if one cannot be verified, 0 if all are kept."""
     statuses = {verdict.status for verdict in verdicts}
     if "fail" in statuses:
         return 1

@@ -1,4 +1,4 @@
-"""python -m senano_jax.train [PRESET] [flags]: trains a preset, or a variation of it."""
+"""python -m senano_jax.train [PRESET|FILE.py:FUNCTION] [flags]: trains a preset, or a variation of it."""
 
 import glob
 import itertools
@@ -14,6 +14,7 @@ from senano_jax.config import Config
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.files import expand_home
+from senano_jax.preset_file import names_file
 from senano_jax.presets import PRESETS, preset
 from senano_jax.training.loop import train
 from senano_jax.training.processes import join_processes, leave_at_once_on_failure
@@ -26,6 +27,7 @@ _SWITCHES = (
 _DESCRIPTION = """Trains a preset, or a variation of it, on token shards and reports its validation loss.
 
 Presets: {presets}. Without one: recurrent if its shards are there, else demo.
+FILE.py:FUNCTION is one of your own: a function that returns a senano_jax.Config.
 The defaults below are those of {name}. Parts that it does not have, such as stages or an average, take no flags: they
 come with a preset of their own.
 """
@@ -94,7 +96,7 @@ def take_preset(arguments: list[str], command: str) -> tuple[str | None, list[st
     if first not in PRESETS and (expand_home(first) / "config.json").is_file():
         remedy = f"go on with it: python -m senano_jax.train --run-dir {first} --resume"
         raise UserError(f"{first} is the folder of a run, not a preset; {remedy}, or begin with --init-from {first}")
-    if first not in PRESETS and os.path.lexists(expand_home(first)):
+    if first not in PRESETS and os.path.lexists(expand_home(first)) and not names_file(first):
         raise UserError(f"{first} is a path, not a preset; say with a flag what it is, such as --init-from {first}")
     preset(first)
     return first, flags

@@ -27,6 +27,7 @@ def banded_attention(
     intervals: Intervals,
     scale: float,
 ) -> Float[Array, "B T H D"]:
+    """What `attend` gives, from those of the T^2 scores that lie in a band of blocks of 128 tokens."""
     return _forward(q, k, v, intervals, scale)[0]
 
 

@@ -14,6 +14,7 @@ def dense_attention(
     intervals: Intervals,
     scale: float,
 ) -> Float[Array, "B T H D"]:
+    """What `attend` gives, from all T^2 scores."""
     position = jnp.arange(q.shape[1])
     visible_BQK = (intervals.key_start[:, :, None] <= position) & (position <= position[:, None])
     scores_BHQK = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)

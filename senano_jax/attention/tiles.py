@@ -41,4 +41,5 @@ FLOAT32 = Tiles(*[Tile(queries=32, keys=32, warps=8, stages=1)] * 3)
 
 
 def default_tiles(dtype: jnp.dtype) -> Tiles:
+    """What was fastest on an H200 for tensors of this type."""
     return BFLOAT16 if dtype == jnp.bfloat16 else FLOAT32

@@ -100,6 +100,7 @@ def output_of(command: Sequence[str | Path], folder: str | Path, what: str) -> s
 
 
 def last_lines(output: str) -> str:
+    """The end of what a program has printed, for an error."""
     return "\n".join(output.splitlines()[-LAST_LINES:])
 
 

@@ -8,6 +8,7 @@ Implementation = Literal["auto", "fused", "plain"]
 
 
 def on_gpu() -> bool:
+    """Whether JAX's default device is a GPU."""
     return jax.default_backend() == "gpu"
 
 

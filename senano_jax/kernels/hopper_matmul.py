@@ -26,6 +26,8 @@ SWIZZLED = SWIZZLE // 2  # bfloat16 numbers
 
 @dataclass(frozen=True)
 class Tile:
+    """How a product is cut up: sizes in elements of the block that one cluster works on."""
+
     rows: int = 128
     columns: int = 128
     depth: int = 64

@@ -39,6 +39,7 @@ def fits(width: int) -> bool:
 
 
 def call(kernel, *, name, grid, in_specs, out_specs, out_shape, launch: Launch, interpret: bool):
+    """`pallas_call` for Triton, with the warps and stages of `launch`."""
     return pl.pallas_call(
         kernel,
         name=name,

@@ -26,4 +26,5 @@ def abstract_params(model: Model) -> Params:
 
 
 def count_parameters(params: Params) -> int:
+    """Numbers in a tree of arrays, or of their shapes; shared ones count once."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -45,6 +45,7 @@ class SoftCap:
         return self.logits(z_NV)
 
     def logsumexp(self, logits_NV: Float[Array, "N V"]) -> Float[Array, "N"]:
+        """Over the columns of logits, float32."""
         # Logits lie in (0, height), so exp cannot overflow and the usual pass for the maximum is spared.
         return jnp.log(jnp.exp(logits_NV).sum(-1))
 
@@ -69,6 +70,7 @@ class Plain:
     vocab_size: int
 
     def logits(self, z: Float[Array, "*S"]) -> Float[Array, "*S"]:
+        """The products as float32."""
         return z.astype(jnp.float32)
 
     def all_logits(self, z_NV: Float[Array, "N V"]) -> Float[Array, "N V"]:
@@ -76,7 +78,9 @@ class Plain:
         return jnp.where(jnp.arange(z_NV.shape[1]) < self.vocab_size, self.logits(z_NV), -jnp.inf)
 
     def logsumexp(self, logits_NV: Float[Array, "N V"]) -> Float[Array, "N"]:
+        """Over the columns of logits, float32."""
         return jax.nn.logsumexp(logits_NV, axis=-1)
 
     def pulled_back(self, d_logits: Float[Array, "*S"], logits: Float[Array, "*S"]) -> Float[Array, "*S"]:
+        """The gradient of z: that of the logits."""
         return d_logits

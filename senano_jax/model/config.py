@@ -36,6 +36,7 @@ class TransformerConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.dim // self.num_heads
 
     @property
@@ -122,15 +123,18 @@ class ModelConfig(TransformerConfig):
 
     @property
     def positions(self) -> int:
+        """Applications of layers in one forward pass."""
         return self.layers.positions
 
     @property
     def attention_windows(self) -> tuple[bool, ...]:
+        """For each attention of one forward pass: does it see the long window?"""
         layers = self.layers
         return tuple(layers.has_long_window(n) for n in layers.order if n not in layers.no_attention)
 
     @property
     def attention_pairs(self) -> tuple[bool, ...]:
+        """For each attention of one forward pass: does it pair its heads?"""
         layers = self.layers
         return tuple(n in self.paired_heads for n in layers.order if n not in layers.no_attention)
 
@@ -148,10 +152,12 @@ class Gpt2Config(TransformerConfig):
 
     @property
     def positions(self) -> int:
+        """Applications of layers in one forward pass."""
         return self.num_layers
 
     @property
     def attention_windows(self) -> tuple[bool, ...]:
+        """All see the long window."""
         return (True,) * self.num_layers
 
 

@@ -45,6 +45,8 @@ def gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
 
 
 class Attention(nn.Module):
+    """Multi-head attention [B, T, D] -> [B, T, D] with biases, scaled by head_dim**-0.5."""
+
     config: Gpt2Config
 
     @nn.compact
@@ -58,6 +60,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two dense layers around GELU, [B, T, D] -> [B, T, D]."""
+
     config: Gpt2Config
 
     @nn.compact
@@ -73,6 +77,8 @@ def residual_std(config: Gpt2Config) -> float:
 
 
 class Gpt2Block(nn.Module):
+    """A layer: attention and MLP, each of the layer norm of the stream that they are added to."""
+
     config: Gpt2Config
 
     @nn.compact

@@ -36,6 +36,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class Launches:
+    """Of both kernels."""
+
     forward: Launch
     backward: Launch
 

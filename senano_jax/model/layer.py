@@ -125,6 +125,7 @@ class Layer(nn.Module):
 
     @property
     def has_attention(self) -> bool:
+        """Whether it is more than an MLP."""
         return self.layer not in self.config.layers.no_attention
 
     def attend(self, x_BTD, context: Context, visit=0, weight=None):

@@ -24,6 +24,7 @@ DEFAULT_LAUNCH = triton.RowLaunch(rows=4, warps=4)
 
 
 def fits(tokens: int, logits: int, launch: triton.RowLaunch = DEFAULT_LAUNCH) -> bool:
+    """Whether the kernel takes so many tokens and logits a token."""
     return tokens % launch.rows == 0 and logits % COLUMNS == 0
 
 

@@ -49,6 +49,7 @@ class LayerSchedule:
         return self.visits if self.prelude <= layer < self.prelude + self.loop else 1
 
     def has_long_window(self, layer: int) -> bool:
+        """Whether a layer attends over the long window."""
         return layer % 2 == 0 if self.long_windows is None else layer in self.long_windows
 
 

@@ -36,6 +36,7 @@ def is_fused(tokens: int, dim: int, hidden: int, dtype) -> bool:
 
 
 def square_of_relu(x):
+    """relu(x)^2, elementwise, in the type of x."""
     positive = jnp.maximum(x, jnp.zeros_like(x))
     return positive * positive
 

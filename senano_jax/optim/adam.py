@@ -14,6 +14,8 @@ from jaxtyping import Array, Int
 
 
 class AdamState(NamedTuple):
+    """The averages are in the shapes of the parameters."""
+
     count: Int[Array, ""]  # steps taken
     mean: optax.Updates  # moving average of the gradients
     square: optax.Updates  # moving average of their squares

@@ -12,6 +12,8 @@ from senano_jax.optim.groups import parameter_group
 
 
 class AverageState(NamedTuple):
+    """The average, and the state of the optimiser that it is of."""
+
     count: Int[Array, ""]  # steps taken
     share: Float[Array, ""]  # of the average in what is read out; 0 until it begins
     average: optax.Params  # float32, like the averaged parameters; optax.MaskedNode for the others

@@ -178,11 +178,23 @@ class Recipe:
         return group
 
 
+@dataclass(frozen=True)
+class OwnOptimizer:
+    """An optimiser that a program gave the run in place of a recipe (senano_jax/training/own.py)."""
+
+    name: str
+    """What the program calls it."""
+    update_checksum: str
+    """Of what it computes from the run's parameters: equal for equal optimisers under one version of JAX."""
+
+
 _FOLLOWS = {"tables": "embeddings", "gates": "scalars", "generators": "gates", "branches": "scalars"}
 
 
-def check_optimizer(recipe: Recipe) -> None:
+def check_optimizer(recipe: Recipe | OwnOptimizer) -> None:
     """Raises UserError at the first value that cannot work."""
+    if isinstance(recipe, OwnOptimizer):
+        return
     _check(recipe, "--optimizer")
     if recipe.look_ahead is not None and recipe.look_ahead.start >= recipe.look_ahead.end:
         start, end = recipe.look_ahead.start, recipe.look_ahead.end

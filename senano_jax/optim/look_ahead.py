@@ -13,6 +13,8 @@ from senano_jax.optim.schedules import learning_rate_factor
 
 
 class LookAheadState(NamedTuple):
+    """The way that the weights have gone, and the state of the optimiser that moves them."""
+
     count: Int[Array, ""]  # steps taken
     distance: Float[Array, ""]  # k of the next step
     direction: optax.Params  # l, moving average of the steps, float32

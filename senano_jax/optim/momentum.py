@@ -12,6 +12,8 @@ from senano_jax.optim.config import Mixture
 
 
 class Momentum(NamedTuple):
+    """What makes a direction of gradients: two functions, like those of an optax transformation."""
+
     init: Callable[[optax.Params], Any]  # parameters -> averages
     update: Callable[[optax.Updates, Any, Array], tuple[optax.Updates, Any]]
     """(gradients, averages, step) -> direction, averages"""

@@ -19,6 +19,8 @@ from senano_jax.optim.stacks import StackRule, init_stacks, update_stacks
 
 
 class MuonState(NamedTuple):
+    """Of a rule that keeps nothing of its stacks."""
+
     count: Int[Array, ""]  # steps taken
     momentum: optax.Updates  # moving averages of the gradients (see Momentum)
 

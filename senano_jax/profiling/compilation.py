@@ -83,6 +83,7 @@ def compile_for_tracing(program: Program) -> jax.stages.Compiled | None:
 
 
 def executed_work(compiled: jax.stages.Compiled) -> ExecutedWork:
+    """FLOPs and bytes that the compiler counts in a program; None where it does not tell."""
     cost = compiled.cost_analysis() or {}
     return ExecutedWork(cost.get("flops"), cost.get("bytes accessed"))
 

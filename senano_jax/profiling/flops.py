@@ -44,6 +44,7 @@ class ModelFlops:
 
     @property
     def total(self) -> int:
+        """Both kinds together."""
         return self.matrix_products + self.attention
 
 

@@ -21,6 +21,8 @@ RESIDUAL = "residual stream, skips, norms"
 
 @dataclass(frozen=True)
 class Instruction:
+    """What a profile needs of an instruction of a compiled program."""
+
     opcode: str
     op_name: str  # path of scopes, e.g. jit(step)/.../layer_3/attention/dot_general; "" if unknown
 

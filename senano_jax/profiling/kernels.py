@@ -38,6 +38,8 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class KernelTime:
+    """The calls of one kernel in a step."""
+
     name: str
     group: str
     module: str
@@ -48,6 +50,8 @@ class KernelTime:
 
 @dataclass(frozen=True)
 class KernelTimes:
+    """Of the traced steps."""
+
     kernels: tuple[KernelTime, ...]  # the longest first
     attributed: float  # share of the time that is traced back to a part of the model
 

@@ -67,6 +67,8 @@ class Speed:
 
 @dataclass(frozen=True)
 class Evaluation:
+    """One round of an evaluation, on all devices."""
+
     tokens: int
     seq_len: int
     source: str
@@ -86,6 +88,8 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Report:
+    """All that is measured of a preset."""
+
     parameters: int
     stage: int
     stages: int  # of the run

@@ -29,6 +29,7 @@ class Spread:
 
     @classmethod
     def of(cls, milliseconds: Iterable[float]) -> "Spread":
+        """Of at least one time, in milliseconds."""
         times = tuple(map(float, milliseconds))
         low, p10, median, p90, high = (float(q) for q in np.percentile(times, [0, 10, 50, 90, 100]))
         return cls(median, low, p10, p90, high, len(times), times)
@@ -91,6 +92,7 @@ class StepRunner:
 
     @property
     def params(self) -> Params:
+        """The weights after the newest step."""
         return self._state.params
 
     def _place(self) -> jax.Array:

@@ -98,6 +98,7 @@ class DataRecord:
 
 
 def write_data(file: Path, shards: Shards) -> None:
+    """Writes data.json, whole or not at all. Raises UserError if it cannot be written."""
     document = {part: [dataclasses.asdict(shard) for shard in shards[part]] for part in PARTS}
     write_atomically(file, (json.dumps(document, indent=1) + "\n").encode())
 

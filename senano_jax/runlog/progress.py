@@ -67,4 +67,5 @@ class Progress:
             self._bar.update(self._task, doing=what, refresh=True)
 
     def say(self, line: str) -> None:
+        """Prints a line, above the live one if there is one."""
         self._console.print(line, markup=False)

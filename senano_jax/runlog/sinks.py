@@ -35,9 +35,11 @@ class Sink(Protocol):
 
     def __init__(self, config: Config, run_dir: Path, first_step: int): ...
 
-    def write(self, record: Record) -> None: ...
+    def write(self, record: Record) -> None:
+        """Shows a line of metrics.jsonl."""
 
-    def close(self, failed: bool) -> None: ...
+    def close(self, failed: bool) -> None:
+        """At the end of the run, whether it `failed` or not."""
 
 
 class TensorBoard:
@@ -53,6 +55,7 @@ class TensorBoard:
         self._tokens = _EventFile(folder / "tokens", Plan(config).tokens_after(replaced))
 
     def write(self, record: Record) -> None:
+        """Adds the values of a step or an evaluation, and its losses over tokens."""
         values = _values(record)
         self._steps.add(record["step"], values)
         # Other names, or TensorBoard would draw both into one chart.
@@ -60,6 +63,7 @@ class TensorBoard:
         self._tokens.add(record["tokens_trained"], losses)
 
     def close(self, failed: bool) -> None:
+        """Closes both files."""
         self._steps.close()
         self._tokens.close()
 
@@ -115,6 +119,7 @@ class WeightsAndBiases:
             self._run.define_metric(name, step_metric="step")
 
     def write(self, record: Record) -> None:
+        """Logs the values of a step or an evaluation, unless they are there already."""
         # W&B's own counter only grows, and a resumed run begins with it behind the points that are there: counting
         # steps and evaluations in their order, a point that is there already is known.
         index = 2 * record["step"] + ("val_loss" in record)
@@ -123,6 +128,7 @@ class WeightsAndBiases:
             self._run.log(places | _values(record), step=index, commit=True)
 
     def close(self, failed: bool) -> None:
+        """Finishes the run there; a failed one is marked as such."""
         self._run.finish(exit_code=int(failed))
 
 
@@ -159,6 +165,7 @@ class Sinks:
         return self
 
     def write(self, record: Record) -> None:
+        """Gives every tool a line of metrics.jsonl; one that fails is left out from then on."""
         for sink in list(self._open):
             try:
                 sink.write(record)

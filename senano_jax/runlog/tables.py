@@ -11,6 +11,8 @@ SIGNIFICANCE = 0.01  # the speedrun's rule for a claimed record
 
 @dataclass(frozen=True)
 class Table:
+    """Cells as they are shown; the first column is the name."""
+
     title: str
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]

@@ -24,6 +24,7 @@ class TextRun:
 
     @property
     def is_evaluated(self) -> bool:
+        """Whether it holds a validation loss."""
         return bool(self._losses)
 
     @property
@@ -84,6 +85,7 @@ class TextRun:
         self._clock = self._clock if record.time_ms is None else record.time_ms
 
     def log(self, name: str) -> RunLog:
+        """The run as far as it was read, called `name`."""
         points, planned, notes = self._points.evaluations(), self._stopped or self._total, []
         if self._went_back:
             notes.append(note_on("{} goes on from an earlier step; what came after it is left out", self._went_back))

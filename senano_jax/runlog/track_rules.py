@@ -69,6 +69,7 @@ def parameter_rules(config: Config, run: RunLog) -> list[Verdict]:
 
 
 def loss_rule(config: Config, run: RunLog) -> Verdict:
+    """The validation loss, of the whole run and over the tokens that the track asks for."""
     rule, final = f"validation loss: <= {MAX_LOSS}", run.final
     if run.diverged:
         return Verdict(rule, "fail", f"diverged: the loss is no number from {run.diverged} on")

@@ -26,8 +26,8 @@ _PACKAGES = ("senano-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 
 
 def new_run_dir(preset: str) -> Path:
-    """logs/<preset>-<date>-<time>-<four letters>."""
-    return Path("logs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    """logs/<preset>-<date>-<time>-<four letters>; of a preset FILE.py:NAME, the name."""
+    return Path("logs") / f"{preset.rpartition(':')[2]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 class RunFolder:
@@ -90,9 +90,11 @@ class RunFolder:
             return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
 
     def metric(self, **record: float) -> None:
+        """Appends a line to metrics.jsonl."""
         self._write("metrics", json.dumps(record))
 
     def log(self, line: str) -> None:
+        """Appends a line to log.txt."""
         self._write("log", line)
 
     def _open(self, metrics: int, log: int) -> None:

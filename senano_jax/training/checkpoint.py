@@ -217,10 +217,13 @@ class Checkpoints:
             ) from None
 
 
-def load_params(run_dir: Path, abstract: Params, mesh: Mesh, step: int | None = None) -> tuple[Params, int]:
+def load_params(
+    run_dir: Path, abstract: Params, mesh: Mesh, step: int | None = None, *, own_model: bool = False
+) -> tuple[Params, int]:
     """Weights, in the types of `abstract`, and step of a run's checkpoint of `step`, or of its newest one.
 
-    Raises UserError if there is none or it does not fit.
+    Raises UserError if there is none or it does not fit, and for a run of a program's own model unless `own_model` says
+    that `abstract` is of one.
     """
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
@@ -235,8 +238,13 @@ def load_params(run_dir: Path, abstract: Params, mesh: Mesh, step: int | None = 
             there = ", ".join(map(str, reversed(steps)))
             raise UserError(f"--step {step}: {folder} holds no checkpoint of this step; it holds: {there}")
         config, _ = read_config(run_dir / "config.json")
+        if config.own_model is not None and not own_model:
+            raise UserError(
+                f"{run_dir} holds a run of a program's own model ({config.own_model}); use it there: "
+                "senano_jax.Run(folder, model)"
+            )
         # Read in the types they were saved in: the checksums are of those bits.
-        saved = abstract_params(make_model(config.model, config.dtype))
+        saved = abstract if config.own_model else abstract_params(make_model(config.model, config.dtype))
         if jax.tree.structure(saved) != jax.tree.structure(abstract):
             raise UserError(f"{run_dir} holds a run of another model; give that of the same preset and --model.layers")
         as_saved = jax.tree.map(lambda wanted, s: jax.ShapeDtypeStruct(wanted.shape, s.dtype), abstract, saved)
@@ -249,9 +257,13 @@ def _checksums(tree: Any) -> jax.Array:
     """A sum of each array's bits, uint32: orbax does not notice every damaged byte."""
 
     def checksum(x):
-        if x.dtype == jnp.bfloat16:
-            return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint16), dtype=jnp.uint32)
-        return jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32), dtype=jnp.uint32)
+        # Somebody's optimiser may keep flags and keys.
+        if x.dtype == jnp.bool_:
+            x = x.astype(jnp.uint8)
+        elif jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        return jnp.sum(jax.lax.bitcast_convert_type(x, bits), dtype=jnp.uint32)
 
     return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
 

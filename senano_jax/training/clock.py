@@ -11,13 +11,16 @@ class Clock:
         self._started: float | None = None
 
     def start(self) -> None:
+        """Goes on."""
         self._started = time.perf_counter()
 
     def stop(self) -> None:
+        """Stands still until it is started again."""
         self._elapsed, self._started = self._seconds(), None
 
     @property
     def milliseconds(self) -> float:
+        """Training time so far."""
         return 1000 * self._seconds()
 
     def _seconds(self) -> float:

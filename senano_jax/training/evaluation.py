@@ -26,6 +26,7 @@ class Evaluator:
 
     @property
     def tokens(self) -> int:
+        """Tokens that the loss is a mean over."""
         groups, size, length = self._groups.shape
         return groups * size * (length - 1)
 

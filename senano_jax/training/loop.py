@@ -1,7 +1,7 @@
 """A training run from shards to final loss, read from top to bottom."""
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from senano_jax.model.build import count_parameters
 from senano_jax.output import lasting_output
 from senano_jax.plan import Plan
 from senano_jax.runlog.progress import Progress
-from senano_jax.runlog.sinks import Sinks
+from senano_jax.runlog.sinks import Record, Sinks
 from senano_jax.training.clock import Clock
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import place_batch
+from senano_jax.training.own import NOTHING_OWN, Own
 from senano_jax.training.processes import StopVote, together
 from senano_jax.training.recorder import Recorder, RunningStep, wait_for_step
 from senano_jax.training.resume import Bookmark, begin_or_resume, check_same_run, open_run
@@ -31,8 +32,18 @@ from senano_jax.training.stop import Stopped, StopRequest
 from senano_jax.training.wiring import Wiring, wire
 
 
-def train(config: Config, preset: str) -> Path:
+def train(
+    config: Config,
+    preset: str,
+    own: Own = NOTHING_OWN,
+    *,
+    quiet: bool = False,
+    on_record: Callable[[Record], None] | None = None,
+) -> Path:
     """Runs `config` (derived from the preset of that name), or goes on with it, and returns its run folder.
+
+    `own` is what a program gives in place of what is configured, which names it (`naming`). `quiet` prints
+    nothing; `on_record` is called with each line of metrics.jsonl, as a dictionary.
 
     Raises UserError, before anything is allocated, for values, files or devices that cannot work; and, during the
     run, for a loss that is no longer finite, bad tokens, or a folder that can no longer be written. Raises Stopped if
@@ -40,7 +51,7 @@ def train(config: Config, preset: str) -> Path:
     """
     start_jax(config.dtype, config.compilation_cache)
     sinks, shards = _checked(config)
-    wiring = wire(config)
+    wiring = wire(config, own)
     plan = wiring.plan
     with together():
         evaluate = make_evaluator(config, wiring.model, wiring.mesh)
@@ -48,7 +59,7 @@ def train(config: Config, preset: str) -> Path:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(lasting_output(notice=True))
-        progress = Progress(plan, visible=jax.process_index() == 0)
+        progress = Progress(plan, visible=jax.process_index() == 0 and not quiet)
         run = stack.enter_context(open_run(config, preset, _needed_shards(plan, shards)))
         begun = begin_or_resume(wiring, preset, run, progress.say)
         if begun is None:
@@ -59,7 +70,7 @@ def train(config: Config, preset: str) -> Path:
         stack.enter_context(sinks.open(run.folder.path, first_step, progress.say))
         stream = stack.enter_context(contextlib.closing(_open_stream(plan, shards, bookmark)))
         clock = Clock(bookmark.train_ms)
-        recorder = Recorder(run.folder, sinks, progress, clock, plan, run.newest_checkpoint)
+        recorder = Recorder(run.folder, sinks, progress, clock, plan, run.newest_checkpoint, on_record)
         progress.say(_introduction(preset, wiring, run.folder.path, first_step))
 
         waiter = stack.enter_context(ThreadPoolExecutor(1))

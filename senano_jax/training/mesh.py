@@ -22,6 +22,7 @@ def make_mesh(devices: int | None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Of an array that each device holds all of."""
     return NamedSharding(mesh, P())
 
 

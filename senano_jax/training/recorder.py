@@ -6,18 +6,22 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from senano_jax.errors import UserError
+from senano_jax.optim.config import OwnOptimizer
 from senano_jax.optim.recipe import schedule_values
 from senano_jax.plan import Plan, StepInputs
 from senano_jax.runlog.progress import Progress
-from senano_jax.runlog.sinks import Sinks
+from senano_jax.runlog.sinks import Record, Sinks
 from senano_jax.runlog.writer import RunFolder
 from senano_jax.training.clock import Clock
 from senano_jax.training.step import StepMetrics
 
 
 class FinishedStep(NamedTuple):
+    """A step whose metrics have arrived."""
+
     loss: float
     grad_norm: float
     train_ms: float  # training time when its metrics had arrived
@@ -40,6 +44,7 @@ def wait_for_step(metrics: StepMetrics, stop: jax.Array | bool, clock: Clock) ->
 
 class Recorder:
     """Writes a line for every step and evaluation; `newest_checkpoint` tells what a failed run can go back to.
+    `on_record` is called with each line of metrics.jsonl, as a dictionary.
 
     A step is recorded once the next one is queued behind it, so that no device waits. Whatever waits for one raises
     UserError if its loss or gradient is not finite.
@@ -53,19 +58,22 @@ class Recorder:
         clock: Clock,
         plan: Plan,
         newest_checkpoint: Callable[[], int | None],
+        on_record: Callable[[Record], None] | None = None,
     ):
         self._run, self._sinks, self._progress, self._clock, self._plan = run, sinks, progress, clock, plan
-        self._newest_checkpoint = newest_checkpoint
+        self._newest_checkpoint, self._on_record = newest_checkpoint, on_record
         self._finished_ms = clock.milliseconds
         self._running: RunningStep | None = None  # the newest step
         self.stopping = False  # a recorded step found that the run should stop
         # All at once: a scalar from the device would wait for the step it is running.
-        self._schedules = schedule_values(plan.config.optimizer, plan.steps)
+        recipe = plan.config.optimizer
+        self._schedules = {} if isinstance(recipe, OwnOptimizer) else schedule_values(recipe, plan.steps)
         if any(stage.rate != 1 for stage in plan.stages):
             rates = [plan.stage(step).rate for step in range(plan.steps)]
-            self._schedules["lr"] = self._schedules["lr"] * rates
+            self._schedules["lr"] = self._schedules.get("lr", np.float32(1)) * rates
 
     def say(self, line: str) -> None:
+        """A line for the screen and for log.txt."""
         self._run.log(line)
         self._progress.say(line)
 
@@ -123,6 +131,8 @@ class Recorder:
     def _metric(self, **record: float) -> None:
         self._run.metric(**record)
         self._sinks.write(record)
+        if self._on_record is not None:
+            self._on_record(record)
 
     @staticmethod
     def _times(train_ms: float, step: int) -> str:

@@ -47,6 +47,7 @@ class OpenRun(NamedTuple):
         self.checkpoints.save(step, state, bookmark._asdict(), val_loss, readout)
 
     def newest_checkpoint(self) -> int | None:
+        """Its step, once it is completely on disk; None if there is none."""
         return next(iter(self.checkpoints.steps()), None)
 
 
@@ -83,7 +84,9 @@ def begin_or_resume(
         state = init_state(wiring.model, wiring.optimizer, config.seed, mesh)
         bookmark = Bookmark(0, 0, 0.0, evaluated=False, run_folder={"metrics": 0, "log": 0})
         if config.init_from is not None:
-            params, _ = load_weights(config.init_from, config.model, wiring.state.params, mesh)
+            params, _ = load_weights(
+                config.init_from, config.model, wiring.state.params, mesh, own_model=config.own_model is not None
+            )
             state = with_params(state, params, mesh)
     with together():
         if config.resume is None:  # only now: a run that could not begin leaves no folder that looks like one

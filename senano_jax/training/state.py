@@ -14,6 +14,8 @@ from senano_jax.training.mesh import replicated
 
 
 class TrainState(NamedTuple):
+    """Everything that a step changes, on all devices alike."""
+
     step: Int[Array, ""]  # optimiser steps taken
     params: Params
     opt_state: optax.OptState

@@ -19,6 +19,8 @@ from senano_jax.training.state import TrainState, state_shardings
 
 
 class StepMetrics(NamedTuple):
+    """Of one step, float32."""
+
     loss: Float[Array, ""]  # a token, before the update; with weights, of all that is weighted
     grad_norm: Float[Array, ""]  # of the summed loss, over all parameters
 

@@ -17,12 +17,19 @@ SUFFIXES = (SUFFIX, ".pt", ".pth")
 
 
 def load_weights(
-    source: str, config: ModelConfig | Gpt2Config, abstract: Params, mesh: Mesh, step: int | None = None
+    source: str,
+    config: ModelConfig | Gpt2Config,
+    abstract: Params,
+    mesh: Mesh,
+    step: int | None = None,
+    *,
+    own_model: bool = False,
 ) -> tuple[Params, int | None]:
     """The weights in `source` (FILE.safetensors, FILE.pt or the folder of a run), on all devices of the mesh, and the
     steps that they were trained for (None for a file that does not tell of how many).
 
     `abstract` is the parameter tree they must fit; `step` chooses a checkpoint of a run in place of its newest one.
+    With `own_model` they are for a model of a program's own; without it a run of one is refused.
     Raises UserError if they cannot be read or do not fit.
     """
     if is_weights_file(source):
@@ -33,7 +40,7 @@ def load_weights(
             return jax.device_put(params, replicated(mesh)), steps
         params = from_torch(read_torch_checkpoint(source), config, abstract, source)
         return jax.device_put(params, replicated(mesh)), None
-    return load_params(expand_home(source), abstract, mesh, step)
+    return load_params(expand_home(source), abstract, mesh, step, own_model=own_model)
 
 
 def config_of(source: str) -> Config | None:

@@ -14,4 +14,5 @@ from senano_jax.model.trunks.weighted import WeightedTrunk
 
 
 def trunk_of(model: ModelConfig) -> nn.Module:
+    """The trunk that a configuration asks for; a new one needs a line here."""
     return WeightedTrunk(model) if isinstance(model.trunk, Weighted) else UNetTrunk(model)

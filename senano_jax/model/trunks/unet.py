@@ -47,6 +47,7 @@ class UNetLayer(Layer):
 
 
 def apply_layer(layer: UNetLayer, x: Float[Array, "B T D"], skip, context: Context, visit=0):
+    """One application of a layer; with rematerialisation its input is rounded to the type of the activations first."""
     if layer.config.remat != "none":  # the layer's input is kept
         x = x.astype(context.x0.dtype)
     return layer(x, skip, context, visit)

@@ -24,6 +24,7 @@ class Published:
 
     @property
     def path(self) -> Path:
+        """The log, which the package contains."""
         return Path(__file__).with_name(self.file)
 
 
