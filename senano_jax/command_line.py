@@ -59,6 +59,7 @@ def parse(
 
 
 def print_version() -> None:
+    """The installed package's."""
     try:
         print(f"senano-jax {importlib.metadata.version('senano-jax')}")
     except importlib.metadata.PackageNotFoundError:
@@ -75,6 +76,7 @@ def import_jax() -> None:
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether --help is one of the arguments, which goes before all else that they say."""
     return "-h" in arguments or "--help" in arguments
 
 

@@ -46,6 +46,8 @@ come with a preset of their own.
 
 @dataclass(frozen=True)
 class Arguments(Config):
+    """The flags of the command: those of a run, and what to do with it."""
+
     config: Path | None = None
     """Repeat the run of this config.json, or folder of a run, in place of a preset; JSON or TOML. Flags change it."""
     dry_run: bool = False
