@@ -4,16 +4,7 @@ What a notebook needs is here by name, and imported when it is asked for; see do
 """
 
 import importlib
-import os
-import sys
 from typing import Any
-
-if any(name.startswith("JAX_") for name in os.environ):
-    try:
-        import jax  # noqa: F401
-    except ValueError as error:  # a variable of JAX with a value that it does not know: no module could be imported
-        print(f"error: {error}; mend or unset the variable", file=sys.stderr)
-        sys.exit(2)
 
 # Where each name is. JAX is imported with the first one that needs it.
 _NAMES = {

@@ -28,11 +28,12 @@ from senano_jax.runlog.reader import read_log
 from senano_jax.runlog.sinks import Record
 from senano_jax.runlog.statistics import Sample
 from senano_jax.runlog.tables import comparison_tables, to_markdown
+from senano_jax.sources import is_weights_file
 from senano_jax.training import loop
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import make_mesh, replicated
 from senano_jax.training.own import NOTHING_OWN, Own, naming
-from senano_jax.training.weights import is_torch_file, load_weights
+from senano_jax.training.weights import load_weights
 
 Optimizer = optax.GradientTransformation | Callable[[int], optax.GradientTransformation]
 Source = "Run | str | PathLike"
@@ -130,7 +131,7 @@ def validation_loss(
 
     Raises UserError for weights that do not fit, and for validation shards that are not there or too short.
     """
-    if isinstance(weights, (str, PathLike)) and not is_torch_file(str(weights)):
+    if isinstance(weights, (str, PathLike)) and not is_weights_file(str(weights)):
         weights = Run(weights, model)
     if isinstance(weights, Run):
         config, model = config or weights.config, model or weights.model

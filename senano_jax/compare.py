@@ -13,6 +13,7 @@ from pathlib import Path
 
 import tyro
 
+from senano_jax.command_line import parse
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.files import check_output_file, expand_home, write_atomically
 from senano_jax.runlog.comparison import Group, Row, cautions, compare, notes, read_groups
@@ -195,4 +196,4 @@ def _check(arguments: Arguments) -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(tyro.cli(Arguments, args=with_seconds(sys.argv[1:]), prog="python -m senano_jax.compare"))
+        main(parse(Arguments, with_seconds(sys.argv[1:]), "python -m senano_jax.compare"))

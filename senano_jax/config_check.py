@@ -2,7 +2,6 @@
 
 import math
 
-from senano_jax.attention import BLOCK
 from senano_jax.config import Config, Gpt2Config, ModelConfig, Stage
 from senano_jax.data.bpe import PUBLISHED
 from senano_jax.errors import UserError, check_counts
@@ -10,6 +9,7 @@ from senano_jax.model.config import check_model
 from senano_jax.model.schedule import UNet
 from senano_jax.optim.config import check_optimizer
 from senano_jax.plan import Plan, PlannedStage
+from senano_jax.windows import BLOCK
 
 
 def check_config(config: Config) -> None:

@@ -9,23 +9,28 @@ from typing import Any, Literal
 
 from senano_jax.config import Config
 from senano_jax.errors import UserError
-from senano_jax.files import read_json_object, write_atomically
+from senano_jax.files import read_json_object, read_toml, write_atomically
 
 _LARGEST_INT = 2**63  # a float holds it; JSON knows integers of thousands of digits
 
 
 def write_config(path: Path, config: Config, preset: str, parameters: int) -> None:
     """Writes config.json, whole or not at all. Raises UserError if it cannot be written."""
-    document = {"preset": preset, "parameters": parameters, **to_document(config)}
-    write_atomically(path, (json.dumps(document, indent=2) + "\n").encode())
+    write_atomically(path, to_text(config, preset, parameters=parameters).encode())
+
+
+def to_text(config: Config, preset: str, **more: int) -> str:
+    """What `read_config` reads; `more` are fields that it passes over."""
+    return json.dumps({"preset": preset, **more, **to_document(config)}, indent=2) + "\n"
 
 
 def read_config(path: Path) -> tuple[Config, str]:
     """The configuration and the name of the preset it was derived from.
 
-    Raises UserError naming the file and the field that is missing, unknown or of another type.
+    `path` may be TOML of the same form too, if its name says so. Raises UserError naming the file and the field that is
+    missing, unknown or of another type.
     """
-    return config_from(read_json_object(path), path)
+    return config_from(read_toml(path) if path.suffix == ".toml" else read_json_object(path), path)
 
 
 def config_from(document: dict[str, Any], path: Path) -> tuple[Config, str]:

@@ -7,27 +7,28 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from jax.sharding import Mesh
 
+from senano_jax.command_line import import_jax, parse, value_of, with_dashes
 from senano_jax.config import Config, DataConfig
 from senano_jax.config_check import check_config
 from senano_jax.data.bpe import load_bpe
 from senano_jax.data.hellaswag import read_questions, rows_of
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.files import check_output_file, expand_home, write_atomically
-from senano_jax.jax_settings import start_jax
-from senano_jax.model.build import Model, Params, abstract_params, make_model
 from senano_jax.plan import Plan
 from senano_jax.presets import preset
-from senano_jax.train import value_of, with_dashes
-from senano_jax.training.choices import log_probabilities, shares
-from senano_jax.training.evaluation import make_evaluator
-from senano_jax.training.mesh import make_mesh
-from senano_jax.training.weights import config_of, is_weights_file, load_weights
+from senano_jax.sources import config_of, is_weights_file
 
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from senano_jax.model.build import Model, Params
+
+PROG = "python -m senano_jax.evaluate"
+UNUSED = ("data.train_files", "data.discard_micro_batch", "data.bpe_dir")
 SECONDS_BETWEEN_LINES = 10  # of progress
 
 
@@ -36,7 +37,7 @@ class Arguments:
     """Prints val_loss:<6 decimals> tokens:<n> for a checkpoint of a run, or for a file of weights; with --hellaswag how
     often it finds the true one of four endings the most probable, in place of it."""
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR|FILE")]
     """Folder of a run, a .safetensors file of one, or a PyTorch checkpoint (.pt)."""
     data: DataConfig
     preset: str = "recurrent"
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str]) -> float:
     defaults = Arguments(
         source=tyro.MISSING, data=base.data, dtype=base.dtype, attention=base.model.attention, devices=base.devices
     )
-    args = tyro.cli(Arguments, default=defaults, args=arguments, prog="python -m senano_jax.evaluate")
+    args = parse(Arguments, arguments, PROG, default=defaults, unused=UNUSED)
     is_weights_file(args.source)  # or the folder of a run, else refused before anything is looked for
     if args.window_blocks is not None and args.window_blocks < 1:
         raise UserError(f"--window-blocks is {args.window_blocks}; it must be at least 1")
@@ -82,6 +83,13 @@ def main(arguments: Sequence[str]) -> float:
         model=dataclasses.replace(base.model, attention=args.attention),
     )
     check_config(config)
+    import_jax()
+    from senano_jax.jax_settings import start_jax
+    from senano_jax.model.build import abstract_params, make_model
+    from senano_jax.training.evaluation import make_evaluator
+    from senano_jax.training.mesh import make_mesh
+    from senano_jax.training.weights import load_weights
+
     start_jax(config.dtype, config.compilation_cache)
     mesh = make_mesh(config.devices)
     model = make_model(config.model, config.dtype)
@@ -102,8 +110,12 @@ def main(arguments: Sequence[str]) -> float:
     return next(iter(result.values()))
 
 
-def _hellaswag(args: Arguments, config: Config, model: Model, mesh: Mesh) -> Callable[[Params, int], dict[str, float]]:
+def _hellaswag(
+    args: Arguments, config: Config, model: "Model", mesh: "Mesh"
+) -> Callable[["Params", int], dict[str, float]]:
     """A function of weights and window. Raises UserError for a file or tables that cannot serve."""
+    from senano_jax.training.choices import log_probabilities, shares
+
     questions = read_questions(expand_home(args.hellaswag))
     rows = rows_of(questions, load_bpe(args.bpe_dir), Plan(config).longest_sequence, config.model.vocab_size)
     said = time.monotonic()
@@ -114,7 +126,7 @@ def _hellaswag(args: Arguments, config: Config, model: Model, mesh: Mesh) -> Cal
             said = time.monotonic()
             print(f"{done:,} of {total:,} endings", file=sys.stderr, flush=True)
 
-    def score(params: Params, window_blocks: int) -> dict[str, float]:
+    def score(params: "Params", window_blocks: int) -> dict[str, float]:
         scores = log_probabilities(model, params, mesh, rows, window_blocks, say)
         tokens = [len(row.tokens) - row.first for row in rows]
         by_mean, by_sum = shares(scores, tokens, [question.label for question in questions])

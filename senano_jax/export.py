@@ -8,9 +8,9 @@ from typing import Annotated
 
 import tyro
 
+from senano_jax.command_line import import_jax, parse
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.files import check_output_file, expand_home
-from senano_jax.train import with_dashes
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> Path:
     """Parses, writes the file, says what is in it, and returns its path."""
-    args = tyro.cli(Arguments, args=with_dashes(arguments), prog="python -m senano_jax.export")
+    args = parse(Arguments, arguments, "python -m senano_jax.export")
+    import_jax()
     out = expand_home(args.out)
     export(expand_home(args.run_dir), out, args.step)
     return out

@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -90,8 +91,26 @@ def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:
             temporary.unlink()
 
 
+def read_toml(path: Path) -> dict:
+    """The tables in a TOML file. Raises UserError for a missing, damaged or very large one."""
+    try:
+        return tomllib.loads(_read_small(path).decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not TOML ({' '.join(str(error).split())}); mend it") from None
+
+
 def read_json_object(path: Path) -> dict:
     """The object in a file of a run folder. Raises UserError for a missing, damaged or very large one."""
+    try:
+        value = json.loads(_read_small(path))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object; restore the file that the run wrote")
+    return value
+
+
+def _read_small(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_JSON_BYTES + 1)
@@ -99,10 +118,4 @@ def read_json_object(path: Path) -> dict:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); give the folder of a run") from None
     if len(raw) > MAX_JSON_BYTES:
         raise UserError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB; restore the file that the run wrote")
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object; restore the file that the run wrote")
-    return value
+    return raw

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
-from senano_jax.attention import BLOCK
 from senano_jax.config import Config, Gpt2Config, ModelConfig, Stage, changed
+from senano_jax.windows import window_blocks
 
 
 class StepInputs(NamedTuple):
@@ -125,16 +125,6 @@ def _moved(pairs: tuple, stage: PlannedStage, step: int) -> np.ndarray | np.floa
     start, end = np.array(pairs).T
     done = (step - stage.first) / (stage.end - stage.first)
     return (start + (end - start) * done).astype(np.float32)
-
-
-def window_blocks(step: int, steps: int, final_window_tokens: int, initial_window_tokens: int = 0) -> int:
-    """Long attention window in blocks of 128 tokens, one at least: linear in the step, rounded up.
-
-    Evaluated on the host in float64, with the PyTorch program's order of operations: the step at which a block is
-    added must not depend on rounding.
-    """
-    tokens = initial_window_tokens + (final_window_tokens - initial_window_tokens) * (step / steps)
-    return max(1, -int(-tokens // BLOCK))
 
 
 def _planned(config: Config) -> tuple[PlannedStage, ...]:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from senano_jax.config import Config, DataConfig, Gpt2Config, LayerSchedule, ModelConfig, Stage, changed
 from senano_jax.data import sample
 from senano_jax.errors import UserError
-from senano_jax.model.cap import SoftCap
 from senano_jax.model.schedule import Weighted
+from senano_jax.model.soft_cap import SoftCap
 from senano_jax.optim.config import (
     AdamRule,
     Cooldown,

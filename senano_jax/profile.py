@@ -1,31 +1,38 @@
 """python -m senano_jax.profile [PRESET] [flags of train]: where the time of a training step goes."""
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
-import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from senano_jax.command_line import import_jax, parse
 from senano_jax.config import Config
 from senano_jax.config_check import check_config
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.files import check_output_file, with_home, write_atomically
-from senano_jax.jax_settings import start_jax
 from senano_jax.plan import Plan
 from senano_jax.presets import PRESETS, preset
-from senano_jax.profiling.measure import Report, Scope, measure, to_json
-from senano_jax.profiling.report import remarks, tables
 from senano_jax.runlog.tables import Table
-from senano_jax.runlog.writer import environment
-from senano_jax.train import take_preset
+from senano_jax.train import GROUPS, config_fields, take_preset
+
+if TYPE_CHECKING:
+    from senano_jax.profiling.measure import Report
+
+PROG = "python -m senano_jax.profile [PRESET]"
+MEASUREMENT = (
+    "stage", "window_blocks", "sweep", "evaluation", "profile_steps", "warmup", "trace_dir", "json",
+)  # fmt: skip
+UNUSED = (
+    "val_every", "run_dir", "resume", "checkpoint_every", "checkpoint_keep", "checkpoint_keep_every", "init_from",
+    "tensorboard", "wandb",
+)  # fmt: skip
 
 _PIPE_WIDTH = 200  # columns when the output is no terminal: nothing is cut
 
@@ -60,20 +67,26 @@ class Arguments(Config):
     """File for all figures."""
 
 
-def main(arguments: Sequence[str]) -> Report:
+def main(arguments: Sequence[str]) -> "Report":
     """Parses, measures, prints and writes. Raises UserError for anything the user can mend."""
-    name, flags = _choose_preset(list(arguments))
-    base = preset(name)
-    args = tyro.cli(
-        Arguments,
-        default=Arguments(**_config_fields(base)),
-        args=flags,
-        prog="python -m senano_jax.profile [PRESET]",
-        description=_DESCRIPTION.format(presets=", ".join(PRESETS), name=name),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    named, flags = take_preset(list(arguments), "profile")
+    name = named or "recurrent"
+    args = _parse(name, flags)
+    import_jax()
+    import jax
+
+    from senano_jax.jax_settings import start_jax
+    from senano_jax.profiling.measure import Scope, measure, to_json
+    from senano_jax.profiling.report import remarks, tables
+    from senano_jax.runlog.writer import environment
+
+    if named is None:
+        start_jax()
+        if jax.default_backend() != "gpu":
+            name = "demo"
+            args = _parse(name, flags)
     args = with_home(args)
-    config = Config(**_config_fields(args))
+    base, config = preset(name), Config(**config_fields(args))
     check_config(config)
     _check(args)
     start_jax(config.dtype, config.compilation_cache)
@@ -111,16 +124,16 @@ def main(arguments: Sequence[str]) -> Report:
     return report
 
 
-def _choose_preset(arguments: list[str]) -> tuple[str, list[str]]:
-    name, flags = take_preset(arguments, "profile")
-    if name is None:
-        start_jax()
-        name = "recurrent" if jax.default_backend() == "gpu" else "demo"
-    return name, flags
-
-
-def _config_fields(config: Config) -> dict:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(Config)}
+def _parse(name: str, flags: list[str]) -> Arguments:
+    return parse(
+        Arguments,
+        flags,
+        PROG,
+        default=Arguments(**config_fields(preset(name))),
+        description=_DESCRIPTION.format(presets=", ".join(PRESETS), name=name),
+        groups={"measurement": MEASUREMENT, **GROUPS},
+        unused=UNUSED,
+    )
 
 
 def _check(args: Arguments) -> None:

@@ -5,16 +5,18 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
 import tyro
 
+from senano_jax.command_line import import_jax, parse
 from senano_jax.errors import one_line_errors
 from senano_jax.files import expand_home
-from senano_jax.jax_settings import start_jax
 from senano_jax.runlog.tables import Table
 from senano_jax.runlog.terminal import print_tables
-from senano_jax.runlog.track_rules import Verdict, check_rules
+
+if TYPE_CHECKING:
+    from senano_jax.runlog.track_rules import Verdict
 
 NOT_VERIFIABLE = 3  # 2 is an error
 
@@ -35,6 +37,8 @@ class Arguments:
 
 def main(arguments: Arguments) -> int:
     """Checks, prints, and returns the exit status. Raises UserError for a folder that is not one of a run."""
+    from senano_jax.runlog.track_rules import check_rules
+
     run_dir = expand_home(arguments.run_dir)
     verdicts = check_rules(run_dir)
     if arguments.json:
@@ -46,7 +50,7 @@ def main(arguments: Arguments) -> int:
     return exit_status(verdicts)
 
 
-def exit_status(verdicts: list[Verdict]) -> int:
+def exit_status(verdicts: "list[Verdict]") -> int:
     """Of the command: 1 if a rule is broken, 3 if one cannot be verified, 0 if all are kept."""
     statuses = {verdict.status for verdict in verdicts}
     if "fail" in statuses:
@@ -56,6 +60,12 @@ def exit_status(verdicts: list[Verdict]) -> int:
 
 if __name__ == "__main__":
     with one_line_errors():
+        arguments = parse(Arguments, sys.argv[1:], "python -m senano_jax.rules")
+        import_jax()
+        import jax
+
+        from senano_jax.jax_settings import start_jax
+
         jax.config.update("jax_platforms", "cpu")  # only shapes are needed: GPUs stay with whoever uses them
         start_jax()
-        sys.exit(main(tyro.cli(Arguments, prog="python -m senano_jax.rules")))
+        sys.exit(main(arguments))

@@ -9,24 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import jax
 import tyro
 
+from senano_jax.command_line import import_jax, parse
 from senano_jax.config import Config
 from senano_jax.config_check import check_config
 from senano_jax.data.bpe import encode_all, load_bpe
 from senano_jax.data.sample.pieces import SamplePieces, is_sample, load_pieces
 from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.errors import UserError, one_line_errors
-from senano_jax.jax_settings import start_jax
-from senano_jax.model.build import abstract_params, make_model
-from senano_jax.model.sampling import generate
 from senano_jax.output import output_failure
 from senano_jax.plan import Plan
 from senano_jax.presets import preset
-from senano_jax.train import with_dashes
-from senano_jax.training.mesh import make_mesh
-from senano_jax.training.weights import config_of, is_weights_file, load_weights
+from senano_jax.sources import config_of, is_weights_file
 
 if TYPE_CHECKING:
     import tiktoken
@@ -37,7 +32,7 @@ class Arguments:
     """Prints text as the model writes it, as the beginning of a document, until it ends the document or --tokens are
     written. The attention window is that of the checkpoint's evaluation."""
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR|FILE")]
     """Folder of a run, a .safetensors file of one, or a PyTorch checkpoint (.pt)."""
     prompt: str = ""
     """Text that the model goes on with."""
@@ -63,7 +58,7 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> list[str]:
     """Parses, prints the texts, and returns them without the prompt."""
-    args = tyro.cli(Arguments, args=with_dashes(arguments), prog="python -m senano_jax.sample")
+    args = parse(Arguments, arguments, "python -m senano_jax.sample")
     _check(args)
     config = _config(args)
     encoding = _encoding(args.bpe_dir, config.data.train_files)
@@ -74,6 +69,15 @@ def main(arguments: Sequence[str]) -> list[str]:
             f"--tokens {args.tokens} after a prompt of {len(prompt)} tokens is more than the {plan.longest_sequence} "
             "of a training sequence; write fewer, or shorten --prompt"
         )
+    import_jax()
+    import jax
+
+    from senano_jax.jax_settings import start_jax
+    from senano_jax.model.build import abstract_params, make_model
+    from senano_jax.model.sampling import generate
+    from senano_jax.training.mesh import make_mesh
+    from senano_jax.training.weights import load_weights
+
     start_jax(config.dtype, config.compilation_cache)
     model = make_model(config.model, config.dtype)
     params, step = load_weights(args.source, config.model, abstract_params(model), make_mesh(1), args.step)

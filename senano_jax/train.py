@@ -1,28 +1,39 @@
 """python -m senano_jax.train [PRESET|FILE.py:FUNCTION] [flags]: trains a preset, or a variation of it."""
 
+import contextlib
+import dataclasses
 import glob
 import itertools
 import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import tyro
-
+from senano_jax.command_line import asks_for_help, import_jax, parse, value_of, with_dashes
 from senano_jax.config import Config
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.files import expand_home
 from senano_jax.preset_file import names_file
 from senano_jax.presets import PRESETS, preset
-from senano_jax.training.loop import train
-from senano_jax.training.processes import join_processes, leave_at_once_on_failure
-from senano_jax.training.stop import Stopped
+from senano_jax.runlog.next_steps import draw_curve, next_steps
 
+PROG = "python -m senano_jax.train [PRESET]"
+GROUPS = {  # headings of --help: fields of Config and of Arguments
+    "run": ("config", "dry_run", "run_dir", "resume", "init_from", "seed"),
+    "length": ("steps", "batch_tokens", "seq_len", "initial_window_tokens", "final_window_tokens"),
+    "evaluation": ("val_every", "evaluation_window_tokens"),
+    "checkpoint": ("checkpoint_every", "checkpoint_keep", "checkpoint_keep_every"),
+    "device": ("dtype", "devices", "micro_batches", "compilation_cache"),
+    "tracking": ("tensorboard", "wandb"),
+}
 # Flags without a value, or ends of their names.
 _SWITCHES = (
     "tensorboard", "wandb", "unroll", "evaluation", "head-gate", "logit-bias", "by-width", "cautious", "mean-gradients",
+    "dry-run",
 )  # fmt: skip
 _DESCRIPTION = """Trains a preset, or a variation of it, on token shards and reports its validation loss.
 
@@ -33,42 +44,101 @@ come with a preset of their own.
 """
 
 
-def main(arguments: Sequence[str]) -> Path:
-    """Parses `arguments`, runs, and returns the run folder."""
-    arguments = _bare_resume(with_dashes(arguments))
-    name, default, flags, notice = _choose_defaults(arguments)
-    config = tyro.cli(
-        Config,
-        default=default,
-        args=flags,
-        prog="python -m senano_jax.train [PRESET]",
-        description=_DESCRIPTION.format(presets=", ".join(PRESETS), name=name),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    if notice:
-        print(notice)
-    join_processes()
+@dataclass(frozen=True)
+class Arguments(Config):
+    """The flags of the command: those of a run, and what to do with it."""
+
+    config: Path | None = None
+    """Repeat the run of this config.json, or folder of a run, in place of a preset; JSON or TOML. Flags change it."""
+    dry_run: bool = False
+    """Check everything that can be checked, say what the run would be, and end; nothing is written."""
+
+
+class Request(NamedTuple):
+    """What the arguments ask for."""
+
+    config: Config
+    preset: str
+    """Name of the preset that `config` is derived from."""
+    dry_run: bool
+    notice: str
+    """What to tell before the run."""
+
+
+def main(arguments: Sequence[str]) -> Path | None:
+    """Parses `arguments`, runs, and returns the run folder; None after a dry run, which leaves none."""
+    request = parse_request(arguments)
+    from senano_jax.training.stop import Stopped
+
     try:
-        return train(config, name)
+        return run(request)
     except Stopped as stopped:  # saved, and said so: that is success to whoever sent the signal
         return stopped.run_dir
+
+
+def parse_request(arguments: Sequence[str]) -> Request:
+    """Raises UserError for arguments that name no run, and SystemExit for --help."""
+    arguments = _bare_resume(with_dashes(arguments))
+    name, default, flags, notice = _choose_defaults(arguments)
+    args = parse(
+        Arguments,
+        flags,
+        PROG,
+        default=Arguments(**config_fields(default)),
+        description=_DESCRIPTION.format(presets=", ".join(PRESETS), name=name),
+        groups=GROUPS,
+    )
+    return Request(Config(**config_fields(args)), name, args.dry_run, notice)
+
+
+def run(request: Request) -> Path | None:
+    """Trains, and returns the run folder; None after a dry run. Raises Stopped if a signal stopped it."""
+    from senano_jax.jax_settings import start_jax
+    from senano_jax.training.dry_run import describe
+    from senano_jax.training.loop import train
+    from senano_jax.training.processes import join_processes
+
+    if request.notice:
+        print(request.notice)
+    join_processes()
+    if request.dry_run:
+        start_jax(request.config.dtype)  # without the cache of compiled programs, which it could write to
+        describe(request.config, request.preset)
+        return None
+    return train(request.config, request.preset)
+
+
+def config_fields(config: Config) -> dict:
+    """The values of a Config's own fields, of one that may have more."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(Config)}
 
 
 def _choose_defaults(arguments: list[str]) -> tuple[str, Config, list[str], str]:
     """Name of the preset, the configuration that the flags change, the flags, and what to tell if they are sound."""
     name, arguments = take_preset(arguments, "train")
+    file = value_of("--config", arguments)
+    if name is not None and file is not None:
+        raise UserError(
+            f"{name} and --config {file} exclude each other: a run begins with one of them, flags change it"
+        )
     if name is not None:
         return name, preset(name), arguments, ""
     run_dir = value_of("--run-dir", arguments)
     resumes = any(argument.split("=")[0] == "--resume" for argument in arguments)
     if resumes and run_dir is None:
         raise UserError("--resume needs --run-dir, the folder of the run to go on with")
+    if resumes and file is not None:
+        raise UserError(f"--resume goes on with the configuration of --run-dir {run_dir}; leave --config {file} out")
+    if file is not None:
+        path = expand_home(file)
+        config, name = read_config(path / "config.json" if path.is_dir() else path)
+        name = path.stem if name == "unknown" else name
+        return name, dataclasses.replace(config, run_dir=None, resume=None), arguments, ""
     if resumes:
         config, name = read_config(expand_home(run_dir) / "config.json")
         return name, config, arguments, ""
     files = preset("recurrent").data.train_files
-    asks_for_help = "-h" in arguments or "--help" in arguments
-    if asks_for_help or value_of("--data.train-files", arguments) or glob.glob(files):
+    if asks_for_help(arguments) or value_of("--data.train-files", arguments) or glob.glob(files):
         return "recurrent", preset("recurrent"), arguments, ""
     notice = (
         f"No training shards at {files}; fetch them with: python scripts/download_fineweb.py\n"
@@ -94,7 +164,7 @@ def take_preset(arguments: list[str], command: str) -> tuple[str | None, list[st
                 )
         return None, arguments
     if first not in PRESETS and (expand_home(first) / "config.json").is_file():
-        remedy = f"go on with it: python -m senano_jax.train --run-dir {first} --resume"
+        remedy = f"go on with it: python -m senano_jax.train --run-dir {shlex.quote(first)} --resume"
         raise UserError(f"{first} is the folder of a run, not a preset; {remedy}, or begin with --init-from {first}")
     if first not in PRESETS and os.path.lexists(expand_home(first)) and not names_file(first):
         raise UserError(f"{first} is a path, not a preset; say with a flag what it is, such as --init-from {first}")
@@ -110,25 +180,28 @@ def _bare_resume(arguments: list[str]) -> list[str]:
     return result
 
 
-def with_dashes(arguments: Sequence[str]) -> list[str]:
-    """The flags' names with dashes for underscores: both spellings are accepted."""
-    spelt = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        spelt.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
-    return spelt
+def tell_next(run_dir: Path) -> None:
+    """Draws the curve of a run that has ended, and prints what can be done with it."""
+    curve, reason = draw_curve(run_dir)
+    if reason:
+        print(reason)
+    print(next_steps(run_dir, curve))
 
 
-def value_of(flag: str, arguments: list[str]) -> str | None:
-    """The value of `--flag value` or `--flag=value`, read before the flags are parsed."""
-    for argument, following in zip(arguments, [*arguments[1:], None]):
-        if argument == flag:
-            return following
-        if argument.startswith(flag + "="):
-            return argument.removeprefix(flag + "=")
-    return None
+def command(arguments: Sequence[str]) -> None:
+    """What this process does: main, and afterwards a word on where the run is."""
+    with one_line_errors(prints_result=False):
+        request = parse_request(arguments)
+        import_jax()
+        import jax
+
+        from senano_jax.training.processes import leave_at_once_on_failure
+        from senano_jax.training.stop import Stopped
+    with leave_at_once_on_failure(), one_line_errors(prints_result=False), contextlib.suppress(Stopped):
+        run_dir = run(request)
+        if run_dir is not None and jax.process_index() == 0:
+            tell_next(run_dir)
 
 
 if __name__ == "__main__":
-    with leave_at_once_on_failure(), one_line_errors(prints_result=False):
-        main(sys.argv[1:])
+    command(sys.argv[1:])

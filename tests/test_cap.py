@@ -9,9 +9,10 @@ import pytest
 from pieces_reference import largest_error, reference
 
 from senano_jax.errors import UserError
-from senano_jax.model.cap import Plain, SoftCap
+from senano_jax.model.cap import Plain, capped
 from senano_jax.model.elementwise import norm
 from senano_jax.model.loss import cross_entropy
+from senano_jax.model.soft_cap import SoftCap
 from senano_jax.model.targets import targets_of
 
 SHIFTED = SoftCap(height=23, divisor=7.5, shift=5, by_width=False)
@@ -20,9 +21,10 @@ SHIFTED = SoftCap(height=23, divisor=7.5, shift=5, by_width=False)
 def test_the_shifted_cap_is_the_original_one():
     _, arrays = reference("a_head_cap")
     z = jnp.arange(-60, 61, dtype=jnp.float32)
-    logits = SHIFTED.logits(z)
+    cap = capped(SHIFTED, 64)
+    logits = cap.logits(z)
     assert largest_error(logits, arrays["curve"]) < 3e-6
-    assert largest_error(SHIFTED.pulled_back(jnp.ones_like(z), logits), arrays["curve_slope"]) < 3e-6
+    assert largest_error(cap.pulled_back(jnp.ones_like(z), logits), arrays["curve_slope"]) < 3e-6
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -44,7 +46,7 @@ def test_head_cap_and_loss_are_the_original_ones(with_bias):
         assert largest_error(d_bias, arrays["d_b_ce"]) < 1e-5
 
 
-@pytest.mark.parametrize("cap", [SoftCap().at_width(64), SHIFTED, Plain(70)], ids=str)
+@pytest.mark.parametrize("cap", [capped(SoftCap(), 64), capped(SHIFTED, 64), Plain(70)], ids=str)
 def test_derivative_and_sum_are_those_of_the_logits(cap):
     z = 40 * jax.random.normal(jax.random.key(0), (8, 96))
     logits, pull_back = jax.vjp(cap.logits, z)
@@ -55,7 +57,7 @@ def test_derivative_and_sum_are_those_of_the_logits(cap):
 
 
 def test_the_default_divides_by_the_width_too():
-    np.testing.assert_allclose(SoftCap().at_width(64).logits(jnp.float32(60)), 30 / (1 + np.exp(-1)), rtol=1e-6)
+    np.testing.assert_allclose(capped(SoftCap(), 64).logits(jnp.float32(60)), 30 / (1 + np.exp(-1)), rtol=1e-6)
     assert SHIFTED.at_width(64) == SHIFTED
 
 

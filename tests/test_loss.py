@@ -10,8 +10,9 @@ import pytest
 from oracles import cross_entropies, relative_error, soft_capped_logits
 
 from senano_jax.model import loss as loss_module
-from senano_jax.model.cap import Plain, SoftCap
+from senano_jax.model.cap import Plain, capped
 from senano_jax.model.loss import CHUNK_TOKENS
+from senano_jax.model.soft_cap import SoftCap
 from senano_jax.model.targets import targets_of
 
 DIM, VOCABULARY = 32, 300
@@ -49,7 +50,7 @@ def test_loss_is_the_sum_over_tokens():
     loss = soft_capped_cross_entropy(x, head, targets)
     assert loss.dtype == jnp.float32
     assert float(loss) == pytest.approx(expected, rel=1e-6)
-    np.testing.assert_allclose(SoftCap().at_width(DIM).logits(x @ head), logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(capped(SoftCap(), DIM).logits(x @ head), logits, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_are_those_of_the_formula_in_float64():

@@ -10,9 +10,10 @@ from oracles import relative_error
 
 from senano_jax.kernels.triton import RowLaunch
 from senano_jax.model import loss as loss_module
-from senano_jax.model.cap import Plain, SoftCap
+from senano_jax.model.cap import Plain
 from senano_jax.model.loss import cross_entropy, loss_is_fused
 from senano_jax.model.loss_kernel import fits, logsumexp_and_gradient
+from senano_jax.model.soft_cap import SoftCap
 from senano_jax.model.targets import Targets, targets_of
 
 CAP, SLOPE = 30.0, 0.01

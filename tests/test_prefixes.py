@@ -21,9 +21,9 @@ from senano_jax.config_check import check_config
 from senano_jax.data.prefixes import longest_prefixes, read_prefixes
 from senano_jax.data.vocabulary import END_OF_TEXT, VOCAB_SIZE
 from senano_jax.errors import UserError
-from senano_jax.model.cap import SoftCap
 from senano_jax.model.elementwise import norm
 from senano_jax.model.loss import cross_entropy
+from senano_jax.model.soft_cap import SoftCap
 from senano_jax.model.targets import Prefixes, targets_of
 from senano_jax.plan import Plan
 from senano_jax.presets import PRESETS, demo, preset

@@ -8,9 +8,10 @@ from oracles import cross_entropies, relative_error
 from pieces_reference import largest_error, reference
 from tiny import random_params, random_sequences, tiny_gpt2, tiny_model
 
-from senano_jax.model.cap import Plain, SoftCap
+from senano_jax.model.cap import Plain
 from senano_jax.model.elementwise import norm
 from senano_jax.model.loss import cross_entropy
+from senano_jax.model.soft_cap import SoftCap
 from senano_jax.model.targets import ahead, targets_of
 
 WEIGHTS = np.float32([1, 0.5, 0.25])

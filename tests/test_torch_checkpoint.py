@@ -15,8 +15,8 @@ from senano_jax.interop.torch_checkpoint import (
     write_torch_checkpoint,
 )
 from senano_jax.model.build import abstract_params
-from senano_jax.model.cap import SoftCap
 from senano_jax.model.schedule import Weighted
+from senano_jax.model.soft_cap import SoftCap
 
 torch = pytest.importorskip("torch")
 

@@ -12,8 +12,8 @@ from oracles import random_tokens
 from tiny import random_params, random_sequences, tiny_model
 
 from senano_jax.config import LayerSchedule
-from senano_jax.model.cap import SoftCap
 from senano_jax.model.schedule import Weighted
+from senano_jax.model.soft_cap import SoftCap
 
 LENGTH, WINDOW = 256, 2
 SHIFTED = SoftCap(height=23, divisor=7.5, shift=5, by_width=False)

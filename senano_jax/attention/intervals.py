@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from senano_jax.data.vocabulary import END_OF_TEXT
-
-BLOCK = 128  # tokens; the unit of the window, from the PyTorch program's block mask
+from senano_jax.windows import BLOCK
 
 
 class Intervals(NamedTuple):

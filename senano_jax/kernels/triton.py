@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from senano_jax.kernels.triton_sizes import fits as fits
+
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
 
@@ -31,11 +33,6 @@ class RowLaunch:
     rows: int  # of a program
     warps: int  # of 32 threads
     stages: int = 1
-
-
-def fits(width: int) -> bool:
-    """Whether Triton can hold a row of `width` numbers: its blocks are powers of two, and its products begin at 16."""
-    return width >= 16 and width & (width - 1) == 0
 
 
 def call(kernel, *, name, grid, in_specs, out_specs, out_shape, launch: Launch, interpret: bool):

@@ -5,9 +5,9 @@ from typing import ClassVar, Literal
 
 from senano_jax.data.vocabulary import VOCAB_SIZE
 from senano_jax.errors import UserError, check_counts
-from senano_jax.kernels import triton
-from senano_jax.model.cap import SoftCap
+from senano_jax.kernels import triton_sizes
 from senano_jax.model.schedule import LayerSchedule, UNet, Weighted
+from senano_jax.model.soft_cap import SoftCap
 
 GATE_INPUTS = 12  # channels of its input that a gate reads, the first ones
 
@@ -184,7 +184,7 @@ def check_model(model: ModelConfig | Gpt2Config) -> None:
             f"--model.dim {model.dim} with --model.num-heads {model.num_heads} gives heads of {model.head_dim}; "
             "the rotary embedding needs a multiple of 4"
         )
-    if model.attention == "flash" and not triton.fits(model.head_dim):
+    if model.attention == "flash" and not triton_sizes.fits(model.head_dim):
         raise UserError(
             f"--model.attention flash takes heads whose width is a power of two from 16 up, not {model.head_dim} "
             "(--model.dim / --model.num-heads); change these, or use --model.attention banded"

@@ -6,6 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from senano_jax.attention import document_start, window_intervals
+from senano_jax.model.cap import capped
 from senano_jax.model.config import ModelConfig
 from senano_jax.model.context import Context
 from senano_jax.model.elementwise import norm, rows_of
@@ -82,7 +83,7 @@ class Gpt(nn.Module):
         z = x @ self.head.astype(x.dtype)
         if self.logit_bias is not None:
             z = z.astype(jnp.float32) + self.logit_bias
-        return self.config.cap.at_width(self.config.dim).logits(z)
+        return capped(self.config.cap, self.config.dim).logits(z)
 
     def features(
         self, inputs: Int[Array, "B T"], window_blocks: Int[Array, ""] | int, visits: int | None = None

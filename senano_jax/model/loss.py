@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 
 from senano_jax.kernels.choice import on_gpu
 from senano_jax.model import loss_kernel
-from senano_jax.model.cap import Plain, SoftCap
+from senano_jax.model.cap import Plain, capped
+from senano_jax.model.soft_cap import SoftCap
 from senano_jax.model.targets import Targets
 
 # Tokens whose logits exist at a time: 0.8 GB of bfloat16 over 50,304 columns. A CPU has no use for more than its cache.
@@ -38,7 +39,7 @@ def cross_entropy(
     cap. `chunk_tokens` bounds the tokens whose logits exist at a time; it changes nothing but memory and speed.
     """
     if isinstance(cap, SoftCap):
-        cap = cap.at_width(x.shape[-1])
+        cap = capped(cap, x.shape[-1])
     return _chunked_loss(x, head, bias, targets, chunk_tokens or _chunk_tokens(), cap)
 
 

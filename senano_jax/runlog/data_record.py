@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import jax
-
 from senano_jax.config_file import parse
 from senano_jax.data.identity import ShardIdentity, identify, sha256_of
 from senano_jax.errors import UserError
@@ -28,6 +26,8 @@ class DataRecord:
 
     def __init__(self, folder: Path, paths: Mapping[str, Sequence[Path]]):
         self._file, self._paths = folder / FILE, paths
+        import jax  # who reads such a file does without
+
         self._active = jax.process_index() == 0
         self._shards = {part: identify(paths[part]) for part in PARTS} if self._active else {}
         self._written: Future | None = None

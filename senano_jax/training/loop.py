@@ -1,6 +1,7 @@
 """A training run from shards to final loss, read from top to bottom."""
 
 import contextlib
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -115,7 +116,7 @@ def train(
         if stopping and not last:
             progress.say(
                 f"{stop.received or 'another process'}: stopped after step {step}, saved; resume with: "
-                f"python -m senano_jax.train --run-dir {run.folder.path} --resume"
+                f"python -m senano_jax.train --run-dir {shlex.quote(str(run.folder.path))} --resume"
             )
         elif peak := _peak_memory_mib():
             recorder.say(f"peak memory allocated: {peak} MiB")

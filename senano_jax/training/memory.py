@@ -62,16 +62,18 @@ def activation_bytes(model: TransformerConfig, dtype: str, tokens: int) -> int:
 
 def memory_budget(state: TrainState, mesh: Mesh) -> int:
     """Bytes of a device's memory that activations may take, the least over all processes: 90% of what JAX may use, less
-    the (abstract) state and two float32 gradients, those of a micro-batch and their sum. A CPU's memory is shared by
-    its devices."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() or {}
-    host_share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // mesh.size
-    total = stats.get("bytes_limit", host_share)
-    budget = int(0.9 * total) - state_bytes(state, mesh) - 2 * 4 * count_parameters(state.params)
+    the (abstract) state and two float32 gradients, those of a micro-batch and their sum."""
+    budget = int(0.9 * device_bytes(mesh)) - state_bytes(state, mesh) - 2 * 4 * count_parameters(state.params)
     if jax.process_count() > 1:  # all must compile the same program
         budget = int(multihost_utils.process_allgather(np.float32(budget)).min())
     return budget
+
+
+def device_bytes(mesh: Mesh) -> int:
+    """Bytes of a device's memory that JAX may use. A CPU's memory is shared by its devices."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    host_share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // mesh.size
+    return stats.get("bytes_limit", host_share)
 
 
 def state_bytes(state: TrainState, mesh: Mesh) -> int:
