@@ -1,7 +1,7 @@
 """Everything a run can be told, as frozen dataclasses.
 
-The field docstrings are the texts of `--help`. What distinguishes one system from another is in presets.py; what cannot
-work is refused by config_check.py; what follows for each step is in plan.py.
+The field docstrings are the texts of `--help`. What distinguishes one system from another is in record_systems.py and
+ladder.py; what cannot work is refused by config_check.py; what follows for each step is in plan.py.
 """
 
 import dataclasses

@@ -1,0 +1,199 @@
+"""Ideas for fewer tokens, each as a difference from another system, and the system that they make together.
+
+What each gains is measured in docs/fewer_tokens.md.
+"""
+
+import dataclasses
+
+from senano_jax.config import Config, LayerSchedule, Stage, changed
+from senano_jax.model.cap import SoftCap
+from senano_jax.model.schedule import Weighted
+from senano_jax.optim.config import AdamRule, Cooldown, LookAhead, Mixture, TailAverage
+from senano_jax.record_systems import recurrent
+
+
+def polar_express() -> Config:
+    """The record with another orthogonalisation in Muon: Polar Express (Amsel et al., arXiv 2505.16932)."""
+    return changed(recurrent(), {"optimizer.matrices.iteration": "polar-express"})
+
+
+def batch_ramp() -> Config:
+    """The record's tokens in a ramp of the batch, in thirds of the steps, as the speed record of modded-nanogpt has it.
+
+    Its rates are 1, 2^0.6 and 3^0.5 at 131,072, 262,144 and 393,216 tokens; here they are relative to the last. The
+    sequences are shorter than the record's, so that eight devices share every step.
+    """
+    return changed(
+        recurrent(),
+        {
+            "steps": 2550,
+            "seq_len": 16_384,
+            "stages": (
+                Stage(part=1, batch_tokens=131_072, rate=3**-0.5),
+                Stage(part=1, batch_tokens=262_144, rate=2**0.6 * 3**-0.5),
+                Stage(part=1),
+            ),
+        },
+    )
+
+
+def normuon() -> Config:
+    """NorMuon (Li et al., arXiv 2510.05491) with the matrices and rates that modded-nanogpt gives it: queries and keys
+    of two heads together, a lower rate, a fourfold one for the second projection of the MLP."""
+    return changed(
+        polar_express(),
+        {
+            "optimizer.matrices.rate": 0.023,
+            "optimizer.matrices.neuron_b2": 0.9,
+            "optimizer.matrices.query_key_columns": 256,
+            "optimizer.matrices.down_rate": 4.0,
+        },
+    )
+
+
+def cautious_decay() -> Config:
+    """Weight decay of the matrices where the step shrinks a weight too (Chen et al., arXiv 2510.12402), as in
+    modded-nanogpt."""
+    return changed(normuon(), {"optimizer.matrices.decay": 1.2})
+
+
+def falling_momentum() -> Config:
+    """Muon's momentum falls again over the last 50 steps, as in modded-nanogpt."""
+    return changed(cautious_decay(), {"optimizer.matrices.momentum.cooldown_steps": 50})
+
+
+def long_cooldown() -> Config:
+    """Learning rates fall over the last 60% of the steps, to 0.15 of what they were, as in modded-nanogpt."""
+    return changed(falling_momentum(), {"optimizer.schedule": Cooldown(fraction=0.6, floor=0.15)})
+
+
+def rare_adam() -> Config:
+    """Adam with float32 moments, at every second step on the sum of two gradients, as in modded-nanogpt."""
+    groups = ("head", "embeddings", "scalars")
+    state = {f"optimizer.{group}.state": "float32" for group in groups}
+    return changed(long_cooldown(), state | {f"optimizer.{group}.every": 2 for group in groups})
+
+
+def mixed_momentum() -> Config:
+    """Muon's momentum as a mixture of a fast and a slow average from 31% of the run on: Bi-Maxwell, modded-nanogpt's
+    slow track."""
+    mixture = Mixture(start=1000 / 3250, fast=0.85, slow=0.98, share=0.4385)
+    return changed(rare_adam(), {"optimizer.matrices.mixture": mixture})
+
+
+def strict() -> Config:
+    """The record with at most 162,000,000 parameters, read strictly: the last layer's MLP is narrower by 256 units."""
+    return changed(recurrent(), {"model.mlp_widths": ((11, 2816),)})
+
+
+def head_gate() -> Config:
+    """A gate on what each attention head gives (modded-nanogpt of 2025-08), with weights of its own for each visit."""
+    return changed(strict(), {"model.head_gate": True})
+
+
+def exclusive() -> Config:
+    """What a head gives loses a learned share along the token's own value (modded-nanogpt of 2026-05 has it by layer),
+    by visit."""
+    return changed(strict(), {"model.exclusive_attention": True})
+
+
+def key_offset() -> Config:
+    """Keys of the layers with the long window tell of the token before theirs (modded-nanogpt of 2025-12)."""
+    return changed(strict(), {"model.key_offset": "long"})
+
+
+def paired_heads() -> Config:
+    """Heads of half of the layers with the short window attend in pairs, after modded-nanogpt of 2026-01."""
+    return changed(strict(), {"model.paired_heads": (1, 5, 9)})
+
+
+def values_from_x0() -> Config:
+    """The embedding, by a matrix of their own, adds to the values of three layers, which costs less than tables of
+    values by token; the MLPs of five layers are narrower for it, so that parameters stay below 162,000,000."""
+    widths = tuple((layer, 2816) for layer in (1, 2, 9, 10, 11))
+    return changed(strict(), {"model.values_from_x0": (1, 10, 11), "model.mlp_widths": widths})
+
+
+def smear() -> Config:
+    """Each token's embedding takes some of that of the token before (modded-nanogpt of 2025-09)."""
+    return changed(strict(), {"model.smear": True})
+
+
+def weighted() -> Config:
+    """No skip connections over depth: weights of the residual stream and of what is added to it, by application
+    (modded-nanogpt of 2026-03 has them by layer), and less added by the layers of the loop (arXiv 2606.18524)."""
+    return changed(strict(), {"model.trunk": Weighted()})
+
+
+def output_init() -> Config:
+    """Each sublayer adds something from the start on, attention as in modded-nanogpt since 2026-02; the MLP does so in
+    its slow track, from numbers twice as large. Layers of the loop add less (`weighted`), as they do at every visit."""
+    return changed(weighted(), {"model.output_init": 0.5})
+
+
+def shifted_cap() -> Config:
+    """The soft-cap of modded-nanogpt since 2025-10: logits 23 sigmoid((z + 5) / 7.5), not divided by the root of the
+    width, and the head's learning rate divided by it instead."""
+    cap = SoftCap(height=23.0, divisor=7.5, shift=5.0, by_width=False)
+    return changed(strict(), {"model.cap": cap, "optimizer.head.rate": 0.008})
+
+
+def multi_token() -> Config:
+    """Each token also predicts the second one ahead in the first two thirds of the run, and the third one in the first
+    third, from the same logits and with falling weights, as in modded-nanogpt since 2025-12."""
+    stages = (
+        Stage(part=1, ahead=((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
+        Stage(part=1, ahead=((1.0, 1.0), (0.5, 0.0))),
+        Stage(part=1),
+    )
+    return changed(strict(), {"stages": stages})
+
+
+def prefix() -> Config:
+    """Each token also predicts the longest token that the next one begins with, in the first two thirds of the run, as
+    in modded-nanogpt since 2026-07. It needs GPT-2's tables in data/gpt2."""
+    base = multi_token()
+    weights = ((0.25, 0.25), (0.25, 0.0), (0.0, 0.0))
+    stages = tuple(dataclasses.replace(stage, prefix=pair) for stage, pair in zip(base.stages, weights, strict=True))
+    return changed(base, {"stages": stages, "data.bpe_dir": "data/gpt2"})
+
+
+def look_ahead() -> Config:
+    """Gradients ahead of the weights from a tenth to two thirds of the run: EMA-Nesterov (arXiv 2605.25395) with the
+    numbers of modded-nanogpt's slow track, result 46."""
+    ahead = LookAhead(distance=0.3, decay=0.99, start=300 / 2900, end=1950 / 2900)
+    return changed(mixed_momentum(), {"optimizer.look_ahead": ahead})
+
+
+def tail_average() -> Config:
+    """The weights of the end of the run are blended with their average, but for the embeddings: modded-nanogpt's slow
+    track, result 46."""
+    average = TailAverage(start=2400 / 2900, horizon=150 / 2900, share=0.6, groups=("matrices", "head", "scalars"))
+    return changed(look_ahead(), {"optimizer.average": average})
+
+
+def tied_recurrent() -> Config:
+    """17 layers within 162,000,000 parameters: one table is embedding and head, the 13 layers in the middle are applied
+    twice. 449.97M tokens; 379.98M with `--steps 2899`. A candidate, not verified on FineWeb."""
+    return changed(
+        recurrent(),
+        {
+            "model.tied": True,
+            "model.layers": LayerSchedule(prelude=2, loop=13, visits=2, coda=2),
+            "model.trunk": Weighted(),
+            "model.cap": SoftCap(height=23.0, divisor=7.5, shift=5.0, by_width=False),
+            "model.head_gate": True,
+            "model.exclusive_attention": True,
+            "model.key_offset": "long",
+            "model.paired_heads": (1, 5, 9, 13),
+            "optimizer.matrices": normuon().optimizer.matrices,
+            "optimizer.matrices.rate": 0.02,
+            "optimizer.matrices.decay": 1.2,
+            "optimizer.head": AdamRule(rate=0.008, b1=0.5, b2=0.95, eps=1e-10),
+            "optimizer.scalars.rate": 0.023,
+            "stages": multi_token().stages,
+            "steps": 3433,
+            "batch_tokens": 131_072,
+            "seq_len": 16_384,
+        },
+    )
