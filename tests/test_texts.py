@@ -1,4 +1,4 @@
-"""README.md and docs/: their commands can be given, their files and links are there, their Python names what there is."""
+"""README.md and docs/: their commands can be given, their files and links are there, their Python names what is."""
 
 import ast
 import re
