@@ -6,8 +6,8 @@ What each gains is measured in docs/fewer_tokens.md.
 import dataclasses
 
 from senano_jax.config import Config, LayerSchedule, Stage, changed
-from senano_jax.model.cap import SoftCap
 from senano_jax.model.schedule import Weighted
+from senano_jax.model.soft_cap import SoftCap
 from senano_jax.optim.config import AdamRule, Cooldown, LookAhead, Mixture, TailAverage
 from senano_jax.record_systems import recurrent
 

@@ -10,11 +10,11 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tiny import random_params, small_run, tiny_gpt2, tiny_model
 
-from senano_jax import evaluate, export, sample, train
+from senano_jax import evaluate, export, train
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
 from senano_jax.interop.safetensors_file import config_in_safetensors, read_safetensors, write_safetensors
-from senano_jax.model.build import abstract_params
+from senano_jax.model.build import abstract_params, make_model
 from senano_jax.training.mesh import make_mesh
 from senano_jax.training.weights import load_weights
 
@@ -81,7 +81,7 @@ def test_the_file_stands_for_the_run(run_dir, exported):
 
 def test_training_and_sampling_take_the_file(run_dir, exported, tmp_path):
     config, _ = read_config(run_dir / "config.json")
-    model = sample.make_model(config.model, config.dtype)
+    model = make_model(config.model, config.dtype)
     of_file, step = load_weights(str(exported), config.model, abstract_params(model), make_mesh(1))
     of_run, same_step = load_weights(str(run_dir), config.model, abstract_params(model), make_mesh(1))
     assert step == same_step == 4
