@@ -18,6 +18,8 @@ Point = tuple[int, float]
 
 @dataclass(frozen=True)
 class RunCurve:
+    """What the picture of one run shows. Losses are in nats a token."""
+
     title: str
     run: RunLog
     training: list[Point]

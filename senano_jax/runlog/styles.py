@@ -18,6 +18,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 class Style(NamedTuple):
+    """How the line of a run is drawn."""
+
     colour: int
     """Index into COLOURS and DARK_COLOURS."""
     dashes: tuple[float, ...]
