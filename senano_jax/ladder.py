@@ -1,6 +1,6 @@
 """Ideas for fewer tokens, each as a difference from another system, and the system that they make together.
 
-What each gains is measured in docs/fewer_tokens.md.
+What has been measured of them is in docs/fewer_tokens.md.
 """
 
 import dataclasses

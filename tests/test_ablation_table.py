@@ -132,6 +132,9 @@ def test_a_small_difference_is_no_gain_however_well_two_seeds_agree():
 
 def test_the_table_and_its_json(written):
     study, root = written
+    before = results.read_results(study, root)
+    assert "`begun`" not in [cells[0] for cells in report.table(study, before).rows]
+    assert "Not run yet: `begun`." in report.remarks(study, before)
     runner.write_atomically(runs.failure_file(root, study.job("begun", 1)), b"error: it has loss nan\n")
     found = results.read_results(study, root)
     rows = {cells[0]: cells[1:] for cells in report.table(study, found).rows}

@@ -15,7 +15,7 @@ COMMAND = "python scripts/ablate.py"
 
 
 def table(study: Study, results: Results) -> Table:
-    """A row a variant, the base first."""
+    """A row a variant of which a run has ended, the base first."""
     headers = (
         "variant", "parameters", "FLOPs/token", "tokens/s", *(f"loss, seed {seed}" for seed in study.seeds),
         "loss - base ± 95%", "seeds below the base", "tokens saved", "verdict",
@@ -31,6 +31,7 @@ def table(study: Study, results: Results) -> Table:
             one.verdict or "",
         )
         for one in results.figures
+        if one.losses or one.failures
     ]
     return Table(study.name, headers, tuple(rows))
 
@@ -38,6 +39,8 @@ def table(study: Study, results: Results) -> Table:
 def remarks(study: Study, results: Results) -> list[str]:
     """What the reader of the table must know, a sentence each."""
     found = list(results.remarks)
+    if waiting := [f"`{one.variant}`" for one in results.figures if not (one.losses or one.failures)]:
+        found.append(f"Not run yet: {', '.join(waiting)}.")
     if results.noise:
         sd, pairs = results.noise.sd, len(study.seeds)
         found.append(

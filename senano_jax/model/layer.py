@@ -88,7 +88,7 @@ class Attention(nn.Module):
         y_BTHK, v = (z.reshape(B, T, c.num_heads, c.head_dim) for z in (y_BTHK, v))  # of tokens, if they are of slots
         for piece in pieces_of(c, self.layer):
             y_BTHK = piece.after(y_BTHK, v, x_BTD, visit)
-        return y_BTHK.reshape(B, T, D) @ weighted(out_DD, weight).astype(x_BTD.dtype), v
+        return y_BTHK.reshape(B, T, D) @ times(weight, out_DD).astype(x_BTD.dtype), v
 
 
 class Mlp(nn.Module):
@@ -103,10 +103,10 @@ class Mlp(nn.Module):
         D, F = x_BTD.shape[-1], self.hidden
         up_DF = self.param("up", uniform_fan_in, (D, F))
         down_FD = self.param("down", output_init(self.output_init, "normal"), (F, D))
-        return squared_relu_mlp(x_BTD, up_DF.astype(x_BTD.dtype), weighted(down_FD, weight).astype(x_BTD.dtype))
+        return squared_relu_mlp(x_BTD, up_DF.astype(x_BTD.dtype), times(weight, down_FD).astype(x_BTD.dtype))
 
 
-def weighted(matrix_FD, weight):
+def times(weight, matrix_FD):
     """The matrix, times a weight if there is one. That of an output costs nothing here, nor does its gradient, where
     each would be a pass over all tokens."""
     return matrix_FD if weight is None else weight * matrix_FD

@@ -140,8 +140,8 @@ class LookAhead:
 class Recipe:
     """A rule for each group of parameters (senano_jax/optim/groups.py) and what all groups share.
 
-    A group whose rule is None follows another group: `tables` the embeddings, `generators` the gates, `gates` and
-    `branches` the scalars, and all others the matrices.
+    A group whose rule is None follows another group: `tables` the embeddings, `generators` the gates, `gates` the
+    scalars, and all others the matrices.
     """
 
     matrices: MuonRule | AdamRule
@@ -160,8 +160,6 @@ class Recipe:
     """Small matrices that compute gates; None: as the scalars."""
     generators: AdamRule | None = None
     """Small networks that compute the weights of a sum; None: as the gates."""
-    branches: AdamRule | None = None
-    """Weights of what sublayers and the embedding add to the residual stream, by application; None: as the scalars."""
     mean_gradients: bool = False
     """Divide gradients by the tokens of the step; otherwise they are sums over them."""
     clip_norm: float | None = None
@@ -188,7 +186,7 @@ class OwnOptimizer:
     """Of what it computes from the run's parameters: equal for equal optimisers under one version of JAX."""
 
 
-_FOLLOWS = {"tables": "embeddings", "gates": "scalars", "generators": "gates", "branches": "scalars"}
+_FOLLOWS = {"tables": "embeddings", "gates": "scalars", "generators": "gates"}
 
 
 def check_optimizer(recipe: Recipe | OwnOptimizer) -> None:

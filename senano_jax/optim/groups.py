@@ -7,9 +7,8 @@ GROUPS = {
     "matrices": r"(.*/)?(attention/(qkv|out)|mlp/(up|down))(/kernel)?|x0_values_\d+",
     "head": r"head",
     "embeddings": r"(position_)?embedding",
-    "scalars": r"(.*/)?(lambdas|value_residual|value_lambdas|(skip|stream)_weights|(logit_)?bias|scale"
+    "scalars": r"(.*/)?(lambdas|value_residual|value_lambdas|(skip|stream|added|x0)_weights|(logit_)?bias|scale"
     r"|exclusive/strength|smear/weight)",
-    "branches": r"(added|x0)_weights",
     "tables": r"value_embedding_\d+",
     "gates": r"(.*/)?\w*gate",
     "generators": r"exits_to_\w+/(inner|outer|offset)",

@@ -23,7 +23,7 @@ class Exits(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"], sources: list[Float[Array, "B T D"]]) -> Float[Array, "B T D"]:
-        """In float32, not rounded. The last of `sources` may be missing."""
+        """In float32, not rounded. With fewer visits of the loop the last of `sources` are missing."""
         bound = x_BTD.shape[-1] ** -0.5
         inner_DH = self.param("inner", _uniform(bound), (x_BTD.shape[-1], HIDDEN))
         outer_HS = self.param("outer", nn.initializers.zeros, (HIDDEN, len(self.offsets)))
