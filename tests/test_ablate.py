@@ -79,7 +79,8 @@ def test_neither_a_killed_job_nor_a_killed_queue_costs_a_run(tiny, tmp_path, abl
     assert f"{killed}: goes on" in output
     done = [name for name, job in jobs.items() if runs.finished_run(root, job)]
     assert 0 < len(done) < 4
-    runner.wait_for_earlier_jobs(root, [jobs[name] for name in done], print)  # a run is finished before its process has ended
+    # A run is finished before its process has ended.
+    runner.wait_for_earlier_jobs(root, [jobs[name] for name in done], print)
     before = {name: times_of(root / name) for name in done}
 
     status, output = output_of(ablate("run", tiny, "--gpus", 2, "--out", tmp_path))
