@@ -28,7 +28,7 @@ from senano_jax.runlog.reader import read_log
 from senano_jax.runlog.sinks import Record
 from senano_jax.runlog.statistics import Sample
 from senano_jax.runlog.tables import comparison_tables, to_markdown
-from senano_jax.sources import is_weights_file
+from senano_jax.sources import config_of, is_weights_file
 from senano_jax.training import loop
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import make_mesh, replicated
@@ -123,11 +123,12 @@ def validation_loss(
     """Mean cross-entropy over the validation tokens, in nats a token, with the window of the evaluation after `step`.
 
     Args:
-      weights: a run or its folder, a PyTorch checkpoint (.pt), or parameters.
-      config: what they belong to and what is read; by default that of the run. Parameters and PyTorch files need one.
+      weights: a run or its folder, a file (.safetensors, or a PyTorch checkpoint, .pt), or parameters.
+      config: what they belong to and what is read; by default that of the run, which a .safetensors file brings along.
+        Parameters and PyTorch files need one.
       model: a linen module in place of the one that config.model describes; by default that of the run.
       step: checkpoint of a run, the newest by default; of parameters the steps that they were trained for, by default
-        all of config.steps.
+        all of config.steps. A file is of one step: none may be given.
 
     Raises UserError for weights that do not fit, and for validation shards that are not there or too short.
     """
@@ -135,6 +136,8 @@ def validation_loss(
         weights = Run(weights, model)
     if isinstance(weights, Run):
         config, model = config or weights.config, model or weights.model
+    elif isinstance(weights, (str, PathLike)):
+        config = config or config_of(str(weights))
     if config is None:
         raise UserError("validation_loss needs the config of these weights; give it as the second argument")
     check_config(config)
@@ -142,7 +145,7 @@ def validation_loss(
     if isinstance(weights, Run):
         params, step = _load(str(weights.folder), config, model, step)
     elif isinstance(weights, (str, PathLike)):
-        params, _ = _load(str(weights), config, model, step)
+        params, step = _load(str(weights), config, model, step)
     else:
         params = weights
     mesh = make_mesh(config.devices)

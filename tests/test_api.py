@@ -20,6 +20,7 @@ from senano_jax import evaluate, train
 from senano_jax.config import changed
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
+from senano_jax.interop.safetensors_file import write_safetensors
 from senano_jax.model.build import abstract_params
 from senano_jax.optim.config import OwnOptimizer
 from senano_jax.optim.recipe import make_optimizer
@@ -88,6 +89,15 @@ def test_its_weights_give_its_loss_again(own_run):
     again = senano_jax.validation_loss(run.params, run.config, model=run.model)
     assert again == pytest.approx(run.final_loss, rel=1e-6)
     assert senano_jax.count_parameters(run.params) == 2 * 4 * run.config.model.vocab_size
+
+
+def test_a_safetensors_file_brings_its_configuration_and_its_step(own_run, tmp_path, monkeypatch):
+    run, _ = own_run
+    write_safetensors(tmp_path / "w.safetensors", run.params, 1, (run.folder / "config.json").read_text())
+    monkeypatch.setattr("senano_jax.api.make_evaluator", lambda *_: lambda params, window_blocks: window_blocks)
+    assert senano_jax.validation_loss(run) == 2
+    assert senano_jax.validation_loss(tmp_path / "w.safetensors", model=run.model) == 1
+    assert senano_jax.validation_loss(tmp_path / "w.safetensors", run.config, model=run.model) == 1
 
 
 def test_commands_refuse_what_they_do_not_have(own_run):
