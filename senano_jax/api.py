@@ -103,9 +103,7 @@ def fit(
         raise UserError(f"fit got {config!r:.60}; give a configuration, such as preset('demo')")
     preset_name = name or _nearest_preset(config)
     optimizer_name = name or _name_of(optimizer)
-    if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
-        optimizer = optimizer(config.steps)
-    own = Own(optimizer, model)
+    own = Own(_transformation(optimizer, config.steps), model)
     if own != NOTHING_OWN:
         check_config(config)
         start_jax(config.dtype, config.compilation_cache)
@@ -186,7 +184,7 @@ def comparison(
     if isinstance(runs, Mapping):
         groups = [_group(name, sources) for name, sources in runs.items()]
     else:
-        groups = read_groups([_path(source) for source in runs], None)
+        groups = read_groups([_path(source) for source in _sources(runs)], None)
     if not groups:
         raise UserError("comparison got no runs; give runs, folders or {name: runs}")
     if target is None:
@@ -198,13 +196,20 @@ def comparison(
 
 
 def _group(name: str, sources: "Source | Iterable[Source]") -> Group:
-    sources = [sources] if isinstance(sources, (Run, str, PathLike)) else list(sources)
-    paths = [_path(source) for source in sources]
+    paths = [_path(source) for source in _sources(sources)]
     if not paths:
         raise UserError(f"comparison: {name!r} has no runs; give it one")
     if twice := next((path for path in paths if paths.count(path) > 1), None):
         raise UserError(f"{twice} is given twice, which would count as two seeds; give each run once")
     return Group(name, tuple(read_log(path) for path in paths))
+
+
+def _sources(given: "Source | Iterable[Source]") -> "list[Source]":
+    kinds = (Run, str, PathLike)
+    sources = list(given) if isinstance(given, Iterable) and not isinstance(given, kinds) else [given]
+    if wrong := [source for source in sources if not isinstance(source, kinds)]:
+        raise UserError(f"comparison got {wrong[0]!r:.60}; give runs, folders or {{name: runs}}")
+    return sources
 
 
 def _path(source: "Source") -> str:
@@ -218,6 +223,24 @@ def _load(source: str, config: Config, model: Model | None, step: int | None) ->
 
 def _model(config: Config, model: Model | None) -> Model:
     return make_model(config.model, config.dtype) if model is None else model
+
+
+def _transformation(optimizer: Optimizer | None, steps: int) -> optax.GradientTransformation | None:
+    """The optimiser, made for so many steps if it is a function. Raises UserError for what neither is nor makes one."""
+    if optimizer is None or isinstance(optimizer, optax.GradientTransformation):
+        return optimizer
+    function = optimizer
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = _name_of(function)
+    if not callable(function):
+        raise UserError(f"fit got the optimiser {function!r:.60}; give a transformation, such as optax.adamw(3e-3)")
+    if (getattr(function, "__module__", None) or "").split(".")[0] == "optax":
+        raise UserError(f"fit would call optax's {name} with a number of steps; call it with a rate: {name}(3e-3)")
+    made = optimizer(steps)
+    if not isinstance(made, optax.GradientTransformation):
+        raise UserError(f"the optimiser function {name} returned {made!r:.60}, not an optax transformation; mend it")
+    return made
 
 
 def _name_of(optimizer: Optimizer | None) -> str:

@@ -1,6 +1,7 @@
 """The package from Python: what it is called, runs with an optimiser or a model of one's own, comparisons of runs."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -183,6 +184,22 @@ def test_fit_wants_a_configuration():
         senano_jax.fit("demo")
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (3, "fit got the optimiser 3; give a transformation"),
+        (optax.adamw, r"optax's adamw with a number of steps; call it with a rate: adamw\(3e-3\)"),
+        (functools.partial(optax.sgd, momentum=0.9), "optax's sgd with a number of steps"),
+        (lambda steps: None, "<lambda> returned None, not an optax transformation; mend it"),
+    ],
+)
+def test_fit_wants_an_optimiser_or_a_function_that_makes_one(optimizer, message, tmp_path):
+    config = changed(tiny_demo(), {"run_dir": str(tmp_path / "run")})
+    with pytest.raises(UserError, match=message) as caught:
+        senano_jax.fit(config, optimizer, quiet=True)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
 def test_parameters_need_their_configuration():
     with pytest.raises(UserError, match="needs the config of these weights"):
         senano_jax.validation_loss({})
@@ -208,6 +225,9 @@ def test_a_comparison_of_named_groups_and_of_runs_by_their_settings(tmp_path):
     for nothing in ({}, [], {"a": []}):
         with pytest.raises(UserError, match="no runs"):
             senano_jax.comparison(nothing)
+    for wrong in (3, [3], {"a": 3}, {"a": [3]}):
+        with pytest.raises(UserError, match="comparison got 3; give runs, folders or"):
+            senano_jax.comparison(wrong)
 
 
 def test_runs_of_two_optimisers_are_two_groups(tmp_path):
