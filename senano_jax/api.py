@@ -5,6 +5,7 @@
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -21,7 +22,7 @@ from senano_jax.files import expand_home
 from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import Model, Params, abstract_params, make_model
 from senano_jax.plan import Plan
-from senano_jax.presets import PRESETS
+from senano_jax.presets import can_name, preset, preset_names
 from senano_jax.runlog.comparison import Group, Row, compare, notes, read_groups
 from senano_jax.runlog.curves import RunLog
 from senano_jax.runlog.reader import read_log
@@ -91,7 +92,7 @@ def fit(
       model: a linen module in place of the one that config.model describes: (inputs [B, T], targets [B, T],
         window_blocks) to the loss summed over tokens, float32.
       name: what the run is called, in the name of its folder and in comparisons, and its optimiser if one is given; by
-        default the nearest preset, and the function that made the optimiser.
+        default the nearest preset, and the function that made the optimiser. Of letters, digits and . _ + -
       on_record: is called with each line of metrics.jsonl, a dictionary: `step` and `loss` of a step, `step` and
         `val_loss` of an evaluation. What it raises ends the run.
       quiet: print nothing.
@@ -101,6 +102,8 @@ def fit(
     """
     if not isinstance(config, Config):
         raise UserError(f"fit got {config!r:.60}; give a configuration, such as preset('demo')")
+    if name is not None and not (isinstance(name, str) and can_name(name)):
+        raise UserError(f"fit got the name {name!r:.60}; use letters, digits and . _ + -")
     preset_name = name or _nearest_preset(config)
     optimizer_name = name or _name_of(optimizer)
     own = Own(_transformation(optimizer, config.steps), model)
@@ -250,11 +253,15 @@ def _name_of(optimizer: Optimizer | None) -> str:
 
 
 def _nearest_preset(config: Config) -> str:
-    """That from which `config` differs in the fewest settings: what it was most likely derived from."""
+    """That from which `config` differs in the fewest settings: what it was most likely derived from. A registered one
+    that makes no configuration is none of them."""
     given = settings(config)
 
-    def differences(name: str) -> int:
-        there = settings(PRESETS[name]())
+    def differences(name: str) -> float:
+        try:
+            there = settings(preset(name))
+        except UserError:
+            return math.inf
         return sum(there.get(path, ...) != given.get(path, ...) for path in there | given)
 
-    return min(PRESETS, key=differences)
+    return min(preset_names(), key=differences)

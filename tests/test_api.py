@@ -25,7 +25,7 @@ from senano_jax.interop.safetensors_file import write_safetensors
 from senano_jax.model.build import abstract_params
 from senano_jax.optim.config import OwnOptimizer
 from senano_jax.optim.recipe import make_optimizer
-from senano_jax.presets import demo
+from senano_jax.presets import PRESETS, demo
 from senano_jax.runlog.reader import read_log
 from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.mesh import make_mesh
@@ -198,6 +198,30 @@ def test_fit_wants_an_optimiser_or_a_function_that_makes_one(optimizer, message,
     with pytest.raises(UserError, match=message) as caught:
         senano_jax.fit(config, optimizer, quiet=True)
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["a/../../b", "x: y", "mine.py:wide", "", 3])
+def test_a_name_of_a_run_is_part_of_a_path(name, tmp_path):
+    config = changed(tiny_demo(), {"run_dir": str(tmp_path / "run")})
+    with pytest.raises(UserError, match=r"fit got the name .*; use letters, digits and \. _ \+ -"):
+        senano_jax.fit(config, name=name, quiet=True)
+
+
+def test_a_run_is_called_by_the_nearest_preset_of_those_that_make_one(own_run, monkeypatch):
+    names = []
+
+    def train(config, preset, own, **options):
+        names.append(preset)
+        return own_run[0].folder
+
+    monkeypatch.setattr("senano_jax.training.loop.train", train)
+    monkeypatch.setattr("senano_jax.presets.PRESETS", dict(PRESETS))
+    senano_jax.register("failing", lambda: 1 // 0)
+    senano_jax.register("nothing", lambda: None)
+    senano_jax.fit(changed(demo(), {"seed": 1}))
+    senano_jax.register("wide", lambda: changed(demo(), {"model.dim": 96}))
+    senano_jax.fit(changed(demo(), {"model.dim": 96, "seed": 1}))
+    assert names == ["demo", "wide"]
 
 
 def test_parameters_need_their_configuration():

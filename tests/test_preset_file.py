@@ -103,3 +103,4 @@ def test_names_that_cannot_be_registered(presets, name, message):
 def test_the_run_s_folder_is_named_by_the_function(file):
     assert new_run_dir(f"{file}:wide").name.startswith("wide-")
     assert new_run_dir("demo").name.startswith("demo-")
+    assert new_run_dir("of a file: mine").name.startswith("of a file: mine-")
