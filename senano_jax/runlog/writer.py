@@ -21,7 +21,7 @@ from senano_jax.config import Config
 from senano_jax.config_file import write_config
 from senano_jax.errors import UserError
 from senano_jax.files import write_atomically
-from senano_jax.preset_file import names_file
+from senano_jax.preset_file import names_file, without_folder
 
 _PACKAGES = ("senano-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -68,11 +68,11 @@ class RunFolder:
             raise UserError(f"--run-dir {self.path} holds a run already; choose another folder, or add --resume")
 
     def start(self, config: Config, preset: str, parameters: int) -> None:
-        """Begins a new run."""
+        """Begins a new run. Of a preset in a file the folder keeps no path: it may be published."""
         if not self._writes:
             return
         with self._one_line_errors():
-            write_config(self.path / "config.json", config, preset, parameters)
+            write_config(self.path / "config.json", config, without_folder(preset), parameters)
             self._write_environment([])
             self._open(metrics=0, log=0)
 
