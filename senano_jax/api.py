@@ -23,7 +23,7 @@ from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import Model, Params, abstract_params, make_model
 from senano_jax.plan import Plan
 from senano_jax.presets import can_name, preset, preset_names
-from senano_jax.runlog.comparison import Group, Row, compare, notes, read_groups
+from senano_jax.runlog.comparison import Group, Row, cautions, compare, notes, read_groups
 from senano_jax.runlog.curves import RunLog
 from senano_jax.runlog.reader import read_log
 from senano_jax.runlog.sinks import Record
@@ -194,8 +194,7 @@ def comparison(
         losses = [run.final.val_loss for run in groups[0].runs if run.final is not None]
         target = Sample.of(losses).mean if losses else 3.28
     rows = compare(groups, target)
-    cautions = [row.caution for row in rows if row.caution]
-    return Comparison(target, tuple(groups), tuple(rows), (*cautions, *notes(groups)))
+    return Comparison(target, tuple(groups), tuple(rows), (*cautions(rows), *notes(groups)))
 
 
 def _group(name: str, sources: "Source | Iterable[Source]") -> Group:

@@ -254,6 +254,13 @@ def test_a_comparison_of_named_groups_and_of_runs_by_their_settings(tmp_path):
             senano_jax.comparison(wrong)
 
 
+def test_what_several_groups_have_in_common_is_said_once(tmp_path):
+    runs = {"short": torch_log(tmp_path / "short.txt", 5.0, 4.0)}
+    runs |= {name: torch_log(tmp_path / f"{name}.txt", 5.0, 4.5, 4.0) for name in ("a", "b")}
+    notes = senano_jax.comparison(runs).notes
+    assert notes == ("short and a and b: a schedule of 3.00M tokens, not 2.00M",)
+
+
 def test_runs_of_two_optimisers_are_two_groups(tmp_path):
     folders = []
     for name, seed in (("adamw", 0), ("adamw", 1), ("lion", 0)):
