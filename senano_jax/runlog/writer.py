@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ from senano_jax.config_file import write_config
 from senano_jax.errors import UserError
 from senano_jax.files import write_atomically
 from senano_jax.preset_file import names_file, without_folder
+from senano_jax.versions import installed_version
 
 _PACKAGES = ("senano-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -139,7 +139,7 @@ def environment() -> dict:
     return {
         "command": shlex.join(["python", *_program(), *sys.argv[1:]]),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: installed_version(name) for name in _PACKAGES},
         "git_commit": _git_commit(),
         "devices": [{"kind": device.device_kind, "platform": device.platform} for device in jax.devices()],
         "processes": jax.process_count(),
@@ -153,13 +153,6 @@ def _program() -> list[str]:
     program = Path(sys.argv[0])
     is_module = program.resolve().parent == Path(__file__).resolve().parents[1]
     return ["-m", f"senano_jax.{program.stem}"] if is_module else [str(program)]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _git_commit() -> str | None:
