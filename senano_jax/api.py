@@ -5,6 +5,7 @@
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -21,14 +22,14 @@ from senano_jax.files import expand_home
 from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import Model, Params, abstract_params, make_model
 from senano_jax.plan import Plan
-from senano_jax.presets import PRESETS
-from senano_jax.runlog.comparison import Group, Row, compare, notes, read_groups
+from senano_jax.presets import can_name, preset, preset_names
+from senano_jax.runlog.comparison import Group, Row, cautions, compare, notes, read_groups
 from senano_jax.runlog.curves import RunLog
 from senano_jax.runlog.reader import read_log
 from senano_jax.runlog.sinks import Record
 from senano_jax.runlog.statistics import Sample
 from senano_jax.runlog.tables import comparison_tables, to_markdown
-from senano_jax.sources import is_weights_file
+from senano_jax.sources import config_of, is_weights_file
 from senano_jax.training import loop
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import make_mesh, replicated
@@ -91,7 +92,7 @@ def fit(
       model: a linen module in place of the one that config.model describes: (inputs [B, T], targets [B, T],
         window_blocks) to the loss summed over tokens, float32.
       name: what the run is called, in the name of its folder and in comparisons, and its optimiser if one is given; by
-        default the nearest preset, and the function that made the optimiser.
+        default the nearest preset, and the function that made the optimiser. Of letters, digits and . _ + -
       on_record: is called with each line of metrics.jsonl, a dictionary: `step` and `loss` of a step, `step` and
         `val_loss` of an evaluation. What it raises ends the run.
       quiet: print nothing.
@@ -101,11 +102,11 @@ def fit(
     """
     if not isinstance(config, Config):
         raise UserError(f"fit got {config!r:.60}; give a configuration, such as preset('demo')")
+    if name is not None and not (isinstance(name, str) and can_name(name)):
+        raise UserError(f"fit got the name {name!r:.60}; use letters, digits and . _ + -")
     preset_name = name or _nearest_preset(config)
     optimizer_name = name or _name_of(optimizer)
-    if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
-        optimizer = optimizer(config.steps)
-    own = Own(optimizer, model)
+    own = Own(_transformation(optimizer, config.steps), model)
     if own != NOTHING_OWN:
         check_config(config)
         start_jax(config.dtype, config.compilation_cache)
@@ -123,11 +124,12 @@ def validation_loss(
     """Mean cross-entropy over the validation tokens, in nats a token, with the window of the evaluation after `step`.
 
     Args:
-      weights: a run or its folder, a PyTorch checkpoint (.pt), or parameters.
-      config: what they belong to and what is read; by default that of the run. Parameters and PyTorch files need one.
+      weights: a run or its folder, a file (.safetensors, or a PyTorch checkpoint, .pt), or parameters.
+      config: what they belong to and what is read; by default that of the run, which a .safetensors file brings along.
+        Parameters and PyTorch files need one.
       model: a linen module in place of the one that config.model describes; by default that of the run.
       step: checkpoint of a run, the newest by default; of parameters the steps that they were trained for, by default
-        all of config.steps.
+        all of config.steps. A file is of one step: none may be given.
 
     Raises UserError for weights that do not fit, and for validation shards that are not there or too short.
     """
@@ -135,6 +137,8 @@ def validation_loss(
         weights = Run(weights, model)
     if isinstance(weights, Run):
         config, model = config or weights.config, model or weights.model
+    elif isinstance(weights, (str, PathLike)):
+        config = config or config_of(str(weights))
     if config is None:
         raise UserError("validation_loss needs the config of these weights; give it as the second argument")
     check_config(config)
@@ -142,7 +146,7 @@ def validation_loss(
     if isinstance(weights, Run):
         params, step = _load(str(weights.folder), config, model, step)
     elif isinstance(weights, (str, PathLike)):
-        params, _ = _load(str(weights), config, model, step)
+        params, step = _load(str(weights), config, model, step)
     else:
         params = weights
     mesh = make_mesh(config.devices)
@@ -183,25 +187,31 @@ def comparison(
     if isinstance(runs, Mapping):
         groups = [_group(name, sources) for name, sources in runs.items()]
     else:
-        groups = read_groups([_path(source) for source in runs], None)
+        groups = read_groups([_path(source) for source in _sources(runs)], None)
     if not groups:
         raise UserError("comparison got no runs; give runs, folders or {name: runs}")
     if target is None:
         losses = [run.final.val_loss for run in groups[0].runs if run.final is not None]
         target = Sample.of(losses).mean if losses else 3.28
     rows = compare(groups, target)
-    cautions = [row.caution for row in rows if row.caution]
-    return Comparison(target, tuple(groups), tuple(rows), (*cautions, *notes(groups)))
+    return Comparison(target, tuple(groups), tuple(rows), (*cautions(rows), *notes(groups)))
 
 
 def _group(name: str, sources: "Source | Iterable[Source]") -> Group:
-    sources = [sources] if isinstance(sources, (Run, str, PathLike)) else list(sources)
-    paths = [_path(source) for source in sources]
+    paths = [_path(source) for source in _sources(sources)]
     if not paths:
         raise UserError(f"comparison: {name!r} has no runs; give it one")
     if twice := next((path for path in paths if paths.count(path) > 1), None):
         raise UserError(f"{twice} is given twice, which would count as two seeds; give each run once")
     return Group(name, tuple(read_log(path) for path in paths))
+
+
+def _sources(given: "Source | Iterable[Source]") -> "list[Source]":
+    kinds = (Run, str, PathLike)
+    sources = list(given) if isinstance(given, Iterable) and not isinstance(given, kinds) else [given]
+    if wrong := [source for source in sources if not isinstance(source, kinds)]:
+        raise UserError(f"comparison got {wrong[0]!r:.60}; give runs, folders or {{name: runs}}")
+    return sources
 
 
 def _path(source: "Source") -> str:
@@ -217,6 +227,24 @@ def _model(config: Config, model: Model | None) -> Model:
     return make_model(config.model, config.dtype) if model is None else model
 
 
+def _transformation(optimizer: Optimizer | None, steps: int) -> optax.GradientTransformation | None:
+    """The optimiser, made for so many steps if it is a function. Raises UserError for what neither is nor makes one."""
+    if optimizer is None or isinstance(optimizer, optax.GradientTransformation):
+        return optimizer
+    function = optimizer
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = _name_of(function)
+    if not callable(function):
+        raise UserError(f"fit got the optimiser {function!r:.60}; give a transformation, such as optax.adamw(3e-3)")
+    if (getattr(function, "__module__", None) or "").split(".")[0] == "optax":
+        raise UserError(f"fit would call optax's {name} with a number of steps; call it with a rate: {name}(3e-3)")
+    made = optimizer(steps)
+    if not isinstance(made, optax.GradientTransformation):
+        raise UserError(f"the optimiser function {name} returned {made!r:.60}, not an optax transformation; mend it")
+    return made
+
+
 def _name_of(optimizer: Optimizer | None) -> str:
     """That of the function, or of the one that made the transformation."""
     function = optimizer.update if isinstance(optimizer, optax.GradientTransformation) else optimizer
@@ -224,11 +252,15 @@ def _name_of(optimizer: Optimizer | None) -> str:
 
 
 def _nearest_preset(config: Config) -> str:
-    """That from which `config` differs in the fewest settings: what it was most likely derived from."""
+    """That from which `config` differs in the fewest settings: what it was most likely derived from. A registered one
+    that makes no configuration is none of them."""
     given = settings(config)
 
-    def differences(name: str) -> int:
-        there = settings(PRESETS[name]())
+    def differences(name: str) -> float:
+        try:
+            there = settings(preset(name))
+        except UserError:
+            return math.inf
         return sum(there.get(path, ...) != given.get(path, ...) for path in there | given)
 
-    return min(PRESETS, key=differences)
+    return min(preset_names(), key=differences)

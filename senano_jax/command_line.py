@@ -7,7 +7,6 @@ import ast
 import contextlib
 import dataclasses
 import difflib
-import importlib.metadata
 import inspect
 import io
 import itertools
@@ -22,6 +21,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from senano_jax.errors import UserError
+from senano_jax.versions import installed_version
 
 Arguments = TypeVar("Arguments")
 Groups = Mapping[str, Sequence[str]]  # heading of the help: names of fields
@@ -60,10 +60,8 @@ def parse(
 
 def print_version() -> None:
     """The installed package's."""
-    try:
-        print(f"senano-jax {importlib.metadata.version('senano-jax')}")
-    except importlib.metadata.PackageNotFoundError:
-        print("senano-jax, not installed")
+    version = installed_version()
+    print("senano-jax, not installed" if version is None else f"senano-jax {version}")
 
 
 def import_jax() -> None:

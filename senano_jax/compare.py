@@ -19,7 +19,7 @@ from senano_jax.files import check_output_file, expand_home, write_atomically
 from senano_jax.runlog.comparison import Group, Row, cautions, compare, notes, read_groups
 from senano_jax.runlog.html_report import html_report
 from senano_jax.runlog.plots import plot_image
-from senano_jax.runlog.published import Record, record_history
+from senano_jax.runlog.published import HistoryRow, record_history
 from senano_jax.runlog.tables import Table, comparison_tables, to_markdown
 from senano_jax.runlog.terminal import clear_screen, print_tables
 
@@ -171,7 +171,7 @@ def to_json(groups: Sequence[Group], rows: Sequence[Row], remarks: Sequence[str]
     return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
 
-def records_within(groups: Sequence[Group]) -> list[Record]:
+def records_within(groups: Sequence[Group]) -> list[HistoryRow]:
     """The records whose token counts are near the ends of the groups' runs, or between them."""
     ends = [run.tokens_trained for group in groups for run in group.runs]
     return [record for record in record_history() if min(ends) / 1.25 <= record.tokens <= max(ends) * 1.25]

@@ -11,6 +11,7 @@ import tyro
 from senano_jax.command_line import import_jax, parse
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.files import check_output_file, expand_home
+from senano_jax.sources import SAFETENSORS
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,14 @@ def main(arguments: Sequence[str]) -> Path:
 def export(run_dir: Path, out: Path, step: int | None = None) -> None:
     """Writes the weights after `step` steps of a run, or its newest ones, to `out`. Raises UserError if it cannot."""
     from senano_jax.config_file import read_config
-    from senano_jax.interop.safetensors_file import SUFFIX, write_safetensors
+    from senano_jax.interop.safetensors_file import write_safetensors
     from senano_jax.jax_settings import start_jax
     from senano_jax.model.build import abstract_params, count_parameters, make_model
     from senano_jax.training.checkpoint import load_params
     from senano_jax.training.mesh import make_mesh
 
-    if out.suffix != SUFFIX:
-        raise UserError(f"{out}: weights are known by their name; let it end in {SUFFIX}")
+    if out.suffix != SAFETENSORS:
+        raise UserError(f"{out}: weights are known by their name; let it end in {SAFETENSORS}")
     check_output_file("OUT", out)
     if out.exists():
         raise UserError(f"{out} exists already; choose another name, or delete it")

@@ -4,6 +4,7 @@ import inspect
 import re
 import runpy
 from collections.abc import Callable
+from pathlib import Path
 
 from senano_jax.config import Config
 from senano_jax.errors import UserError
@@ -15,6 +16,11 @@ _MODULE = "senano_jax_preset_file"  # what a file that is run is called, so that
 def names_file(name: str) -> bool:
     """Whether it is of the form FILE.py or FILE.py:FUNCTION."""
     return re.search(r"\.py(:\w*)?$", name) is not None
+
+
+def without_folder(name: str) -> str:
+    """FILE.py:FUNCTION without the folders of FILE; any other name as it is."""
+    return Path(name).name if names_file(name) else name
 
 
 def preset_of_file(name: str) -> Config:

@@ -86,6 +86,11 @@ def preset_names() -> tuple[str, ...]:
     return tuple(PRESETS)
 
 
+def can_name(name: str) -> bool:
+    """Whether a preset, or a run, can be called so: by a command line, and as a part of a file's name."""
+    return re.fullmatch(r"\w[\w.+-]*", name) is not None and not names_file(name)
+
+
 def register(name: str, function: Callable[[], Config]) -> None:
     """Makes the configuration that `function` returns a preset of this process, in place of one registered before.
 
@@ -93,6 +98,6 @@ def register(name: str, function: Callable[[], Config]) -> None:
     """
     if name in _OURS:
         raise UserError(f"there is a preset {name!r} already; choose another name")
-    if not re.fullmatch(r"\w[\w.+-]*", name) or names_file(name):
+    if not can_name(name):
         raise UserError(f"{name!r} cannot name a preset; use letters, digits and . _ + -")
     PRESETS[name] = function

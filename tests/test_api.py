@@ -1,6 +1,7 @@
 """The package from Python: what it is called, runs with an optimiser or a model of one's own, comparisons of runs."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -20,10 +21,11 @@ from senano_jax import evaluate, train
 from senano_jax.config import changed
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
+from senano_jax.interop.safetensors_file import write_safetensors
 from senano_jax.model.build import abstract_params
 from senano_jax.optim.config import OwnOptimizer
 from senano_jax.optim.recipe import make_optimizer
-from senano_jax.presets import demo
+from senano_jax.presets import PRESETS, demo
 from senano_jax.runlog.reader import read_log
 from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.mesh import make_mesh
@@ -88,6 +90,15 @@ def test_its_weights_give_its_loss_again(own_run):
     again = senano_jax.validation_loss(run.params, run.config, model=run.model)
     assert again == pytest.approx(run.final_loss, rel=1e-6)
     assert senano_jax.count_parameters(run.params) == 2 * 4 * run.config.model.vocab_size
+
+
+def test_a_safetensors_file_brings_its_configuration_and_its_step(own_run, tmp_path, monkeypatch):
+    run, _ = own_run
+    write_safetensors(tmp_path / "w.safetensors", run.params, 1, (run.folder / "config.json").read_text())
+    monkeypatch.setattr("senano_jax.api.make_evaluator", lambda *_: lambda params, window_blocks: window_blocks)
+    assert senano_jax.validation_loss(run) == 2
+    assert senano_jax.validation_loss(tmp_path / "w.safetensors", model=run.model) == 1
+    assert senano_jax.validation_loss(tmp_path / "w.safetensors", run.config, model=run.model) == 1
 
 
 def test_commands_refuse_what_they_do_not_have(own_run):
@@ -173,6 +184,46 @@ def test_fit_wants_a_configuration():
         senano_jax.fit("demo")
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (3, "fit got the optimiser 3; give a transformation"),
+        (optax.adamw, r"optax's adamw with a number of steps; call it with a rate: adamw\(3e-3\)"),
+        (functools.partial(optax.sgd, momentum=0.9), "optax's sgd with a number of steps"),
+        (lambda steps: None, "<lambda> returned None, not an optax transformation; mend it"),
+    ],
+)
+def test_fit_wants_an_optimiser_or_a_function_that_makes_one(optimizer, message, tmp_path):
+    config = changed(tiny_demo(), {"run_dir": str(tmp_path / "run")})
+    with pytest.raises(UserError, match=message) as caught:
+        senano_jax.fit(config, optimizer, quiet=True)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["a/../../b", "x: y", "mine.py:wide", "", 3])
+def test_a_name_of_a_run_is_part_of_a_path(name, tmp_path):
+    config = changed(tiny_demo(), {"run_dir": str(tmp_path / "run")})
+    with pytest.raises(UserError, match=r"fit got the name .*; use letters, digits and \. _ \+ -"):
+        senano_jax.fit(config, name=name, quiet=True)
+
+
+def test_a_run_is_called_by_the_nearest_preset_of_those_that_make_one(own_run, monkeypatch):
+    names = []
+
+    def train(config, preset, own, **options):
+        names.append(preset)
+        return own_run[0].folder
+
+    monkeypatch.setattr("senano_jax.training.loop.train", train)
+    monkeypatch.setattr("senano_jax.presets.PRESETS", dict(PRESETS))
+    senano_jax.register("failing", lambda: 1 // 0)
+    senano_jax.register("nothing", lambda: None)
+    senano_jax.fit(changed(demo(), {"seed": 1}))
+    senano_jax.register("wide", lambda: changed(demo(), {"model.dim": 96}))
+    senano_jax.fit(changed(demo(), {"model.dim": 96, "seed": 1}))
+    assert names == ["demo", "wide"]
+
+
 def test_parameters_need_their_configuration():
     with pytest.raises(UserError, match="needs the config of these weights"):
         senano_jax.validation_loss({})
@@ -198,6 +249,16 @@ def test_a_comparison_of_named_groups_and_of_runs_by_their_settings(tmp_path):
     for nothing in ({}, [], {"a": []}):
         with pytest.raises(UserError, match="no runs"):
             senano_jax.comparison(nothing)
+    for wrong in (3, [3], {"a": 3}, {"a": [3]}):
+        with pytest.raises(UserError, match="comparison got 3; give runs, folders or"):
+            senano_jax.comparison(wrong)
+
+
+def test_what_several_groups_have_in_common_is_said_once(tmp_path):
+    runs = {"short": torch_log(tmp_path / "short.txt", 5.0, 4.0)}
+    runs |= {name: torch_log(tmp_path / f"{name}.txt", 5.0, 4.5, 4.0) for name in ("a", "b")}
+    notes = senano_jax.comparison(runs).notes
+    assert notes == ("short and a and b: a schedule of 3.00M tokens, not 2.00M",)
 
 
 def test_runs_of_two_optimisers_are_two_groups(tmp_path):

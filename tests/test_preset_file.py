@@ -6,9 +6,10 @@ import pytest
 from tiny_demo import tiny_demo
 
 from senano_jax.config import changed
+from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
 from senano_jax.presets import PRESETS, preset, preset_names, register
-from senano_jax.runlog.writer import new_run_dir
+from senano_jax.runlog.writer import RunFolder, new_run_dir
 from senano_jax.train import take_preset
 
 FILE = """
@@ -103,3 +104,11 @@ def test_names_that_cannot_be_registered(presets, name, message):
 def test_the_run_s_folder_is_named_by_the_function(file):
     assert new_run_dir(f"{file}:wide").name.startswith("wide-")
     assert new_run_dir("demo").name.startswith("demo-")
+    assert new_run_dir("of a file: mine").name.startswith("of a file: mine-")
+
+
+@pytest.mark.parametrize(("typed", "kept"), [("{file}:wide", "own presets.py:wide"), ("a/demo", "a/demo")])
+def test_a_run_keeps_no_path_of_its_preset(file, tmp_path, typed, kept):
+    with RunFolder(tmp_path / "run") as folder:
+        folder.start(tiny_demo(), typed.format(file=file), 1)
+    assert read_config(tmp_path / "run" / "config.json") == (tiny_demo(), kept)

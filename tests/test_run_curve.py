@@ -76,6 +76,9 @@ def test_a_long_run_is_thinned(tmp_path):
     curve = run_curve(trained(tmp_path, falling(5000)))
     assert len(curve.training) == len(curve.smoothed) <= 2001
     assert curve.training[-1][0] == 5_000_000
+    curve = run_curve(trained(tmp_path, falling(2001), name="every second, and so the last"))
+    tokens = [tokens for tokens, _ in curve.training]
+    assert tokens[-1] == 2_001_000 and len(set(tokens)) == len(tokens)
 
 
 def test_a_run_without_evaluations_or_one_that_diverged_is_drawn(tmp_path):

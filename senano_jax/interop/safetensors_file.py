@@ -4,7 +4,6 @@ The metadata hold what else belongs to them, as text: `config`, the run's config
 trained for; `senano_jax`, the version that wrote them.
 """
 
-import importlib.metadata
 import json
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from senano_jax.errors import UserError
 from senano_jax.files import MAX_JSON_BYTES, write_atomically
 from senano_jax.interop.tensor_names import check_names
 from senano_jax.model.build import Params
-
-SUFFIX = ".safetensors"
+from senano_jax.sources import SAFETENSORS
+from senano_jax.versions import installed_version
 
 
 def write_safetensors(path: Path, params: Params, step: int, config_json: str) -> None:
@@ -30,7 +29,7 @@ def write_safetensors(path: Path, params: Params, step: int, config_json: str) -
     `config_json` is the text of the run's config.json. Raises UserError if the file cannot be written.
     """
     arrays = {name: np.ascontiguousarray(leaf).reshape(leaf.shape) for name, leaf in _by_name(params).items()}
-    metadata = {"config": config_json, "step": str(step), "senano_jax": _version()}
+    metadata = {"config": config_json, "step": str(step), "senano_jax": installed_version() or "unknown"}
     write_atomically(path, save(arrays, metadata))
 
 
@@ -76,7 +75,7 @@ class _Open:
     def __enter__(self) -> "_Open":
         try:
             if not self._path.is_file():
-                raise UserError(f"{self._path} is not a file; give weights ({SUFFIX})")
+                raise UserError(f"{self._path} is not a file; give weights ({SAFETENSORS})")
             self._file = safe_open(self._path, framework="numpy", backend="pread")
             self.metadata: dict[str, str] = self._file.metadata() or {}
             self.names = list(self._file.keys())
@@ -113,10 +112,3 @@ def _fitting(path: Path, name: str, array: np.ndarray, wanted: jax.ShapeDtypeStr
 def _by_name(tree: Params) -> dict[str, jax.Array]:
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {".".join(key.key for key in path): leaf for path, leaf in leaves}
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("senano-jax")
-    except importlib.metadata.PackageNotFoundError:  # run from its sources
-        return "unknown"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from senano_jax.runlog.comparison import Group
 from senano_jax.runlog.curves import ValidationPoint
-from senano_jax.runlog.published import Record
+from senano_jax.runlog.published import HistoryRow
 from senano_jax.runlog.run_curve import RunCurve
 from senano_jax.runlog.series import Series, difference_range, loss_range, series_of, time_unit
 from senano_jax.runlog.styles import COLOURS, DARK_COLOURS, style_of
@@ -28,7 +28,7 @@ def html_report(
     remarks: Sequence[str],
     target: float,
     *,
-    records: Sequence[Record] = (),
+    records: Sequence[HistoryRow] = (),
     refresh: float | None = None,
 ) -> str:
     """The page as text; names are shown as they are, whatever signs they hold. `records` are marked on the axis of
@@ -77,7 +77,7 @@ def _variables(colours: Sequence[str]) -> str:
     return " ".join(f"--c{index}: {colour};" for index, colour in enumerate(colours))
 
 
-def _charts(series: Sequence[Series], target: float, records: Sequence[Record]) -> list[dict]:
+def _charts(series: Sequence[Series], target: float, records: Sequence[HistoryRow]) -> list[dict]:
     unit, unit_ms = time_unit(series)
     low, high, target_shown = loss_range(series, target)
     loss_axis = {

@@ -11,7 +11,7 @@ from senano_jax.files import write_atomically
 from senano_jax.runlog.comparison import Group
 from senano_jax.runlog.curves import ValidationPoint
 from senano_jax.runlog.html_report import run_page
-from senano_jax.runlog.published import Record
+from senano_jax.runlog.published import HistoryRow
 from senano_jax.runlog.run_curve import RunCurve, run_curve
 from senano_jax.runlog.series import Series, difference_range, loss_range, series_of, time_unit
 from senano_jax.runlog.short_names import short_names
@@ -32,7 +32,7 @@ _STYLE = {
 }
 
 
-def plot_image(groups: Sequence[Group], target: float, image_format: str, records: Sequence[Record] = ()) -> bytes:
+def plot_image(groups: Sequence[Group], target: float, image_format: str, records: Sequence[HistoryRow] = ()) -> bytes:
     """The comparison as a "png" or "svg" file, with `records` marked on the axis of tokens. Raises UserError if
     matplotlib is not installed."""
     try:
@@ -91,7 +91,7 @@ def _run_figure(figure_class: type, curve: RunCurve):
     return figure
 
 
-def _figure(figure_class: type, series: Sequence[Series], target: float, records: Sequence[Record]):
+def _figure(figure_class: type, series: Sequence[Series], target: float, records: Sequence[HistoryRow]):
     """Two panels; below them, if there is something to compare, the difference and the legend."""
     compared = len(series) > 1
     legend_rows = max(0, len(series) - 8)
@@ -139,7 +139,7 @@ def _draw_loss(axis, one: Series, index: int, x, points: Sequence[ValidationPoin
     axis.plot([x(p) for p in points], [p.val_loss for p in points], **_line(index), markevery=max(1, len(points) // 16))
 
 
-def _mark_records(axis, records: Sequence[Record]) -> None:
+def _mark_records(axis, records: Sequence[HistoryRow]) -> None:
     for row, record in enumerate(sorted(records, key=lambda record: record.tokens)):
         at = record.tokens / 1e6
         axis.axvline(at, color="#555555", lw=1, ls=(0, (1, 1.5)))

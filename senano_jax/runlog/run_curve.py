@@ -64,4 +64,4 @@ def _smooth(points: Sequence[Point]) -> list[Point]:
 def _thin(points: list[Point]) -> list[Point]:
     """Every k-th point, and the last."""
     every = math.ceil(len(points) / _DRAWN)
-    return points[::every] + points[-1:] if every > 1 else points
+    return points[:-1:every] + points[-1:] if every > 1 else points

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import os
 import platform
@@ -21,13 +20,16 @@ from senano_jax.config import Config
 from senano_jax.config_file import write_config
 from senano_jax.errors import UserError
 from senano_jax.files import write_atomically
+from senano_jax.preset_file import names_file, without_folder
+from senano_jax.versions import installed_version
 
 _PACKAGES = ("senano-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def new_run_dir(preset: str) -> Path:
     """logs/<preset>-<date>-<time>-<four letters>; of a preset FILE.py:NAME, the name."""
-    return Path("logs") / f"{preset.rpartition(':')[2]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    name = preset.rpartition(":")[2] if names_file(preset) else preset
+    return Path("logs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 class RunFolder:
@@ -66,11 +68,11 @@ class RunFolder:
             raise UserError(f"--run-dir {self.path} holds a run already; choose another folder, or add --resume")
 
     def start(self, config: Config, preset: str, parameters: int) -> None:
-        """Begins a new run."""
+        """Begins a new run. Of a preset in a file the folder keeps no path: it may be published."""
         if not self._writes:
             return
         with self._one_line_errors():
-            write_config(self.path / "config.json", config, preset, parameters)
+            write_config(self.path / "config.json", config, without_folder(preset), parameters)
             self._write_environment([])
             self._open(metrics=0, log=0)
 
@@ -137,7 +139,7 @@ def environment() -> dict:
     return {
         "command": shlex.join(["python", *_program(), *sys.argv[1:]]),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: installed_version(name) for name in _PACKAGES},
         "git_commit": _git_commit(),
         "devices": [{"kind": device.device_kind, "platform": device.platform} for device in jax.devices()],
         "processes": jax.process_count(),
@@ -151,13 +153,6 @@ def _program() -> list[str]:
     program = Path(sys.argv[0])
     is_module = program.resolve().parent == Path(__file__).resolve().parents[1]
     return ["-m", f"senano_jax.{program.stem}"] if is_module else [str(program)]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _git_commit() -> str | None:

@@ -147,7 +147,7 @@ def _gib(count: int) -> str:
     return f"{count / 2**30:.1f}"
 
 
-class Speed(NamedTuple):
+class EarlierSpeed(NamedTuple):
     """Of one run, in tokens a second over all its devices."""
 
     tokens_per_s: float
@@ -166,7 +166,7 @@ def _time(plan: Plan, machine: str, kind: str, devices: int) -> str:
     return "not known here: no such run in logs/; python -m senano_jax.profile measures a step"
 
 
-def earlier_speeds(config: Config, machine: str, logs: Path) -> Iterator[Speed]:
+def earlier_speeds(config: Config, machine: str, logs: Path) -> Iterator[EarlierSpeed]:
     """Those of the runs in `logs` that had the same model and batches on as many devices of a machine like this one,
     the newest first; runs that cannot be read are passed over."""
     wanted = _speed_settings(config)
@@ -187,7 +187,7 @@ def earlier_speeds(config: Config, machine: str, logs: Path) -> Iterator[Speed]:
             tokens, milliseconds = last.tokens - first.tokens, last.train_time_ms - first.train_time_ms
         else:
             tokens, milliseconds = last.tokens, last.train_time_ms
-        yield Speed(tokens / milliseconds * 1000, f"{path.parent} ({format_tokens(last.tokens)} tokens)")
+        yield EarlierSpeed(tokens / milliseconds * 1000, f"{path.parent} ({format_tokens(last.tokens)} tokens)")
 
 
 def _speed_settings(config: Config) -> dict:

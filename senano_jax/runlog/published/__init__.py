@@ -50,7 +50,7 @@ PUBLISHED = {
 }
 
 
-class Record(NamedTuple):
+class HistoryRow(NamedTuple):
     """A row of the record table."""
 
     name: str
@@ -58,7 +58,7 @@ class Record(NamedTuple):
     tokens: int
 
 
-def record_history() -> list[Record]:
+def record_history() -> list[HistoryRow]:
     """All rows, also those of which no curve was published."""
     rows = json.loads(Path(__file__).with_name("records.json").read_text(encoding="utf-8"))
-    return [Record(row["preset"], row["tokens"]) for row in rows]
+    return [HistoryRow(row["preset"], row["tokens"]) for row in rows]
