@@ -1,6 +1,7 @@
 """Arguments of the commands, parsed by tyro: the flags a command uses, in groups, and one line on whatever is wrong.
 
-Nothing here imports JAX, and no command does before its arguments are parsed.
+Nothing here imports JAX before it is asked to, and no command does before its arguments are parsed, but for evaluate of
+a safetensors file, whose configuration is what its flags change.
 """
 
 import ast
@@ -67,7 +68,7 @@ def print_version() -> None:
 
 
 def import_jax() -> None:
-    """For commands, once their arguments are sound. Raises UserError for a variable of JAX's with a value that it does
+    """For commands, before a module that needs it. Raises UserError for a variable of JAX's with a value that it does
     not know, with which no module that needs it could be imported."""
     try:
         import jax  # noqa: F401
