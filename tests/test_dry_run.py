@@ -64,6 +64,50 @@ def test_everything_that_keeps_a_run_from_starting_is_named_at_once(tmp_path, ca
         assert text in fault
 
 
+def fault_of(config, capsys) -> str:
+    """The only one that is named; the run would start but for it."""
+    with pytest.raises(UserError, match=r"this run cannot start \(1 fault, named above\)"):
+        describe(config, "demo")
+    return lines_of(capsys)["fault"]
+
+
+@pytest.mark.parametrize("source", ["nothing.pt", "nothing.safetensors"])
+def test_weights_that_are_not_there_are_a_fault(source, capsys):
+    fault = fault_of(dataclasses.replace(TINY, init_from=source), capsys)
+    assert fault == f"--init-from {source}: there is no such file; check the name"
+
+
+def test_a_run_without_a_finished_checkpoint_is_a_fault(tmp_path, capsys):
+    """As the source of weights, and to go on with at a step; to go on with at the newest, it begins again."""
+    folder = tmp_path / "run"
+    going_on = dataclasses.replace(TINY, run_dir=str(folder), resume="latest")
+    written_run(folder, TINY, {0: 0})
+    describe(going_on, "demo")
+    assert "fault" not in lines_of(capsys)
+    config = dataclasses.replace(TINY, init_from=str(folder))
+    assert fault_of(config, capsys).startswith(f"{folder} holds no checkpoints")
+    (folder / "checkpoints").mkdir()
+    assert fault_of(config, capsys).startswith(f"{folder / 'checkpoints'} holds no finished checkpoint")
+    assert "holds no finished checkpoint" in fault_of(dataclasses.replace(going_on, resume=3), capsys)
+    assert not list((folder / "checkpoints").iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_a_fault(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    fault = fault_of(dataclasses.replace(TINY, run_dir=str(file / "run")), capsys)
+    assert fault == f"--run-dir {file / 'run'} cannot be made or written: {file} is no folder; choose another"
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    fault = fault_of(dataclasses.replace(TINY, run_dir=str(tmp_path / "new" / "run")), capsys)
+    assert f": {tmp_path} may not be written;" in fault
+
+
+def test_several_processes_without_a_folder_in_common_are_a_fault(monkeypatch, capsys):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("senano_jax.training.dry_run.wire", lambda config: None)  # which asks the other process
+    assert "needs --run-dir, the same folder for all of them" in fault_of(TINY, capsys)
+
+
 def test_what_cannot_work_at_all_is_refused_as_by_a_run():
     with pytest.raises(UserError, match="--steps is 0"):
         describe(dataclasses.replace(TINY, steps=0), "demo")
