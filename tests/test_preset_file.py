@@ -1,10 +1,12 @@
 """Presets of one's own: registered, or in a file that the command names."""
 
 import re
+import shlex
 
 import pytest
 from tiny_demo import tiny_demo
 
+from senano_jax import profile, train
 from senano_jax.config import changed
 from senano_jax.errors import UserError
 from senano_jax.presets import PRESETS, preset, preset_names, register
@@ -47,7 +49,38 @@ def presets(monkeypatch):
 
 def test_a_function_of_a_file_is_a_preset(file):
     assert preset(f"{file}:wide") == changed(preset("demo"), {"model.dim": 96})
-    assert take_preset([f"{file}:wide", "--steps=3"], "train") == (f"{file}:wide", ["--steps=3"])
+    wide = changed(preset("demo"), {"model.dim": 96})
+    assert take_preset([f"{file}:wide", "--steps=3"], "train") == (f"{file}:wide", wide, ["--steps=3"])
+
+
+def test_a_command_runs_the_file_once(file, monkeypatch):
+    """Which may take long, or print."""
+    with file.open("a") as end:
+        end.write(
+            "import pathlib\nwith pathlib.Path(__file__).with_name('times').open('a') as log:\n    log.write('.')\n"
+        )
+    times = file.with_name("times")
+    train.parse_request([f"{file}:wide", "--steps=3"])
+    assert times.read_text() == "."
+    monkeypatch.setattr("senano_jax.profile.check_config", raising(UserError("enough")))  # nothing is measured
+    with pytest.raises(UserError, match="enough"):
+        profile.main([f"{file}:wide", "--profile-steps=1"])
+    assert times.read_text() == ".."
+
+
+def raising(error):
+    def check(config):
+        raise error
+
+    return check
+
+
+@pytest.mark.parametrize("command", ["train", "profile"])
+def test_a_file_s_preset_behind_flags_is_told_its_place(file, command):
+    kind = {"train": train.Arguments, "profile": profile.Arguments}[command]
+    place = f"the preset comes first: python -m senano_jax.{command} {shlex.join([f'{file}:wide', '--steps', '3'])}"
+    with pytest.raises(UserError, match=re.escape(place)):
+        take_preset(["--steps", "3", f"{file}:wide"], command, kind)
 
 
 @pytest.mark.parametrize(
