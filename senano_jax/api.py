@@ -21,7 +21,7 @@ from senano_jax.files import expand_home
 from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import Model, Params, abstract_params, make_model
 from senano_jax.plan import Plan
-from senano_jax.presets import PRESETS
+from senano_jax.presets import PRESETS, is_name
 from senano_jax.runlog.comparison import Group, Row, compare, notes, read_groups
 from senano_jax.runlog.curves import RunLog
 from senano_jax.runlog.reader import read_log
@@ -101,6 +101,8 @@ def fit(
     """
     if not isinstance(config, Config):
         raise UserError(f"fit got {config!r:.60}; give a configuration, such as preset('demo')")
+    if name is not None and not (isinstance(name, str) and is_name(name)):
+        raise UserError(f"name={name!r:.60} cannot name a run; use letters, digits and . _ + -")
     preset_name = name or _nearest_preset(config)
     optimizer_name = name or _name_of(optimizer)
     if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):

@@ -86,6 +86,11 @@ def preset_names() -> tuple[str, ...]:
     return tuple(PRESETS)
 
 
+def is_name(name: str) -> bool:
+    """Whether it has the characters of a preset's name: fit for a command line, a path and a table."""
+    return re.fullmatch(r"\w[\w.+-]*", name) is not None
+
+
 def register(name: str, function: Callable[[], Config]) -> None:
     """Makes the configuration that `function` returns a preset of this process, in place of one registered before.
 
@@ -93,6 +98,6 @@ def register(name: str, function: Callable[[], Config]) -> None:
     """
     if name in _OURS:
         raise UserError(f"there is a preset {name!r} already; choose another name")
-    if not re.fullmatch(r"\w[\w.+-]*", name) or names_file(name):
+    if not is_name(name) or names_file(name):
         raise UserError(f"{name!r} cannot name a preset; use letters, digits and . _ + -")
     PRESETS[name] = function

@@ -136,3 +136,8 @@ def test_names_that_cannot_be_registered(presets, name, message):
 def test_the_run_s_folder_is_named_by_the_function(file):
     assert new_run_dir(f"{file}:wide").name.startswith("wide-")
     assert new_run_dir("demo").name.startswith("demo-")
+
+
+def test_a_run_s_folder_is_in_logs_whatever_a_file_calls_its_preset():
+    folder = new_run_dir("a/../../b: c")
+    assert folder.parent.name == "logs" and folder.name.startswith("a-..-..-b--c-")

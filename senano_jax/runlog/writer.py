@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import secrets
 import shlex
 import subprocess
@@ -21,13 +22,16 @@ from senano_jax.config import Config
 from senano_jax.config_file import write_config
 from senano_jax.errors import UserError
 from senano_jax.files import write_atomically
+from senano_jax.preset_file import names_file
 
 _PACKAGES = ("senano-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def new_run_dir(preset: str) -> Path:
-    """logs/<preset>-<date>-<time>-<four letters>; of a preset FILE.py:NAME, the name."""
-    return Path("logs") / f"{preset.rpartition(':')[2]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    """logs/<preset>-<date>-<time>-<four letters>; of a preset FILE.py:NAME, the name. What a path or a shell could take
+    for something else, in a name that a file tells, is a dash."""
+    name = re.sub(r"[^\w.+-]", "-", preset.rpartition(":")[2] if names_file(preset) else preset)
+    return Path("logs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 class RunFolder:
