@@ -179,12 +179,12 @@ def _bare_resume(arguments: list[str]) -> list[str]:
     return result
 
 
-def tell_next(run_dir: Path) -> None:
-    """Draws the curve of a run that has ended, and prints what can be done with it."""
+def tell_next(run_dir: Path, seed: int) -> None:
+    """Draws the curve of a run of `seed` that has ended, and prints what can be done with it."""
     curve, reason = draw_curve(run_dir)
     if reason:
         print(reason)
-    print(next_steps(run_dir, curve))
+    print(next_steps(run_dir, curve, seed))
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -203,7 +203,7 @@ def command(arguments: Sequence[str]) -> None:
     with leave_at_once_on_failure(), one_line_errors(prints_result=False), contextlib.suppress(Stopped):
         run_dir = run(request)
         if run_dir is not None and jax.process_index() == 0:
-            tell_next(run_dir)
+            tell_next(run_dir, request.config.seed)
 
 
 if __name__ == "__main__":
