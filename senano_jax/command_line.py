@@ -1,6 +1,7 @@
 """Arguments of the commands, parsed by tyro: the flags a command uses, in groups, and one line on whatever is wrong.
 
-Nothing here imports JAX, and no command does before its arguments are parsed.
+Nothing here imports JAX before it is asked to, and no command does before its arguments are parsed, but for evaluate of
+a safetensors file, whose configuration is what its flags change.
 """
 
 import ast
@@ -52,7 +53,7 @@ def parse(
     if asks_for_help(arguments):
         shown, values = _shown(kind, default, groups or {}, unused)
         tyro.cli(shown, default=values, args=["--help"], **common)
-    _check_names(arguments, set(_flags(kind, default, unused)), prog)
+    _check_names(arguments, set(_flags(kind, default, unused)), switches(kind), prog)
     defaults = {} if default is None else {"default": default}
     with _one_line(prog):
         return tyro.cli(kind, args=arguments, **defaults, **common)
@@ -65,7 +66,7 @@ def print_version() -> None:
 
 
 def import_jax() -> None:
-    """For commands, once their arguments are sound. Raises UserError for a variable of JAX's with a value that it does
+    """For commands, before a module that needs it. Raises UserError for a variable of JAX's with a value that it does
     not know, with which no module that needs it could be imported."""
     try:
         import jax  # noqa: F401
@@ -97,6 +98,25 @@ def value_of(flag: str, arguments: Sequence[str]) -> str | None:
     return None
 
 
+def switches(kind: type) -> set[str]:
+    """The last parts of the names of the flags that take no value, of `kind` and of all dataclasses that its fields may
+    hold: `unroll` and `no-unroll` for --model.unroll."""
+    found = set()
+    for name, hint in typing.get_type_hints(kind).items():
+        if hint is bool:
+            found |= {name.replace("_", "-"), f"no-{name}".replace("_", "-")}
+        for part in filter(dataclasses.is_dataclass, _parts(hint)):
+            found |= switches(part)
+    return found
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    """A type and what it is made of: the options of a union, the items of a tuple."""
+    yield hint
+    for part in typing.get_args(hint):
+        yield from _parts(part)
+
+
 def _flags(kind: type, default: Any, unused: Collection[str], prefix: str = "") -> Iterator[str]:
     """The names of all flags, as tyro makes them of a dataclass."""
     hints = typing.get_type_hints(kind, include_extras=True)
@@ -116,16 +136,19 @@ def _flags(kind: type, default: Any, unused: Collection[str], prefix: str = "") 
                 yield "--" + f"{prefix}no-{f.name}".replace("_", "-")
 
 
-def _check_names(arguments: Sequence[str], known: Collection[str], prog: str) -> None:
-    """Raises UserError for the first flag that is none of `known`, with the nearest one."""
-    for argument in arguments:
+def _check_names(arguments: Sequence[str], known: Collection[str], without_value: Collection[str], prog: str) -> None:
+    """Raises UserError for the first flag that is none of `known`, with the nearest one; `without_value` as `switches`
+    gives them."""
+    for before, argument in itertools.pairwise(["", *arguments]):
         name = argument.split("=")[0]
         if not name.startswith("--") or name in known:
             continue
         ends = [flag for flag in known if flag.endswith("." + name.lstrip("-"))]
         near = sorted(ends) or difflib.get_close_matches(name, sorted(known), n=1)
         meant = f"; did you mean {near[0]}?" if near else ";"
-        raise UserError(f"unknown flag {name}{meant} {prog} --help lists all")
+        takes_it = before in known and before.rpartition(".")[2].lstrip("-") not in without_value
+        as_value = f"; a value that begins with -- is given as {before}=VALUE" if takes_it else ""
+        raise UserError(f"unknown flag {name}{meant} {prog} --help lists all{as_value}")
 
 
 @contextlib.contextmanager

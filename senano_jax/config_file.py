@@ -12,6 +12,7 @@ from senano_jax.errors import UserError
 from senano_jax.files import read_json_object, read_toml, write_atomically
 
 _LARGEST_INT = 2**63  # a float holds it; JSON knows integers of thousands of digits
+_RESTORE, _OTHER_VERSION = "restore the file that the run wrote", "was it written by another version?"
 
 
 def write_config(path: Path, config: Config, preset: str, parameters: int) -> None:
@@ -121,21 +122,21 @@ def parse(kind: Any, value: Any, path: Path, field: str) -> Any:
         if name not in classes:
             raise UserError(
                 f"{path}: {_join(field, 'kind')} is {_text(name)[:60]!r}, not one of {', '.join(classes)}; "
-                "was it written by another version?"
+                f"{_remedy(path, _OTHER_VERSION)}"
             )
         kind = classes[name]
     elif isinstance(value, dict):
         kind = next(filter(dataclasses.is_dataclass, typing.get_args(kind)), kind)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise UserError(f"{path}: {field or 'the document'} is not an object; restore the file that the run wrote")
+            raise UserError(f"{path}: {field or 'the document'} is not an object; {_remedy(path)}")
         types = typing.get_type_hints(kind)
         if unknown := sorted(value.keys() - types.keys()):
-            raise UserError(f"{path}: unknown field {_join(field, unknown[0])}; was it written by another version?")
+            raise UserError(f"{path}: unknown field {_join(field, unknown[0])}; {_remedy(path, _OTHER_VERSION)}")
         # Of a default and its factory one is MISSING, or both are.
         needed = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory}
         if missing := sorted(needed - value.keys()):
-            raise UserError(f"{path}: field {_join(field, missing[0])} is missing; was it written by another version?")
+            raise UserError(f"{path}: field {_join(field, missing[0])} is missing; {_remedy(path, _OTHER_VERSION)}")
         return kind(**{name: parse(types[name], item, path, _join(field, name)) for name, item in value.items()})
     if isinstance(value, list) and (kinds := _items(kind, len(value))) is not None:
         return tuple(
@@ -143,7 +144,13 @@ def parse(kind: Any, value: Any, path: Path, field: str) -> Any:
         )
     if _fits(kind, value):
         return float(value) if kind is float else value
-    raise UserError(f"{path}: {field} is {_text(value)[:60]!r}; restore the file that the run wrote")
+    raise UserError(f"{path}: {field} is {_text(value)[:60]!r}; {_remedy(path)}")
+
+
+def _remedy(path: Path, of_a_run: str = _RESTORE) -> str:
+    """What to do about a file: runs write JSON, people TOML."""
+    by_hand = "mend it; python -m senano_jax presets NAME prints all fields"
+    return by_hand if path.suffix == ".toml" else of_a_run
 
 
 def _classes(kind: Any) -> dict[str, type]:

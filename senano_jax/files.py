@@ -94,7 +94,7 @@ def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:
 def read_toml(path: Path) -> dict:
     """The tables in a TOML file. Raises UserError for a missing, damaged or very large one."""
     try:
-        return tomllib.loads(_read_small(path).decode())
+        return tomllib.loads(_read_small(path, "check the name", "give a configuration").decode())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not TOML ({' '.join(str(error).split())}); mend it") from None
 
@@ -102,7 +102,7 @@ def read_toml(path: Path) -> dict:
 def read_json_object(path: Path) -> dict:
     """The object in a file of a run folder. Raises UserError for a missing, damaged or very large one."""
     try:
-        value = json.loads(_read_small(path))
+        value = json.loads(_read_small(path, "give the folder of a run", "restore the file that the run wrote"))
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
@@ -110,12 +110,13 @@ def read_json_object(path: Path) -> dict:
     return value
 
 
-def _read_small(path: Path) -> bytes:
+def _read_small(path: Path, if_missing: str, if_large: str) -> bytes:
+    """Its bytes. Raises UserError, with what to do, for a missing or very large one."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}); give the folder of a run") from None
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); {if_missing}") from None
     if len(raw) > MAX_JSON_BYTES:
-        raise UserError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB; restore the file that the run wrote")
+        raise UserError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB; {if_large}")
     return raw

@@ -69,9 +69,9 @@ class Arguments(Config):
 
 def main(arguments: Sequence[str]) -> "Report":
     """Parses, measures, prints and writes. Raises UserError for anything the user can mend."""
-    named, flags = take_preset(list(arguments), "profile")
-    name = named or "recurrent"
-    args = _parse(name, flags)
+    named, base, flags = take_preset(list(arguments), "profile", Arguments)
+    name, base = named or "recurrent", base or preset("recurrent")
+    args = _parse(name, base, flags)
     import_jax()
     import jax
 
@@ -83,10 +83,10 @@ def main(arguments: Sequence[str]) -> "Report":
     if named is None:
         start_jax()
         if jax.default_backend() != "gpu":
-            name = "demo"
-            args = _parse(name, flags)
+            name, base = "demo", preset("demo")
+            args = _parse(name, base, flags)
     args = with_home(args)
-    base, config = preset(name), Config(**config_fields(args))
+    config = Config(**config_fields(args))
     check_config(config)
     _check(args)
     start_jax(config.dtype, config.compilation_cache)
@@ -124,12 +124,12 @@ def main(arguments: Sequence[str]) -> "Report":
     return report
 
 
-def _parse(name: str, flags: list[str]) -> Arguments:
+def _parse(name: str, base: Config, flags: list[str]) -> Arguments:
     return parse(
         Arguments,
         flags,
         PROG,
-        default=Arguments(**config_fields(preset(name))),
+        default=Arguments(**config_fields(base)),
         description=_DESCRIPTION.format(presets=", ".join(PRESETS), name=name),
         groups={"measurement": MEASUREMENT, **GROUPS},
         unused=UNUSED,

@@ -1,5 +1,6 @@
 """Where weights are kept, told by a name: the folder of a run, or a file."""
 
+from senano_jax.command_line import import_jax
 from senano_jax.config import Config
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
@@ -12,14 +13,15 @@ SUFFIXES = (SAFETENSORS, ".pt", ".pth")
 def config_of(source: str) -> Config | None:
     """The configuration that comes with weights: in the folder of a run, or in a safetensors file that has one.
 
-    Raises UserError if it is damaged.
+    A safetensors file is read with JAX imported. Raises UserError if it is damaged, or if JAX cannot be imported.
     """
     path = expand_home(source)
     if (path / "config.json").is_file():
         return read_config(path / "config.json")[0]
     if path.suffix != SAFETENSORS or not path.is_file():
         return None
-    from senano_jax.interop.safetensors_file import config_in_safetensors  # which imports JAX
+    import_jax()  # which the next line does too, with a traceback where it cannot
+    from senano_jax.interop.safetensors_file import config_in_safetensors
 
     return config_in_safetensors(path)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from senano_jax.command_line import asks_for_help, import_jax, parse, value_of, with_dashes
+from senano_jax.command_line import asks_for_help, import_jax, parse, switches, value_of, with_dashes
 from senano_jax.config import Config
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError, one_line_errors
@@ -30,11 +30,6 @@ GROUPS = {  # headings of --help: fields of Config and of Arguments
     "device": ("dtype", "devices", "micro_batches", "compilation_cache"),
     "tracking": ("tensorboard", "wandb"),
 }
-# Flags without a value, or ends of their names.
-_SWITCHES = (
-    "tensorboard", "wandb", "unroll", "evaluation", "head-gate", "logit-bias", "by-width", "cautious", "mean-gradients",
-    "dry-run",
-)  # fmt: skip
 _DESCRIPTION = """Trains a preset, or a variation of it, on token shards and reports its validation loss.
 
 Presets: {presets}. Without one: recurrent if its shards are there, else demo.
@@ -115,14 +110,14 @@ def config_fields(config: Config) -> dict:
 
 def _choose_defaults(arguments: list[str]) -> tuple[str, Config, list[str], str]:
     """Name of the preset, the configuration that the flags change, the flags, and what to tell if they are sound."""
-    name, arguments = take_preset(arguments, "train")
+    name, config, arguments = take_preset(arguments, "train")
     file = value_of("--config", arguments)
     if name is not None and file is not None:
         raise UserError(
             f"{name} and --config {file} exclude each other: a run begins with one of them, flags change it"
         )
-    if name is not None:
-        return name, preset(name), arguments, ""
+    if config is not None:
+        return name, config, arguments, ""
     run_dir = value_of("--run-dir", arguments)
     resumes = any(argument.split("=")[0] == "--resume" for argument in arguments)
     if resumes and run_dir is None:
@@ -147,29 +142,33 @@ def _choose_defaults(arguments: list[str]) -> tuple[str, Config, list[str], str]
     return "demo", preset("demo"), arguments, notice
 
 
-def take_preset(arguments: list[str], command: str) -> tuple[str | None, list[str]]:
-    """The preset that `arguments` begin with, if they do, and the flags.
+def take_preset(
+    arguments: list[str], command: str, kind: type[Config] = Arguments
+) -> tuple[str | None, Config | None, list[str]]:
+    """Name and configuration of the preset that `arguments` begin with, None twice if they begin with none, and the
+    flags, which are those of `kind`.
 
     Raises UserError for one that stands elsewhere, and for another word in its place.
     """
     first, flags = (arguments[0], arguments[1:]) if arguments else ("-", [])
     if first.startswith("-"):
+        without_value = switches(kind)
         for before, word in itertools.pairwise(arguments):
-            is_value = before.startswith("--") and "=" not in before and not before.endswith(_SWITCHES)
-            if word in PRESETS and not is_value:
+            last_part = with_dashes([before])[0].rpartition(".")[2].lstrip("-")
+            is_value = before.startswith("--") and "=" not in before and last_part not in without_value
+            if (word in PRESETS or names_file(word)) and not word.startswith("-") and not is_value:
                 others = [argument for argument in arguments if argument != word]
                 raise UserError(
                     f"{word} stands after flags; the preset comes first: python -m senano_jax.{command} "
                     f"{shlex.join([word, *others])}"
                 )
-        return None, arguments
+        return None, None, arguments
     if first not in PRESETS and (expand_home(first) / "config.json").is_file():
         remedy = f"go on with it: python -m senano_jax.train --run-dir {shlex.quote(first)} --resume"
         raise UserError(f"{first} is the folder of a run, not a preset; {remedy}, or begin with --init-from {first}")
     if first not in PRESETS and os.path.lexists(expand_home(first)) and not names_file(first):
         raise UserError(f"{first} is a path, not a preset; say with a flag what it is, such as --init-from {first}")
-    preset(first)
-    return first, flags
+    return first, preset(first), flags
 
 
 def _bare_resume(arguments: list[str]) -> list[str]:
@@ -180,16 +179,20 @@ def _bare_resume(arguments: list[str]) -> list[str]:
     return result
 
 
-def tell_next(run_dir: Path) -> None:
-    """Draws the curve of a run that has ended, and prints what can be done with it."""
+def tell_next(run_dir: Path, seed: int) -> None:
+    """Draws the curve of a run of `seed` that has ended, and prints what can be done with it."""
     curve, reason = draw_curve(run_dir)
     if reason:
         print(reason)
-    print(next_steps(run_dir, curve))
+    print(next_steps(run_dir, curve, seed))
 
 
 def command(arguments: Sequence[str]) -> None:
-    """What this process does: main, and afterwards a word on where the run is."""
+    """What this process does: as main, and afterwards a word on where the run is, unless a signal stopped it.
+
+    It does not call main: only once the arguments are sound it may import JAX, and only with JAX it can leave the other
+    processes of its run at once.
+    """
     with one_line_errors(prints_result=False):
         request = parse_request(arguments)
         import_jax()
@@ -200,7 +203,7 @@ def command(arguments: Sequence[str]) -> None:
     with leave_at_once_on_failure(), one_line_errors(prints_result=False), contextlib.suppress(Stopped):
         run_dir = run(request)
         if run_dir is not None and jax.process_index() == 0:
-            tell_next(run_dir)
+            tell_next(run_dir, request.config.seed)
 
 
 if __name__ == "__main__":

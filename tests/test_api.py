@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -108,6 +109,12 @@ def test_commands_refuse_what_they_do_not_have(own_run):
         evaluate.main([folder])
     with pytest.raises(UserError, match="optimiser 'bigram' is a program's own; train there"):
         train.main([f"--run-dir={folder}", "--resume"])
+
+
+@pytest.mark.parametrize("name", ["a/../../b", "x: y", "", "-x", 3])
+def test_a_name_that_no_folder_should_have_is_refused(name):
+    with pytest.raises(UserError, match=re.escape(f"fit got the name {name!r}; use letters")):
+        senano_jax.fit(tiny_demo(), name=name)
 
 
 def test_another_optimiser_cannot_go_on_with_it(own_run):

@@ -9,7 +9,7 @@ import pytest
 from senano_jax import evaluate, profile, sample, train
 from senano_jax import rules as rules_command
 from senano_jax.__main__ import COMMANDS, main, overview
-from senano_jax.command_line import parse
+from senano_jax.command_line import parse, with_dashes
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
 from senano_jax.presets import PRESETS, preset
@@ -78,6 +78,24 @@ def test_flags_are_spelt_with_dashes_or_underscores_and_some_switch_off():
     config = request.config
     assert (config.val_every, config.model.unroll, config.optimizer.matrices.rate) == (7, False, 1.0)
     assert train.parse_request(["multi-token", "--stages.1.rate=2"]).config.stages[1].rate == 2
+
+
+@pytest.mark.parametrize(
+    "switch", ["--model.smear", "--model.tied", "--model.no-unroll", "--model.trunk.coda-reads-exit", "--dry_run"]
+)
+def test_a_preset_behind_a_switch_is_told_its_place(switch):
+    message = refusal(train.parse_request, "--steps=3", switch, "strict")
+    assert message.startswith("strict stands after flags; the preset comes first: ")
+    assert message.endswith(f"train strict --steps=3 {with_dashes([switch])[0]}")
+    assert refusal(train.parse_request, "--data.val-files", "strict", "--x").startswith("unknown flag --x")
+
+
+def test_a_value_like_a_flag_is_told_how_to_be_given():
+    assert refusal(sample.main, "run", "--prompt", "--my_text").endswith(
+        "; a value that begins with -- is given as --prompt=VALUE"
+    )
+    assert "VALUE" not in refusal(train.parse_request, "demo", "--dry-run", "--my-text")
+    assert "VALUE" not in refusal(train.parse_request, "demo", "--steps=3", "--my-text")
 
 
 def test_what_must_be_given_is_asked_for():

@@ -64,6 +64,49 @@ def test_everything_that_keeps_a_run_from_starting_is_named_at_once(tmp_path, ca
         assert text in fault
 
 
+def fault_of(config, capsys) -> str:
+    """The only one that is named; the run would start but for it."""
+    with pytest.raises(UserError, match=r"this run cannot start \(1 fault, named above\)"):
+        describe(config, "demo")
+    return lines_of(capsys)["fault"]
+
+
+def test_weights_that_are_not_there_are_a_fault(capsys):
+    fault = fault_of(dataclasses.replace(TINY, init_from="nothing.pt"), capsys)
+    assert fault == "--init-from nothing.pt: there is no such file; check the name"
+
+
+def test_a_run_without_a_finished_checkpoint_is_a_fault(tmp_path, capsys):
+    """As the source of weights, and to go on with at a step; to go on with at the newest, it begins again."""
+    folder = tmp_path / "run"
+    going_on = dataclasses.replace(TINY, run_dir=str(folder), resume="latest")
+    written_run(folder, TINY, {0: 0})
+    describe(going_on, "demo")
+    assert "fault" not in lines_of(capsys)
+    config = dataclasses.replace(TINY, init_from=str(folder))
+    assert fault_of(config, capsys).startswith(f"{folder} holds no checkpoints")
+    (folder / "checkpoints").mkdir()
+    assert fault_of(config, capsys).startswith(f"{folder / 'checkpoints'} holds no finished checkpoint")
+    assert "holds no finished checkpoint" in fault_of(dataclasses.replace(going_on, resume=3), capsys)
+    assert not list((folder / "checkpoints").iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_a_fault(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    fault = fault_of(dataclasses.replace(TINY, run_dir=str(file / "run")), capsys)
+    assert fault == f"--run-dir {file / 'run'} cannot be made or written: {file} is no folder; choose another"
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    fault = fault_of(dataclasses.replace(TINY, run_dir=str(tmp_path / "new" / "run")), capsys)
+    assert f": {tmp_path} may not be written;" in fault
+
+
+def test_several_processes_without_a_folder_in_common_are_a_fault(monkeypatch, capsys):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("senano_jax.training.dry_run.wire", lambda config: None)  # which asks the other process
+    assert "needs --run-dir, the same folder for all of them" in fault_of(TINY, capsys)
+
+
 def test_what_cannot_work_at_all_is_refused_as_by_a_run():
     with pytest.raises(UserError, match="--steps is 0"):
         describe(dataclasses.replace(TINY, steps=0), "demo")
@@ -152,7 +195,13 @@ def toml_lines(table: dict, prefix: str = ""):
         (["--config=x.json", "--resume", "--run-dir=r"], "--resume goes on with the configuration of --run-dir r"),
         (["--config", "nowhere.json"], "nowhere.json cannot be read"),
         (["--config", "broken.toml"], "broken.toml: not TOML"),
-        (["--config", "short.toml"], "short.toml: field batch_tokens is missing"),
+        (
+            ["--config", "short.toml"],
+            "short.toml: field batch_tokens is missing; mend it; python -m senano_jax presets",
+        ),
+        (["--config", "wrong.toml"], "wrong.toml: steps is 'many'; mend it; python -m senano_jax presets NAME"),
+        (["--config", "kind.toml"], "model.kind is 'Mamba', not one of ModelConfig, Gpt2Config; mend it;"),
+        (["--config", "nowhere.toml"], "nowhere.toml cannot be read (No such file or directory); check the name"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -160,6 +209,9 @@ def test_a_file_that_is_no_configuration_is_one_line(tmp_path, monkeypatch, argu
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.toml").write_text("steps = = 3")
     (tmp_path / "short.toml").write_text("steps = 3")
+    whole = json.loads(to_text(TINY, "demo"))
+    (tmp_path / "wrong.toml").write_text("".join(toml_lines(whole | {"steps": "many"})))
+    (tmp_path / "kind.toml").write_text("".join(toml_lines(whole | {"model": {"kind": "Mamba"}})))
     with pytest.raises(UserError) as caught:
         request(*arguments)
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -170,13 +222,14 @@ def test_a_file_that_is_no_configuration_is_one_line(tmp_path, monkeypatch, argu
 
 def test_the_end_of_a_run_names_commands_that_a_shell_understands(tmp_path):
     folder = tmp_path / "my run's"
-    lines = next_steps(folder, folder / "curve.html").splitlines()
+    lines = next_steps(folder, folder / "curve.html", 4).splitlines()
     assert lines[:2] == [f"run folder: {folder}", f"curve:      {folder / 'curve.html'}"]
     commands = [shlex.split(line.partition(":")[2]) for line in lines[2:]]
     modules = [command[2].removeprefix("senano_jax.") for command in commands]
     assert modules == ["evaluate", "sample", "compare", "train"]
     assert all(str(folder) in command for command in commands)
-    assert "curve" not in next_steps(folder, None)
+    assert commands[-1][-2:] == ["--seed", "5"], "not the same run again"
+    assert "curve" not in next_steps(folder, None, 0)
 
 
 def test_a_curve_that_cannot_be_drawn_is_a_line(tmp_path):

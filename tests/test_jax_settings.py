@@ -85,6 +85,15 @@ def test_values_that_jax_does_not_know_are_one_line():
     assert done.stderr.startswith("error: ") and "JAX_ENABLE_X64" in done.stderr
 
 
+def test_an_evaluation_of_a_safetensors_file_says_so_too(tmp_path):
+    """Its configuration is read, by a module that needs JAX, before the flags are."""
+    file = tmp_path / "weights.safetensors"
+    file.touch()
+    done = command("evaluate", file, JAX_DEFAULT_MATMUL_PRECISION="foo")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and done.stderr.endswith("; mend or unset the variable\n")
+
+
 def test_bfloat16_products_are_summed_in_float32():
     """On a CPU too: rounding the sum once leaves 0.17%, sums in bfloat16 2%."""
     keys = jax.random.split(jax.random.key(0))

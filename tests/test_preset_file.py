@@ -1,10 +1,12 @@
 """Presets of one's own: registered, or in a file that the command names."""
 
 import re
+import shlex
 
 import pytest
 from tiny_demo import tiny_demo
 
+from senano_jax import profile, train
 from senano_jax.config import changed
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
@@ -48,7 +50,38 @@ def presets(monkeypatch):
 
 def test_a_function_of_a_file_is_a_preset(file):
     assert preset(f"{file}:wide") == changed(preset("demo"), {"model.dim": 96})
-    assert take_preset([f"{file}:wide", "--steps=3"], "train") == (f"{file}:wide", ["--steps=3"])
+    wide = changed(preset("demo"), {"model.dim": 96})
+    assert take_preset([f"{file}:wide", "--steps=3"], "train") == (f"{file}:wide", wide, ["--steps=3"])
+
+
+def test_a_command_runs_the_file_once(file, monkeypatch):
+    """Which may take long, or print."""
+    with file.open("a") as end:
+        end.write(
+            "import pathlib\nwith pathlib.Path(__file__).with_name('times').open('a') as log:\n    log.write('.')\n"
+        )
+    times = file.with_name("times")
+    train.parse_request([f"{file}:wide", "--steps=3"])
+    assert times.read_text() == "."
+    monkeypatch.setattr("senano_jax.profile.check_config", raising(UserError("enough")))  # nothing is measured
+    with pytest.raises(UserError, match="enough"):
+        profile.main([f"{file}:wide", "--profile-steps=1"])
+    assert times.read_text() == ".."
+
+
+def raising(error):
+    def check(config):
+        raise error
+
+    return check
+
+
+@pytest.mark.parametrize("command", ["train", "profile"])
+def test_a_file_s_preset_behind_flags_is_told_its_place(file, command):
+    kind = {"train": train.Arguments, "profile": profile.Arguments}[command]
+    place = f"the preset comes first: python -m senano_jax.{command} {shlex.join([f'{file}:wide', '--steps', '3'])}"
+    with pytest.raises(UserError, match=re.escape(place)):
+        take_preset(["--steps", "3", f"{file}:wide"], command, kind)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +137,6 @@ def test_names_that_cannot_be_registered(presets, name, message):
 def test_the_run_s_folder_is_named_by_the_function(file):
     assert new_run_dir(f"{file}:wide").name.startswith("wide-")
     assert new_run_dir("demo").name.startswith("demo-")
-    assert new_run_dir("of a file: mine").name.startswith("of a file: mine-")
 
 
 @pytest.mark.parametrize(("typed", "kept"), [("{file}:wide", "own presets.py:wide"), ("a/demo", "a/demo")])
@@ -112,3 +144,8 @@ def test_a_run_keeps_no_path_of_its_preset(file, tmp_path, typed, kept):
     with RunFolder(tmp_path / "run") as folder:
         folder.start(tiny_demo(), typed.format(file=file), 1)
     assert read_config(tmp_path / "run" / "config.json") == (tiny_demo(), kept)
+
+
+def test_a_run_s_folder_is_in_logs_whatever_a_file_calls_its_preset():
+    folder = new_run_dir("a/../../b: c")
+    assert folder.parent.name == "logs" and folder.name.startswith("a-..-..-b--c-")

@@ -54,6 +54,17 @@ def test_the_exit_status_tells_the_worst(tmp_path, capsys, options, status, chan
     assert found == dict.fromkeys(RULES, "pass") | changed
 
 
+def test_the_parameters_of_a_program_s_own_model_are_not_known(run):
+    """Whatever model config.json describes beside it."""
+    config = dataclasses.replace(preset("recurrent"), own_model="Bigram 0123abcd")
+    verdicts = parameter_rules(config, dataclasses.replace(run(), parameters=170_000_000))
+    assert [verdict.status for verdict in verdicts] == ["not verifiable"] * 2
+    assert verdicts[0].figure == (
+        "a program's own model (Bigram 0123abcd), which the run folder does not hold; it says that there were "
+        "170,000,000"
+    )
+
+
 def test_the_record_s_parameters_are_162m_rounded_and_too_many_strictly(run):
     rounded, strict = parameter_rules(preset("recurrent"), dataclasses.replace(run(), parameters=None))
     assert (rounded.status, rounded.figure) == ("pass", "162M")

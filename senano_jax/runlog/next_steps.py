@@ -4,8 +4,8 @@ import shlex
 from pathlib import Path
 
 
-def next_steps(run_dir: Path, curve: Path | None) -> str:
-    """The folder of the run, its curve, if there is one, and commands to go on with, ready for a shell."""
+def next_steps(run_dir: Path, curve: Path | None, seed: int) -> str:
+    """The folder of the run of `seed`, its curve, if there is one, and commands to go on with, ready for a shell."""
     folder = shlex.quote(str(run_dir))
     lines = {
         "run folder": str(run_dir),
@@ -13,7 +13,7 @@ def next_steps(run_dir: Path, curve: Path | None) -> str:
         "evaluate": f"python -m senano_jax.evaluate {folder}",
         "sample": f"python -m senano_jax.sample {folder}",
         "compare": f"python -m senano_jax.compare {folder} OTHER_RUN",
-        "repeat": f"python -m senano_jax.train --config {folder} --seed 1",
+        "repeat": f"python -m senano_jax.train --config {folder} --seed {seed + 1}",
     }
     return "\n".join(f"{label + ':':<12}{text}" for label, text in lines.items() if text is not None)
 

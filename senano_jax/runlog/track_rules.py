@@ -56,8 +56,13 @@ def check_rules(folder: Path) -> list[Verdict]:
 def parameter_rules(config: Config, run: RunLog) -> list[Verdict]:
     """Embeddings and inactive parameters count; the limit as the record reads it, 162M rounded, and strictly."""
     check_config(config)
-    count = count_parameters(abstract_params(make_model(config.model, config.dtype)))
     rounded, strict = "parameters, rounded as in the record: <= 162M", f"parameters, strictly: <= {MAX_PARAMETERS:,}"
+    if config.own_model is not None:
+        figure = f"a program's own model ({config.own_model}), which the run folder does not hold"
+        if run.parameters is not None:
+            figure += f"; it says that there were {run.parameters:,}"
+        return [Verdict(rule, "not verifiable", figure) for rule in (rounded, strict)]
+    count = count_parameters(abstract_params(make_model(config.model, config.dtype)))
     if run.parameters not in (None, count):
         figure = f"config.json describes a model of {count:,} and says that the run had {run.parameters:,}"
         return [Verdict(rule, "not verifiable", figure) for rule in (rounded, strict)]

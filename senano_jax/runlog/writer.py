@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import secrets
 import shlex
 import subprocess
@@ -27,8 +28,9 @@ _PACKAGES = ("senano-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 
 
 def new_run_dir(preset: str) -> Path:
-    """logs/<preset>-<date>-<time>-<four letters>; of a preset FILE.py:NAME, the name."""
-    name = preset.rpartition(":")[2] if names_file(preset) else preset
+    """logs/<preset>-<date>-<time>-<four letters>; of a preset FILE.py:NAME, the name. What a path or a shell could take
+    for something else, in a name that a file tells, is a dash."""
+    name = re.sub(r"[^\w.+-]", "-", preset.rpartition(":")[2] if names_file(preset) else preset)
     return Path("logs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 

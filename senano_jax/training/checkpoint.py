@@ -217,6 +217,19 @@ class Checkpoints:
             ) from None
 
 
+@contextlib.contextmanager
+def saved_checkpoints(run_dir: Path) -> Iterator[tuple[Checkpoints, list[int]]]:
+    """Those of a run, to be read, and their steps, newest first. Raises UserError if there are none."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{run_dir} holds no checkpoints; give the folder of a run that saved one")
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps:
+            raise UserError(f"{folder} holds no finished checkpoint; give the folder of a run that saved one")
+        yield checkpoints, steps
+
+
 def load_params(
     run_dir: Path, abstract: Params, mesh: Mesh, step: int | None = None, *, own_model: bool = False
 ) -> tuple[Params, int]:
@@ -225,17 +238,12 @@ def load_params(
     Raises UserError if there is none or it does not fit, and for a run of a program's own model unless `own_model` says
     that `abstract` is of one.
     """
-    folder = run_dir / "checkpoints"
-    if not folder.is_dir():
-        raise UserError(f"{run_dir} holds no checkpoints; give the folder of a run that saved one")
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        steps = checkpoints.steps()
-        if not steps:
-            raise UserError(f"{folder} holds no finished checkpoint; give the folder of a run that saved one")
+    with saved_checkpoints(run_dir) as (checkpoints, steps):
         if step is None:
             step = steps[0]
         elif step not in steps:
             there = ", ".join(map(str, reversed(steps)))
+            folder = run_dir / "checkpoints"
             raise UserError(f"--step {step}: {folder} holds no checkpoint of this step; it holds: {there}")
         config, _ = read_config(run_dir / "config.json")
         if config.own_model is not None and not own_model:

@@ -1,6 +1,7 @@
 """What a run would be, without running it: size, tokens, stages, shards, memory and time, as far as they are known."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +23,11 @@ from senano_jax.runlog.run_folder import read_run_folder
 from senano_jax.runlog.sinks import Sinks
 from senano_jax.runlog.track_rules import MAX_PARAMETERS
 from senano_jax.runlog.units import format_time, format_tokens
+from senano_jax.runlog.writer import RunFolder
 from senano_jax.sources import is_weights_file
-from senano_jax.training.memory import activation_bytes, device_bytes, state_bytes
-from senano_jax.training.resume import check_same_run
+from senano_jax.training.checkpoint import saved_checkpoints
+from senano_jax.training.memory import device_bytes, resident_bytes, stage_activation_bytes
+from senano_jax.training.resume import check_same_run, require_checkpoint, require_shared_folder
 from senano_jax.training.wiring import Wiring, wire
 
 LOGS = Path("logs")  # where the speed of earlier runs is looked for
@@ -64,7 +67,8 @@ def describe(config: Config, preset: str) -> None:
         found(lambda: require_tokens(data.val_files, paths, data.val_tokens, data.val_seq_len))
     found(lambda: Sinks(config))
     found(lambda: _check_folder(config))
-    found(lambda: config.init_from is None or is_weights_file(config.init_from))
+    if config.init_from is not None:
+        found(lambda: _check_weights(config.init_from))
     if wiring := found(lambda: wire(config)):
         devices = wiring.mesh.devices.flat
         hardware = f"{wiring.mesh.size} x {devices[0].device_kind}"
@@ -77,7 +81,7 @@ def describe(config: Config, preset: str) -> None:
         _say("fault", fault)
     if faults:
         raise UserError(f"this run cannot start ({len(faults)} {'faults' if faults[1:] else 'fault'}, named above)")
-    _say("", "nothing was written; without --dry-run this run starts")
+    _say("", "nothing was written; without --dry-run the run starts, if its folder can be made and its files are sound")
 
 
 def _say(label: str, text: str) -> None:
@@ -112,11 +116,28 @@ def _shards(label: str, pattern: str, tokens: int) -> list[Path]:
 
 
 def _check_folder(config: Config) -> None:
-    folder = config.run_dir and expand_home(config.run_dir)
+    require_shared_folder(config)
+    folder = expand_home(config.run_dir or LOGS)
     if config.resume is not None:
         check_same_run(config, folder)
-    elif folder and (folder / "config.json").exists():
-        raise UserError(f"--run-dir {folder} holds a run already; choose another folder, or add --resume")
+        if config.resume != "latest":
+            with saved_checkpoints(folder) as (_, steps):
+                require_checkpoint(config.resume, steps)
+    elif config.run_dir is not None:
+        RunFolder(folder).refuse_if_started()
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written" if there.is_dir() else "is no folder"
+        raise UserError(f"--run-dir {folder} cannot be made or written: {there} {why}; choose another")
+
+
+def _check_weights(source: str) -> None:
+    path = expand_home(source)
+    if not is_weights_file(source):
+        with saved_checkpoints(path):
+            return
+    if not path.is_file():
+        raise UserError(f"--init-from {source}: there is no such file; check the name")
 
 
 def _split(wiring: Wiring, stage: PlannedStage) -> str:
@@ -127,15 +148,10 @@ def _split(wiring: Wiring, stage: PlannedStage) -> str:
 
 def _memory(wiring: Wiring) -> str:
     """The estimate by which micro-batches are chosen."""
-    config, plan = wiring.plan.config, wiring.plan
-    state = state_bytes(wiring.state, wiring.mesh) + 2 * 4 * count_parameters(wiring.state.params)
+    dtype, devices = wiring.plan.config.dtype, wiring.mesh.size
+    state = resident_bytes(wiring.state, wiring.mesh)
     activations = max(
-        activation_bytes(
-            stage.model,
-            config.dtype,
-            stage.batch_tokens // wiring.mesh.size // wiring.micro_batches[stage.index],
-        )
-        for stage in plan.stages
+        stage_activation_bytes(stage, dtype, devices, wiring.micro_batches[stage.index]) for stage in wiring.plan.stages
     )
     return (
         f"about {_gib(state + activations)} of {_gib(device_bytes(wiring.mesh))} GiB a device: {_gib(state)} of "

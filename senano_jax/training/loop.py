@@ -13,7 +13,6 @@ from senano_jax.config_check import check_config
 from senano_jax.data.identity import needed_shards
 from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import TokenStream, require_tokens
-from senano_jax.errors import UserError
 from senano_jax.files import expand_home
 from senano_jax.jax_settings import start_jax
 from senano_jax.model.build import count_parameters
@@ -27,7 +26,7 @@ from senano_jax.training.mesh import place_batch
 from senano_jax.training.own import NOTHING_OWN, Own
 from senano_jax.training.processes import StopVote, together
 from senano_jax.training.recorder import Recorder, RunningStep, wait_for_step
-from senano_jax.training.resume import Bookmark, begin_or_resume, check_same_run, open_run
+from senano_jax.training.resume import Bookmark, begin_or_resume, check_same_run, open_run, require_shared_folder
 from senano_jax.training.state import params_to_evaluate
 from senano_jax.training.stop import Stopped, StopRequest
 from senano_jax.training.wiring import Wiring, wire
@@ -128,8 +127,7 @@ def train(
 def _checked(config: Config) -> tuple[Sinks, list[Path]]:
     """The tools to watch the run with, and the shards to train on. Raises UserError for what cannot work whatever the
     devices are."""
-    if jax.process_count() > 1 and config.run_dir is None:
-        raise UserError("a run of several processes needs --run-dir, the same folder for all of them")
+    require_shared_folder(config)
     with together():
         check_config(config)
         if config.resume is not None:

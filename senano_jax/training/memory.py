@@ -37,17 +37,25 @@ def choose_micro_batches(plan: Plan, devices: int, budget: int) -> tuple[int, ..
 
 def _fewest(config: Config, stage: PlannedStage, devices: int, budget: int) -> int:
     sequences = stage.sequences // devices
-    bytes_per_sequence = activation_bytes(stage.model, config.dtype, stage.seq_len)
     fitting = [
-        n for n in range(1, sequences + 1) if sequences % n == 0 and sequences // n * bytes_per_sequence <= budget
+        n
+        for n in range(1, sequences + 1)
+        if sequences % n == 0 and stage_activation_bytes(stage, config.dtype, devices, n) <= budget
     ]
     if not fitting:
+        bytes_per_sequence = stage_activation_bytes(stage, config.dtype, devices, sequences)
         raise UserError(
             f"one sequence of --seq-len {stage.seq_len} takes about {bytes_per_sequence / 2**30:.1f} GiB beside the "
             f"weights, a device has {max(budget, 0) / 2**30:.1f} GiB; use --model.remat full, or --micro-batches "
             f"{sequences} to try it nevertheless"
         )
     return fitting[0]
+
+
+def stage_activation_bytes(stage: PlannedStage, dtype: str, devices: int, micro_batches: int) -> int:
+    """Estimate of what a micro-batch of a stage's step keeps on each device, in bytes: of each of its sequences as much
+    as of one alone."""
+    return stage.sequences // devices // micro_batches * activation_bytes(stage.model, dtype, stage.seq_len)
 
 
 def activation_bytes(model: TransformerConfig, dtype: str, tokens: int) -> int:
@@ -62,11 +70,17 @@ def activation_bytes(model: TransformerConfig, dtype: str, tokens: int) -> int:
 
 def memory_budget(state: TrainState, mesh: Mesh) -> int:
     """Bytes of a device's memory that activations may take, the least over all processes: 90% of what JAX may use, less
-    the (abstract) state and two float32 gradients, those of a micro-batch and their sum."""
-    budget = int(0.9 * device_bytes(mesh)) - state_bytes(state, mesh) - 2 * 4 * count_parameters(state.params)
+    what is there throughout."""
+    budget = int(0.9 * device_bytes(mesh)) - resident_bytes(state, mesh)
     if jax.process_count() > 1:  # all must compile the same program
         budget = int(multihost_utils.process_allgather(np.float32(budget)).min())
     return budget
+
+
+def resident_bytes(state: TrainState, mesh: Mesh) -> int:
+    """What each device holds throughout a step: the (abstract) state and two float32 gradients, those of a micro-batch
+    and their sum."""
+    return state_bytes(state, mesh) + 2 * 4 * count_parameters(state.params)
 
 
 def device_bytes(mesh: Mesh) -> int:

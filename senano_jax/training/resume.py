@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from senano_jax.config import Config, settings
@@ -49,6 +50,12 @@ class OpenRun(NamedTuple):
     def newest_checkpoint(self) -> int | None:
         """Its step, once it is completely on disk; None if there is none."""
         return next(iter(self.checkpoints.steps()), None)
+
+
+def require_shared_folder(config: Config) -> None:
+    """Raises UserError for several processes that would make a folder each. JAX must have been started."""
+    if jax.process_count() > 1 and config.run_dir is None:
+        raise UserError("a run of several processes needs --run-dir, the same folder for all of them")
 
 
 @contextlib.contextmanager
@@ -116,6 +123,13 @@ def check_same_run(config: Config, run_dir: Path) -> None:
         )
 
 
+def require_checkpoint(wanted: int | str, steps: Sequence[int]) -> None:
+    """Raises UserError if the step to resume at is none of `steps`, those of the checkpoints, newest first."""
+    if wanted != "latest" and wanted not in steps:
+        there = ", ".join(map(str, reversed(steps))) or "none"
+        raise UserError(f"--resume {wanted}: there is no checkpoint of this step; there are: {there}")
+
+
 def restore(
     checkpoints: Checkpoints, wanted: int | str, abstract: TrainState, mesh: Mesh, say: Callable[[str], None]
 ) -> tuple[TrainState, Bookmark] | None:
@@ -126,9 +140,7 @@ def restore(
     """
     steps = checkpoints.steps()
     if wanted != "latest":
-        if wanted not in steps:
-            there = ", ".join(map(str, reversed(steps))) or "none"
-            raise UserError(f"--resume {wanted}: there is no checkpoint of this step; there are: {there}")
+        require_checkpoint(wanted, steps)
         return _restore_together(checkpoints, int(wanted), abstract, mesh)
     for older, step in enumerate(steps, start=1):
         try:
