@@ -111,12 +111,6 @@ def test_commands_refuse_what_they_do_not_have(own_run):
         train.main([f"--run-dir={folder}", "--resume"])
 
 
-@pytest.mark.parametrize("name", ["a/../../b", "x: y", "", "-x", 3])
-def test_a_name_that_no_folder_should_have_is_refused(name):
-    with pytest.raises(UserError, match=re.escape(f"fit got the name {name!r}; use letters")):
-        senano_jax.fit(tiny_demo(), name=name)
-
-
 def test_another_optimiser_cannot_go_on_with_it(own_run):
     run, _ = own_run
     config = changed(tiny_demo(), {"run_dir": str(run.folder), "steps": 3, "resume": "latest"})
@@ -207,7 +201,7 @@ def test_fit_wants_an_optimiser_or_a_function_that_makes_one(optimizer, message,
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["a/../../b", "x: y", "mine.py:wide", "", 3])
+@pytest.mark.parametrize("name", ["a/../../b", "x: y", "mine.py:wide", "", "-x", 3])
 def test_a_name_of_a_run_is_part_of_a_path(name, tmp_path):
     config = changed(tiny_demo(), {"run_dir": str(tmp_path / "run")})
     with pytest.raises(UserError, match=r"fit got the name .*; use letters, digits and \. _ \+ -"):
