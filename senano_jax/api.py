@@ -143,12 +143,9 @@ def validation_loss(
         raise UserError("validation_loss needs the config of these weights; give it as the second argument")
     check_config(config)
     start_jax(config.dtype, config.compilation_cache)
-    if isinstance(weights, Run):
-        params, step = _load(str(weights.folder), config, model, step)
-    elif isinstance(weights, (str, PathLike)):
-        params, step = _load(str(weights), config, model, step)
-    else:
-        params = weights
+    params = weights
+    if isinstance(weights, (Run, str, PathLike)):
+        params, step = _load(_path(weights), config, model, step)
     mesh = make_mesh(config.devices)
     evaluate = make_evaluator(config, _model(config, model), mesh)
     window = Plan(config).evaluation_window(config.steps if step is None else step)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from senano_jax.command_line import import_jax, parse, value_of, with_dashes
+from senano_jax.command_line import import_jax, parse, value_of
 from senano_jax.config import Config, DataConfig
 from senano_jax.config_check import check_config
 from senano_jax.data.bpe import load_bpe
@@ -64,7 +64,6 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> float:
     """Parses, evaluates, prints, and returns the loss, or with --hellaswag acc_norm."""
-    arguments = with_dashes(arguments)
     base = _base_config(arguments)
     defaults = Arguments(
         source=tyro.MISSING, data=base.data, dtype=base.dtype, attention=base.model.attention, devices=base.devices
