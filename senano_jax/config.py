@@ -111,6 +111,11 @@ class Config:
     """Devices to use; all by default."""
     micro_batches: int | None = field(default=None, metadata=FREE)
     """Micro-batches a step is split into on each device; by default the fewest that fit in memory."""
+    share_matrices: bool = field(default=False, metadata=FREE)
+    """Each device keeps the averages of its own share of the matrices (ZeRO stage 1), which halves what travels for
+    them; by default every device keeps all."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which gradients travel between devices."""
     run_dir: str | None = field(default=None, metadata=FREE)
     """Folder of the run; logs/<run-id> by default."""
     resume: int | Literal["latest"] | None = field(default=None, metadata=FREE)

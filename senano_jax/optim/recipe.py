@@ -20,12 +20,15 @@ from senano_jax.optim.muon import orthogonalized, scale_by_muon, step_factor
 from senano_jax.optim.newton_schulz import ITERATIONS
 from senano_jax.optim.normuon import normalized
 from senano_jax.optim.schedules import learning_rate_factor, ramp
+from senano_jax.optim.shares import Shares, scale_by_shared_muon
 
 # The names of the groups' states in checkpoints.
 _STATES = {"matrices": "muon", "head": "head", "embeddings": "embed", "scalars": "scalar"}
 
 
-def make_optimizer(recipe: Recipe, steps: int, axis_name: str | None = None) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    recipe: Recipe, steps: int, axis_name: str | None = None, shares: Shares | None = None
+) -> optax.GradientTransformationExtraArgs:
     """The rule of each group, after whatever is done to all gradients.
 
     With g the gradient of the loss summed over n tokens, and norms taken over all parameters:
@@ -36,19 +39,22 @@ def make_optimizer(recipe: Recipe, steps: int, axis_name: str | None = None) -> 
 
     `update` takes the keyword arguments `tokens`, n, and `rate`, None or a traced scalar that multiplies every learning
     rate. `steps` is the length of the run that schedules are stretched over; `axis_name` a mapped axis of devices with
-    equal gradients (see `scale_by_muon`).
+    equal gradients (see `scale_by_muon`). With `shares`, for a recipe that `can_share`, each device keeps the averages
+    of its own matrices, and `update` takes the keyword argument `stacks` of `scale_by_shared_muon`.
 
     An average is kept in the state, for `read_out` (average.py). `init` raises ValueError for a parameter that belongs
     to no group, unless one rule updates them all.
     """
     if recipe.average is not None:
-        inner = make_optimizer(dataclasses.replace(recipe, average=None), steps, axis_name)
+        inner = make_optimizer(dataclasses.replace(recipe, average=None), steps, axis_name, shares)
         return with_tail_average(inner, recipe.average, steps)
     if recipe.look_ahead is not None:
-        inner = make_optimizer(dataclasses.replace(recipe, look_ahead=None), steps, axis_name)
+        inner = make_optimizer(dataclasses.replace(recipe, look_ahead=None), steps, axis_name, shares)
         return with_look_ahead(inner, recipe.look_ahead, recipe.schedule, steps)
     leaders = dict.fromkeys(recipe.leader(group) for group in GROUPS)
-    rules = {_STATES.get(group, group): _rule(getattr(recipe, group), recipe, steps, axis_name) for group in leaders}
+    rules = {
+        _STATES.get(group, group): _rule(getattr(recipe, group), recipe, steps, axis_name, shares) for group in leaders
+    }
     before = []
     if recipe.mean_gradients:
         before.append(mean_over_tokens())
@@ -69,8 +75,13 @@ def make_optimizer(recipe: Recipe, steps: int, axis_name: str | None = None) -> 
     return optax.chain(*before, by_group) if before else by_group
 
 
+def can_share(recipe: Recipe) -> bool:
+    """Whether devices can share the averages of the matrices: Muon's, and nothing is done to all gradients before."""
+    return isinstance(recipe.matrices, MuonRule) and not recipe.mean_gradients and recipe.clip_norm is None
+
+
 def _rule(
-    rule: MuonRule | AdamRule, recipe: Recipe, steps: int, axis_name: str | None
+    rule: MuonRule | AdamRule, recipe: Recipe, steps: int, axis_name: str | None, shares: Shares | None
 ) -> list[optax.GradientTransformation]:
     def learning_rate(step):
         return rule.rate * learning_rate_factor(step, steps, recipe.schedule)
@@ -82,7 +93,7 @@ def _rule(
         decay = [
             add_cautious_decay(rule.decay, learning_rate, lambda path, shape: step_factor(path, shape, rule.down_rate))
         ]
-    return [_muon(rule, steps, axis_name), *decay, scale_by_rate(learning_rate)]
+    return [_muon(rule, steps, axis_name, shares), *decay, scale_by_rate(learning_rate)]
 
 
 def _adam(rule: AdamRule, learning_rate: Callable) -> list[optax.GradientTransformation]:
@@ -102,7 +113,7 @@ def _adam(rule: AdamRule, learning_rate: Callable) -> list[optax.GradientTransfo
     return [optax.GradientTransformationExtraArgs(on_sums.init, on_sums.update)]
 
 
-def _muon(rule: MuonRule, steps: int, axis_name: str | None) -> optax.GradientTransformation:
+def _muon(rule: MuonRule, steps: int, axis_name: str | None, shares: Shares | None) -> optax.GradientTransformation:
     on_stacks = orthogonalized(ITERATIONS[rule.iteration])
     if rule.neuron_b2 is not None:
         on_stacks = normalized(on_stacks, rule.neuron_b2)
@@ -111,6 +122,8 @@ def _muon(rule: MuonRule, steps: int, axis_name: str | None) -> optax.GradientTr
         return ramp(step, steps, rule.momentum)
 
     momentum = nesterov(mu) if rule.mixture is None else mixed(mu, rule.mixture, steps)
+    if shares is not None:
+        return scale_by_shared_muon(momentum, on_stacks, shares, rule.down_rate)
     return scale_by_muon(momentum, on_stacks, axis_name, rule.query_key_columns, rule.down_rate)
 
 

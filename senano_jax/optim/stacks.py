@@ -20,7 +20,7 @@ class StackRule(NamedTuple):
 def init_stacks(rule: StackRule, matrices: list[Float[Array, "*stack in out"]]) -> dict[str, Any]:
     """What the rule keeps of each stack, by the shape of its matrices, such as "768x3072"; no entry if it keeps
     nothing."""
-    kept = {_name(shape): rule.init(stack) for shape, _, stack in _stacks(_wide(matrices))}
+    kept = {name: rule.init(stack) for name, stack in stacked(matrices).items()}
     return {name: tree for name, tree in kept.items() if jax.tree.leaves(tree)}
 
 
@@ -32,21 +32,43 @@ def update_stacks(
     Everything is the same on all devices of `axis_name`, before and after: each does its part of every stack, and all
     gather the results. None: every device does all of it.
     """
-    wide = _wide(matrices)
-    results: list[Array | None] = [None] * len(matrices)
-    new = dict(kept)
-    for shape, members, stack in _stacks(wide):
-        name = _name(shape)
-        done, tree = _shared(rule, stack, kept.get(name, ()), axis_name)
+    done, new = {}, dict(kept)
+    for name, stack in stacked(matrices).items():
+        done[name], tree = _shared(rule, stack, kept.get(name, ()), axis_name)
         if name in kept:
             new[name] = tree
-        start = 0
+    return unstacked(done, matrices), new
+
+
+def stacked(matrices: list[Float[Array, "*stack in out"]]) -> dict[str, Stack]:
+    """All matrices of a shape (up to transposition) in one stack, by their shape."""
+    wide = _wide(matrices)
+    return {
+        _name(shape): jnp.concatenate([wide[i].reshape(-1, *shape) for i in members])
+        for shape, members in _members(wide)
+    }
+
+
+def unstacked(
+    stacks: dict[str, Stack], like: list[Float[Array, "*stack in out"]]
+) -> list[Float[Array, "*stack in out"]]:
+    """The matrices that `stacked` put there, in the shapes of `like`; a stack may have more behind them."""
+    wide = _wide(like)
+    results: list[Array | None] = [None] * len(like)
+    for shape, members in _members(wide):
+        stack, start = stacks[_name(shape)], 0
         for i in members:
             size = wide[i].size // (shape[0] * shape[1])
-            part = done[start : start + size].reshape(wide[i].shape)
+            part = stack[start : start + size].reshape(wide[i].shape)
             start += size
-            results[i] = part.mT if matrices[i].shape[-2] > matrices[i].shape[-1] else part
-    return results, new
+            results[i] = part.mT if like[i].shape[-2] > like[i].shape[-1] else part
+    return results
+
+
+def filled_up(x: Float[Array, "n ..."], devices: int) -> Float[Array, "filled ..."]:
+    """Zeros behind its rows, so that each device has equally many."""
+    missing = -len(x) % devices
+    return jnp.concatenate([x, jnp.zeros((missing, *x.shape[1:]), x.dtype)])
 
 
 def _wide(matrices: list[Array]) -> list[Array]:
@@ -54,11 +76,10 @@ def _wide(matrices: list[Array]) -> list[Array]:
     return [matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix for matrix in matrices]
 
 
-def _stacks(wide: list[Array]):
-    """Yields for each shape (rows, cols) the indices of its arrays and the stack of all their matrices."""
+def _members(wide: list[Array]):
+    """Yields each shape (rows, cols) and the indices of its arrays."""
     for shape in dict.fromkeys(array.shape[-2:] for array in wide):
-        members = [i for i, array in enumerate(wide) if array.shape[-2:] == shape]
-        yield shape, members, jnp.concatenate([wide[i].reshape(-1, *shape) for i in members])
+        yield shape, [i for i, array in enumerate(wide) if array.shape[-2:] == shape]
 
 
 def _name(shape: tuple[int, int]) -> str:
@@ -74,8 +95,7 @@ def _shared(rule: StackRule, stack: Stack, kept: Any, axis_name: str | None) -> 
     start = jax.lax.axis_index(axis_name) * size
 
     def mine(x):
-        filled = jnp.concatenate([x, jnp.zeros((size * devices - count, *x.shape[1:]), x.dtype)])
-        return jax.lax.dynamic_slice_in_dim(filled, start, size)
+        return jax.lax.dynamic_slice_in_dim(filled_up(x, devices), start, size)
 
     done = rule.update(*jax.tree.map(mine, (stack, kept)))
     return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True)[:count], done)

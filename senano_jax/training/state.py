@@ -5,16 +5,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from senano_jax.model.build import Model, Params, abstract_params
 from senano_jax.optim.average import read_out
-from senano_jax.training.mesh import replicated
+from senano_jax.optim.shares import SharedMuonState
+from senano_jax.training.mesh import DATA_AXIS, replicated
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes, on all devices alike."""
+    """Everything that a step changes, on all devices alike but for what they share."""
 
     step: Int[Array, ""]  # optimiser steps taken
     params: Params
@@ -28,8 +30,16 @@ def abstract_state(model: Model, optimizer: optax.GradientTransformation) -> Tra
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """For each array of a state, or of its abstract form, how it lies on the devices: all of it on each."""
-    return jax.tree.map(lambda _: replicated(mesh), state)
+    """For each array of a state, or of its abstract form, how it lies on the devices: all of it on each, or a share of
+    it where the devices share the averages of matrices."""
+
+    def place(node):
+        if not isinstance(node, SharedMuonState):
+            return replicated(mesh)
+        shared = jax.tree.map(lambda _: NamedSharding(mesh, P(DATA_AXIS)), node)
+        return shared._replace(count=replicated(mesh))
+
+    return jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, SharedMuonState))
 
 
 def init_state(model: Model, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:

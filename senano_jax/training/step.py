@@ -9,12 +9,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32
 
 from senano_jax.model.build import Model, Params
 from senano_jax.model.targets import Prefixes
 from senano_jax.optim.look_ahead import look_ahead
+from senano_jax.optim.shares import Shares
 from senano_jax.training.mesh import DATA_AXIS
+from senano_jax.training.reduction import reduced
 from senano_jax.training.state import TrainState, state_shardings
 
 
@@ -56,6 +59,8 @@ def make_train_step(
     mesh: Mesh,
     visits: int | None = None,
     prefix_table: Int32[np.ndarray, "V"] | None = None,
+    shares: Shares | None = None,
+    reduce_dtype: DTypeLike = jnp.float32,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """A jitted (state, tokens, window_blocks, loss_weights=None, rate=None, prefix_weight=None) -> (state, metrics).
 
@@ -66,7 +71,8 @@ def make_train_step(
     of token t. Gradients of the summed loss are added over micro-batches in float32, reduced once over the devices, and
     rounded to their parameter's type: up to the order of sums the update depends on the set of sequences alone. The
     given state is donated. The optimiser must have been made with this mesh's axis name; one that asks for it is told
-    over how many `tokens` the gradients are summed, and the `rate` that multiplies its learning rates.
+    over how many `tokens` the gradients are summed, and the `rate` that multiplies its learning rates. `shares` are
+    those that it was made with; `reduce_dtype` is the type in which gradients travel between devices.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -75,15 +81,16 @@ def make_train_step(
         total = summed_gradients(
             model, look_ahead(state.opt_state, state.params), tokens_AST, window_blocks, loss_weights, visits, prefixes
         )
+        loss, gradients = total
         with jax.named_scope("reduce"):
-            loss, gradients = jax.lax.psum(total, DATA_AXIS)
+            loss = jax.lax.psum(loss, DATA_AXIS)
+            gradients, stacks, grad_norm = reduced(gradients, shares, reduce_dtype)
 
         A, S, length = tokens_AST.shape
         trained = A * S * (length - 1) * jax.lax.axis_size(DATA_AXIS)
         with jax.named_scope("optimizer"):
-            grad_norm = optax.tree.norm(gradients)
             gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.params)
-            options = _given(tokens=trained, rate=rate)
+            options = _given(tokens=trained, rate=rate, stacks=stacks)
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, **options)
             params = optax.apply_updates(state.params, updates)
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -13,13 +14,15 @@ from senano_jax.config import Config
 from senano_jax.data.prefixes import read_prefixes
 from senano_jax.errors import UserError
 from senano_jax.model.build import Model, make_model
-from senano_jax.optim.recipe import make_optimizer
+from senano_jax.optim.config import OwnOptimizer
+from senano_jax.optim.recipe import can_share, make_optimizer
+from senano_jax.optim.shares import Shares
 from senano_jax.plan import Plan
 from senano_jax.training.memory import choose_micro_batches, memory_budget
 from senano_jax.training.mesh import DATA_AXIS, make_mesh
 from senano_jax.training.own import NOTHING_OWN, Own, on_mean_gradients, require_own
 from senano_jax.training.processes import together
-from senano_jax.training.state import TrainState, abstract_state
+from senano_jax.training.state import TrainState, abstract_state, state_shardings
 from senano_jax.training.step import StepMetrics, make_train_step
 
 
@@ -31,7 +34,12 @@ class Wiring(NamedTuple):
     model: Model
     optimizer: optax.GradientTransformation
     state: TrainState
-    """Shapes and dtypes."""
+    """Shapes and dtypes of a state as checkpoints hold it."""
+    spread: Callable[[TrainState], TrainState]
+    """Makes of such a state, or of its abstract form, the one that a step takes: where devices share averages, each
+    keeps its own."""
+    whole: Callable[[TrainState], TrainState]
+    """The way back."""
     micro_batches: tuple[int, ...]
     """For each stage, on each device."""
     train_steps: tuple[Callable[..., tuple[TrainState, StepMetrics]], ...]
@@ -49,6 +57,7 @@ def wire(config: Config, own: Own = NOTHING_OWN) -> Wiring:
     require_own(config, own)
     plan, mesh = Plan(config), make_mesh(config.devices)
     model = make_model(config.model, config.dtype) if own.model is None else own.model
+    shares = _shares(config, mesh)
     if own.optimizer is None:
         optimizer = make_optimizer(config.optimizer, config.steps, DATA_AXIS)
     else:
@@ -61,14 +70,44 @@ def wire(config: Config, own: Own = NOTHING_OWN) -> Wiring:
         raise UserError(f"the recipe does not suit the model ({error}); give it an optimiser too") from error
     with together():
         prefix_table = _prefix_table(plan)
-    micro_batches = choose_micro_batches(plan, mesh.size, memory_budget(state, mesh))
+    spread, whole = _forms(state, shares, mesh)
+    micro_batches = choose_micro_batches(plan, mesh.size, memory_budget(jax.eval_shape(spread, state), mesh))
+    of_step = optimizer if shares is None else make_optimizer(config.optimizer, config.steps, DATA_AXIS, shares)
 
     @functools.cache
     def train_step(visits: int | None):
-        return make_train_step(model, optimizer, mesh, visits, prefix_table)
+        return make_train_step(model, of_step, mesh, visits, prefix_table, shares, config.reduce_dtype)
 
     train_steps = tuple(train_step(stage.visits) for stage in plan.stages)
-    return Wiring(plan, mesh, model, optimizer, state, micro_batches, train_steps)
+    return Wiring(plan, mesh, model, optimizer, state, spread, whole, micro_batches, train_steps)
+
+
+def _shares(config: Config, mesh: Mesh) -> Shares | None:
+    """None if every device keeps the averages of all matrices."""
+    if not config.share_matrices:
+        return None
+    if isinstance(config.optimizer, OwnOptimizer) or not can_share(config.optimizer):
+        raise UserError(
+            "--share-matrices is for recipes that give the matrices to Muon and neither average nor clip gradients; "
+            "drop it"
+        )
+    return Shares(DATA_AXIS, mesh.size, config.optimizer.matrices.query_key_columns)
+
+
+def _forms(state: TrainState, shares: Shares | None, mesh: Mesh) -> tuple[Callable, Callable]:
+    """`Wiring.spread` and `Wiring.whole`, of a state as checkpoints hold it."""
+    if shares is None:
+        return lambda state: state, lambda state: state
+
+    abstract = jax.eval_shape(shares.spread, state.opt_state)
+    spread = jax.jit(shares.spread, out_shardings=state_shardings(abstract, mesh))
+    whole = jax.jit(
+        lambda shared: shares.whole(shared, state.opt_state), out_shardings=state_shardings(state.opt_state, mesh)
+    )
+    return (
+        lambda state: state._replace(opt_state=spread(state.opt_state)),
+        lambda state: state._replace(opt_state=whole(state.opt_state)),
+    )
 
 
 def _prefix_table(plan: Plan) -> Int32[np.ndarray, "V"] | None:
