@@ -109,7 +109,7 @@ def fit(
     own = Own(_transformation(optimizer, config.steps), model)
     if own != NOTHING_OWN:
         check_config(config)
-        start_jax(config.dtype, config.compilation_cache)
+        start_jax(config.dtype, config.compilation_cache, config.deterministic)
         config = naming(config, own, optimizer_name)
     return Run(loop.train(config, preset_name, own, quiet=quiet, on_record=on_record), model)
 
@@ -142,7 +142,7 @@ def validation_loss(
     if config is None:
         raise UserError("validation_loss needs the config of these weights; give it as the second argument")
     check_config(config)
-    start_jax(config.dtype, config.compilation_cache)
+    start_jax(config.dtype, config.compilation_cache, config.deterministic)
     params = weights
     if isinstance(weights, (Run, str, PathLike)):
         params, step = _load(_path(weights), config, model, step)

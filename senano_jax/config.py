@@ -116,6 +116,8 @@ class Config:
     them; by default every device keeps all."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which gradients travel between devices."""
+    deterministic: bool = field(default=False, metadata=FREE)
+    """Have XLA choose operations on GPUs that give the same bits in every run on the same GPUs; slower."""
     run_dir: str | None = field(default=None, metadata=FREE)
     """Folder of the run; logs/<run-id> by default."""
     resume: int | Literal["latest"] | None = field(default=None, metadata=FREE)

@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> float:
     from senano_jax.training.mesh import make_mesh
     from senano_jax.training.weights import load_weights
 
-    start_jax(config.dtype, config.compilation_cache)
+    start_jax(config.dtype, config.compilation_cache, config.deterministic)
     mesh = make_mesh(config.devices)
     model = make_model(config.model, config.dtype)
     evaluate = make_evaluator(config, model, mesh) if args.hellaswag is None else _hellaswag(args, config, model, mesh)

@@ -34,14 +34,16 @@ _FIXED = {
 # From JAX 0.11 on XLA hands some bfloat16 products on CPUs to a library (YNNPACK) that adds in bfloat16. Over 1,024
 # terms that is an error of 2%; sums in float32, which XLA makes itself, leave that of the result's rounding, 0.17%.
 _SUMS_IN_FLOAT32 = "--xla_cpu_experimental_ynn_fusion_type="
+# No sums in whatever order threads come, and no kernels chosen by how fast they happened to be.
+_SAME_BITS = "--xla_gpu_deterministic_ops=true"
 _CHOOSE_DEVICES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES")
 _FIND_ALL = {"jax_platforms": None, "jax_platform_name": "", "jax_num_cpu_devices": -1}
 
 
-def start_jax(dtype: str = "bfloat16", compilation_cache: str | None = None) -> None:
+def start_jax(dtype: str = "bfloat16", compilation_cache: str | None = None, deterministic: bool = False) -> None:
     """Settings of the whole process, for activations of type `dtype`, and its devices. Processes of one job must have
     joined. Raises UserError if there is no device of the kind that the environment asks for."""
-    configure_jax(dtype, compilation_cache)
+    configure_jax(dtype, compilation_cache, deterministic)
     try:
         jax.devices()
     except Exception as error:  # also an AssertionError without a word
@@ -71,14 +73,16 @@ def _devices_by_default() -> str:
             jax.config.update(name, value)
 
 
-def configure_jax(dtype: str, compilation_cache: str | None) -> None:
-    """The settings alone: exact float32 products if `dtype` asks for them, and the cache of compiled programs, unless
-    JAX_COMPILATION_CACHE_DIR names one."""
+def configure_jax(dtype: str, compilation_cache: str | None, deterministic: bool = False) -> None:
+    """The settings alone: exact float32 products if `dtype` asks for them, the same bits from GPUs in every run if
+    `deterministic`, and the cache of compiled programs, unless JAX_COMPILATION_CACHE_DIR names one."""
     for name, value in _FIXED.items():
         jax.config.update(name, value)
     flags = os.environ.get("XLA_FLAGS", "")
     if jax.__version_info__ >= (0, 11) and _SUMS_IN_FLOAT32 not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_SUMS_IN_FLOAT32}".strip()
+    if deterministic and _SAME_BITS not in os.environ.get("XLA_FLAGS", ""):  # read once, with the first device
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_SAME_BITS}".strip()
     # GPUs would round float32 to TF32.
     jax.config.update("jax_default_matmul_precision", "highest" if dtype == "float32" else None)
     if compilation_cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:

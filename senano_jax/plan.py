@@ -104,14 +104,23 @@ class Plan:
         return StepInputs(window, self.loss_weights(step), self.rate(step), self.prefix_weight(step))
 
     def loss_weights(self, step: int) -> Float32[np.ndarray, "K"] | None:
-        """Weights of predicting the token 1, 2, .. K ahead; None where the next token counts alone."""
+        """Weights of predicting the token 1, 2, .. K ahead; None in a run where the next token counts alone.
+
+        K is that of the stage that looks farthest: 0 costs next to nothing, another program half a minute to compile.
+        """
+        longest = max(len(stage.ahead) for stage in self.stages)
+        if not longest:
+            return None
         stage = self.stage(step)
-        return _moved(stage.ahead, stage, step) if stage.ahead else None
+        weights = _moved(stage.ahead or ((1.0, 1.0),), stage, step)
+        return np.pad(weights, (0, longest - len(weights)))
 
     def prefix_weight(self, step: int) -> np.float32 | None:
-        """Weight of predicting what the next token begins with; None where its stage has none."""
+        """Weight of predicting what the next token begins with; None in a run that does not predict it."""
+        if not any(stage.has_prefix for stage in self.stages):
+            return None
         stage = self.stage(step)
-        return _moved(stage.prefix, stage, step) if stage.has_prefix else None
+        return _moved(stage.prefix, stage, step)
 
     def rate(self, step: int) -> np.float32 | None:
         """The stage's factor of all learning rates; None if no stage of the run has one."""

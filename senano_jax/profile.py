@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> "Report":
     config = Config(**config_fields(args))
     check_config(config)
     _check(args)
-    start_jax(config.dtype, config.compilation_cache)
+    start_jax(config.dtype, config.compilation_cache, config.deterministic)
 
     plan = Plan(config)
     stage = plan.stages[-1 if args.stage is None else args.stage]

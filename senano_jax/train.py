@@ -27,7 +27,15 @@ GROUPS = {  # headings of --help: fields of Config and of Arguments
     "length": ("steps", "batch_tokens", "seq_len", "initial_window_tokens", "final_window_tokens"),
     "evaluation": ("val_every", "evaluation_window_tokens"),
     "checkpoint": ("checkpoint_every", "checkpoint_keep", "checkpoint_keep_every"),
-    "device": ("dtype", "devices", "micro_batches", "share_matrices", "reduce_dtype", "compilation_cache"),
+    "device": (
+        "dtype",
+        "devices",
+        "micro_batches",
+        "share_matrices",
+        "reduce_dtype",
+        "deterministic",
+        "compilation_cache",
+    ),
     "tracking": ("tensorboard", "wandb"),
 }
 _DESCRIPTION = """Trains a preset, or a variation of it, on token shards and reports its validation loss.

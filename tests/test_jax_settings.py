@@ -71,6 +71,17 @@ def test_bfloat16_after_float32_has_its_own_precision():
         jax.config.update("jax_default_matmul_precision", before)
 
 
+def test_deterministic_asks_xla_once(monkeypatch):
+    """It is XLA's to keep: two runs on GPUs are compared by hand (docs/reliability.md)."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp")
+    configure_jax("bfloat16", None)
+    assert "deterministic" not in os.environ["XLA_FLAGS"]
+    for _ in range(2):
+        configure_jax("bfloat16", None, deterministic=True)
+        flags = os.environ["XLA_FLAGS"].split()
+        assert flags.count("--xla_gpu_deterministic_ops=true") == 1 and "--xla_dump_to=/tmp" in flags
+
+
 @pytest.mark.parametrize("arguments", [["train", *SMALL], ["profile"]])
 def test_devices_that_are_not_there_are_one_line(arguments):
     done = command(*arguments, JAX_PLATFORMS="nonsense,cuda")

@@ -94,17 +94,19 @@ def test_the_ramp_trains_on_the_tokens_of_the_record():
 
 
 def test_weights_of_tokens_ahead_move_through_their_stage():
-    """Linearly from one to the other, which the next stage's first step would be the first to have; exact fractions."""
+    """Linearly from one to the other, which the next stage's first step would be the first to have; exact fractions.
+    All stages have as many weights, 0 for what they do not look ahead to, so that one program serves them."""
     plan = Plan(ramp())
     for step in range(9):
         last = Fraction(1, 4) * (1 - Fraction(step, 9))
         np.testing.assert_allclose(plan.loss_weights(step), [1, 0.5, float(last)], rtol=1e-7)
     for step in range(9, 23):
         second = Fraction(1, 2) * (1 - Fraction(step - 9, 14))
-        np.testing.assert_allclose(plan.loss_weights(step), [1, float(second)], rtol=1e-7)
+        np.testing.assert_allclose(plan.loss_weights(step), [1, float(second), 0], rtol=1e-7)
     assert plan.loss_weights(0).dtype == np.float32
-    assert plan.loss_weights(23) is None
-    assert plan.inputs(0).loss_weights is not None and plan.inputs(29).loss_weights is None
+    for step in (23, 29):
+        np.testing.assert_array_equal(plan.inputs(step).loss_weights, [1, 0, 0])
+    assert Plan(preset("batch-ramp")).loss_weights(0) is None
 
 
 def test_rates_are_given_to_all_steps_or_to_none():

@@ -121,7 +121,7 @@ def test_a_model_adds_the_loss_of_prefixes(model, columns):
 
 
 def test_the_weight_moves_through_its_stage():
-    """A quarter for a third of the run, then less and less; after that it is no part of the program."""
+    """A quarter for a third of the run, then less and less; none after that, in the same program."""
     config = preset("prefix")
     plan = Plan(config)
     first, second, third = plan.stages
@@ -130,7 +130,7 @@ def test_the_weight_moves_through_its_stage():
     done = (middle - second.first) / (second.end - second.first)
     assert plan.prefix_weight(middle) == pytest.approx(0.25 * (1 - done), rel=1e-6)
     assert plan.prefix_weight(middle).dtype == np.float32
-    assert plan.prefix_weight(third.first) is plan.prefix_weight(plan.steps) is None
+    assert plan.prefix_weight(third.first) == plan.prefix_weight(plan.steps - 1) == 0
     assert plan.inputs(middle).prefix_weight == plan.prefix_weight(middle)
     assert all(Plan(preset("multi-token")).prefix_weight(step) is None for step in (0, middle))
 

@@ -49,7 +49,7 @@ def train(
     run, for a loss that is no longer finite, bad tokens, or a folder that can no longer be written. Raises Stopped if
     a signal asked it to stop, once the run is saved. JAX's settings are changed for the whole process.
     """
-    start_jax(config.dtype, config.compilation_cache)
+    start_jax(config.dtype, config.compilation_cache, config.deterministic)
     sinks, shards = _checked(config)
     wiring = wire(config, own)
     plan = wiring.plan
