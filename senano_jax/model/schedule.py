@@ -4,6 +4,7 @@ The modules are in trunks/. An application of a layer is one of its visits if it
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from senano_jax.errors import UserError, check_counts
 
@@ -89,6 +90,10 @@ class Weighted:
     """Share of the stream of the last visit but one that is taken away before the head at the start, with exits."""
     coda_reads_exit: bool = False
     """Attention after the loop reads the stream that left the loop, and not what layers after the loop made of it."""
+    between: Literal["stream", "norm", "lanes"] = "stream"
+    """What goes from visit to visit, and on to the layers after the loop: the stream that a visit made; its norm, with
+    the stream that entered the loop added; or two lanes, of which each visit reads a learned mixture and to which it
+    adds the norm of what it made."""
 
     def check(self, layers: LayerSchedule) -> None:
         """Raises UserError at the first value that cannot work."""
@@ -100,6 +105,10 @@ class Weighted:
         for flag, value in {"exits": self.exits, "coda-reads-exit": self.coda_reads_exit}.items():
             if value and not layers.loop:
                 raise UserError(f"--model.trunk.{flag} needs a loop, --model.layers.loop is 0; leave it out")
+        if self.between != "stream" and not layers.loop:
+            raise UserError(
+                f"--model.trunk.between {self.between} needs a loop, --model.layers.loop is 0; leave it out"
+            )
         if self.backout and not (self.exits and layers.visits > 1):
             raise UserError(
                 f"--model.trunk.backout is {self.backout}, but there is no last visit but one to take away; use "

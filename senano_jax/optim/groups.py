@@ -8,7 +8,7 @@ GROUPS = {
     "head": r"head",
     "embeddings": r"(position_)?embedding",
     "scalars": r"(.*/)?(lambdas|value_residual|value_lambdas|(skip|stream|added|x0)_weights|(logit_)?bias|scale"
-    r"|exclusive/strength|smear/weight)",
+    r"|lane_(read|kept|written)|exclusive/strength|smear/weight)",
     "tables": r"value_embedding_\d+",
     "gates": r"(.*/)?\w*gate",
     "generators": r"exits_to_\w+/(inner|outer|offset)",

@@ -19,6 +19,7 @@ from senano_jax.model.layer import Layer
 from senano_jax.model.norm_fork import norm_fork
 from senano_jax.model.remat import rematerialised
 from senano_jax.model.schedule import LayerSchedule
+from senano_jax.model.trunks.between import Carried, LaneWeights, begin, enter, finish, lane_weights, leave
 from senano_jax.model.trunks.exits import Exits
 
 
@@ -67,21 +68,25 @@ class LoopVisit(nn.Module):
         for layer in range(layers.prelude, layers.prelude + layers.loop):
             setattr(self, f"layer_{layer}", layer_class(c, layer))
 
-    def __call__(self, x: Float[Array, "B T D"], of_visit: tuple[Weights, Int[Array, ""]], context: Context):
-        """`of_visit` is the weights, with a leading axis of the loop's layers, and the number of the visit.
+    def __call__(
+        self, carried: Carried, of_visit: tuple[Weights, LaneWeights | None, Int[Array, ""]], context: Context
+    ):
+        """`of_visit` is the weights, with a leading axis of the loop's layers, those of the lanes, if there are any,
+        and the number of the visit.
 
-        Returns the new residual stream and, if later layers read it, the same rounded.
+        Returns what the next visit is given and, if later layers read it, the residual stream, rounded.
         """
-        layers = self.config.layers
-        weights, visit = of_visit
+        layers, between, dtype = self.config.layers, self.config.trunk.between, context.x0.dtype
+        weights, of_lanes, visit = of_visit
+        x = enter(between, carried, of_lanes)
         for j, layer in enumerate(range(layers.prelude, layers.prelude + layers.loop)):
             x, _ = apply_layer(getattr(self, f"layer_{layer}"), x, _at(weights, j), context, visit)
-        return x, x.astype(context.x0.dtype) if self.config.trunk.exits else None
+        return leave(between, carried, x, of_lanes, dtype), x.astype(dtype) if self.config.trunk.exits else None
 
 
 class WeightedTrunk(nn.Module):
-    """Parameters, float32, by application: stream_weights [N, 2], added_weights [N, 2], x0_weights [N]; the layers; and
-    exits_to_coda and exits_to_head, if there are exits.
+    """Parameters, float32, by application: stream_weights [N, 2], added_weights [N, 2], x0_weights [N]; by visit, with
+    lanes: lane_read, lane_kept, lane_written; the layers; and exits_to_coda and exits_to_head, if there are exits.
 
     Attention and MLP of one application have the two columns.
     """
@@ -100,6 +105,7 @@ class WeightedTrunk(nn.Module):
             setattr(self, f"layer_{layer}", layer_class(c, layer))
         if layers.loop:
             self.loop = LoopVisit(c)
+            self.of_lanes = lane_weights(self, layers.visits) if c.trunk.between == "lanes" else None
         if c.trunk.exits:
             # Sources: the embedding, what entered the loop, and what left the visits but, for the coda, the last one.
             self.exits_to_coda = Exits((0.0,) * (layers.visits + 1))
@@ -123,7 +129,7 @@ class WeightedTrunk(nn.Module):
             x, exits = self._loop(x, weights, context, visits)
         if c.trunk.exits:
             sources += [exits[n] for n in range(visits)]
-            x = self.exits_to_coda(sources[-1], sources[:-1])
+            x = self.exits_to_coda(x.astype(context.x0.dtype), sources[:-1])
         if c.trunk.coda_reads_exit:
             x, read = norm_fork(x.astype(context.x0.dtype))
         for layer in range(layers.prelude + layers.loop, layers.layers):
@@ -138,13 +144,16 @@ class WeightedTrunk(nn.Module):
         end = layers.prelude + layers.loop * visits
         of_loop = jax.tree.map(lambda w: w[layers.prelude : end].reshape(visits, layers.loop, *w.shape[1:]), weights)
         scan = nn.scan(
-            lambda loop, x, of_visit: loop(x, of_visit, context),
+            lambda loop, carried, of_visit: loop(carried, of_visit, context),
             variable_broadcast="params",
             split_rngs={"params": False},
             length=visits,
             unroll=visits if c.unroll else 1,
         )
-        return scan(self.loop, x, (of_loop, jnp.arange(visits)))
+        of_lanes = jax.tree.map(lambda w: w[:visits], self.of_lanes)
+        between = c.trunk.between
+        carried, exits = scan(self.loop, begin(between, x), (of_loop, of_lanes, jnp.arange(visits)))
+        return finish(between, carried), exits
 
 
 def initial_added_weights(layers: LayerSchedule) -> Float[Array, "N 2"]:

@@ -1,0 +1,74 @@
+"""What goes from visit to visit of the loop, in place of the residual stream itself.
+
+`norm`: norm(x) + e after each visit, with e the stream that entered the loop (a boundary operator: arXiv 2609.19107, in
+the form that was replicated on FineWeb in marin's issue 9292).
+
+`lanes`: two streams L_0 and L_1, both e at first. Visit k reads u = sum_n read[k,n] L_n, makes x of it and leaves
+L_i <- sum_j kept[k,i,j] L_j + written[k,i] norm(x); the layers after the loop read L_0 + L_1 (hyper-connections over
+the loop: arXiv 2604.21106, static weights).
+"""
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from senano_jax.model.elementwise import weighted_sum
+from senano_jax.model.norm_fork import norm_fork
+
+LANES = 2
+Between = Literal["stream", "norm", "lanes"]
+Carried = tuple[Float[Array, "B T D"], ...]  # float32
+
+
+class LaneWeights(NamedTuple):
+    """Of one visit, or with a leading axis of several. Float32."""
+
+    read: Float[Array, "*S 2"]
+    kept: Float[Array, "*S 2 2"]
+    written: Float[Array, "*S 2"]
+
+
+def lane_weights(module: nn.Module, visits: int) -> LaneWeights:
+    """Parameters lane_read, lane_kept and lane_written of `module`. At the start visits read the lanes in turn, keep
+    both, and write what they made to both."""
+    in_turn = jnp.eye(LANES)[jnp.arange(visits) % LANES]
+    return LaneWeights(
+        module.param("lane_read", lambda key: in_turn),
+        module.param("lane_kept", lambda key: jnp.tile(jnp.eye(LANES), (visits, 1, 1))),
+        module.param("lane_written", nn.initializers.ones, (visits, LANES)),
+    )
+
+
+def begin(between: Between, x_BTD: Float[Array, "B T D"]) -> Carried:
+    """What the first visit is given, of the stream that enters the loop."""
+    return (x_BTD,) if between == "stream" else (x_BTD, x_BTD)
+
+
+def enter(between: Between, carried: Carried, weights: LaneWeights | None) -> Float[Array, "B T D"]:
+    """What the layers of a visit read, float32."""
+    if between != "lanes":
+        return carried[0]
+    return weighted_sum(*zip(weights.read, carried, strict=True), dtype=jnp.float32)
+
+
+def leave(
+    between: Between, carried: Carried, x_BTD: Float[Array, "B T D"], weights: LaneWeights | None, dtype: jnp.dtype
+) -> Carried:
+    """What the next visit is given, of the stream that the layers made; its norm is computed of x in `dtype`."""
+    if between == "stream":
+        return (x_BTD,)
+    _, normed_BTD = norm_fork(x_BTD.astype(dtype))
+    if between == "norm":
+        entered_BTD = carried[1]
+        return normed_BTD + entered_BTD, entered_BTD
+    return tuple(
+        weighted_sum(*zip(weights.kept[i], carried, strict=True), (weights.written[i], normed_BTD), dtype=jnp.float32)
+        for i in range(LANES)
+    )
+
+
+def finish(between: Between, carried: Carried) -> Float[Array, "B T D"]:
+    """What the layers after the loop read, float32."""
+    return sum(carried) if between == "lanes" else carried[0]
