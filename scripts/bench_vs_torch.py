@@ -1,4 +1,4 @@
-"""Step times of this project and of the PyTorch project's own training file, on one GPU, in one run, by turns.
+"""Step times of this project and of the PyTorch project's own training file, on the same GPUs, in one run, by turns.
 
     git clone https://github.com/lapp0/sample-efficient-nanogpt torch_repo
     python scripts/bench_vs_torch.py --torch-repo torch_repo --train-files 'data/fineweb10B/fineweb_train_*.bin'
@@ -7,6 +7,9 @@ The PyTorch file runs twice: as shipped (file names, number of steps, an endless
 fastest we could make it: without block checkpointing, with FlexAttention's default kernel options. Every substitution
 must match exactly once. Ours is `python -m senano_jax.profile` on the same shards: the step that training runs, queued
 as training queues it.
+
+One GPU, or --gpus of one machine: torchrun starts as many processes of the PyTorch file, ours takes as many devices,
+and both share the same tokens a step among them, the record's unless --batch-tokens and --seq-len say otherwise.
 
 The attention window grows over a training run; here each of --windows is held for --steps steps. Times are medians
 without the first steps of a window (compilation, queue). PyTorch's times are differences of its own step lines, read on
@@ -28,12 +31,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from senano_jax.data.shards import find_shards, open_shard
-from senano_jax.errors import UserError, one_line_errors
+from senano_jax.errors import UserError, check_counts, one_line_errors
 from senano_jax.files import check_output_file, expand_home, write_atomically
 from senano_jax.interop.torch_program import (
     FASTEST,
     Patch,
     absolute_glob,
+    batch,
+    check_gpus,
     data_and_steps,
     last_lines,
     launch_command,
@@ -41,6 +46,7 @@ from senano_jax.interop.torch_program import (
     patched_program,
 )
 from senano_jax.presets import preset
+from senano_jax.windows import BLOCK
 
 SHIPPED, BEST, OURS = "torch as shipped", "torch best", "ours"
 VARIANTS = {"shipped": SHIPPED, "best": BEST, "ours": OURS}
@@ -71,11 +77,15 @@ class Row:
     ours_faster_by: dict[str, float]  # our tokens/s over those of a PyTorch variant
 
 
-def patches(train_files: str, windows: Sequence[int], steps: int, *, best: bool) -> list[Patch]:
-    """What to change in the PyTorch file to time `steps` steps of each window on `train_files` (absolute)."""
+def patches(
+    train_files: str, windows: Sequence[int], steps: int, *, best: bool, split: Sequence[Patch] = ()
+) -> list[Patch]:
+    """What to change in the PyTorch file to time `steps` steps of each window on `train_files` (absolute), each step
+    split over GPUs as the patches of `split` say."""
     held = f"128 * {tuple(windows)}[min(step // {steps}, {len(windows) - 1})]"
     return [
         *data_and_steps(train_files, steps * len(windows)),
+        *split,
         Patch("windows", r"^( +window_size = ).*$", rf"\g<1>{held}"),
         Patch("validation off", r"^( +)if last_step or \(args\.val_loss_every", r"\1if False and (args.val_loss_every"),
         Patch("endless loader", r"^( +file_iter = )iter\(files\)", r'\1__import__("itertools").cycle(files)'),
@@ -133,12 +143,12 @@ def format_rows(rows: Sequence[Row], programs: Sequence[str]) -> str:
 
 def run_torch(variant: str, args: argparse.Namespace, round_: int) -> Run:
     """Runs a patched copy of the PyTorch file in a folder of its own."""
-    changes = patches(args.train_files, args.windows, args.steps, best=variant == "best")
+    changes = patches(args.train_files, args.windows, args.steps, best=variant == "best", split=args.split)
     source = patched_program(args.torch_repo, changes)
     with tempfile.TemporaryDirectory(prefix="bench-torch-") as folder:
         (Path(folder) / "train_gpt.py").write_text(source, encoding="utf-8")
         start = time.perf_counter()
-        output = output_of(launch_command(args.torch_python), folder, VARIANTS[variant])
+        output = output_of(launch_command(args.torch_python, args.gpus), folder, VARIANTS[variant])
         seconds = time.perf_counter() - start
     times = parse_torch_log(output)
     if len(times) != args.steps * len(args.windows):
@@ -155,6 +165,8 @@ def run_ours(args: argparse.Namespace, round_: int) -> Run:
     with tempfile.TemporaryDirectory(prefix="bench-ours-") as folder:
         report_file = Path(folder) / "profile.json"
         command = [sys.executable, "-m", "senano_jax.profile", "recurrent", "--data.train-files", args.train_files]
+        command += ["--devices", str(args.gpus)]
+        command += ["--batch-tokens", str(args.batch_tokens), "--seq-len", str(args.seq_len)]
         command += ["--window-blocks", first, *(["--sweep", *others] if others else [])]
         command += ["--warmup", str(args.warmup), "--profile-steps", str(args.steps - args.warmup)]
         command += ["--json", str(report_file), *args.profile_flags]
@@ -179,10 +191,14 @@ def main(argv: Sequence[str]) -> None:
     rows = tabulate(runs, args.batch_tokens)
     print("\n" + format_rows(rows, [VARIANTS[v] for v in args.variants]))
     print(f"window: blocks of 128 tokens; medians without the first {args.warmup} steps of a window; n steps")
+    if args.gpus > 1:
+        print(f"{args.gpus} GPUs, tokens/s of all of them together")
     if args.json:
         document = {
             "environment": environment,
+            "gpus": args.gpus,
             "tokens_per_step": args.batch_tokens,
+            "tokens_per_sequence": args.seq_len,
             "profile_flags": args.profile_flags,
             "windows": [asdict(row) for row in rows],
             "runs": [asdict(run) for run in runs],
@@ -191,13 +207,16 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, checked and with absolute paths; `batch_tokens` is what both sides train on in a step."""
+    """The arguments, checked and with absolute paths; `split` is what the GPUs and the batch change in the PyTorch
+    file."""
+    record = preset("recurrent")
     argv, profile_flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch-repo", type=expand_home, help="checkout of the PyTorch project")
-    parser.add_argument(
-        "--train-files", help="glob of the training shards", default=preset("recurrent").data.train_files
-    )
+    parser.add_argument("--train-files", help="glob of the training shards", default=record.data.train_files)
+    parser.add_argument("--gpus", type=int, default=1, help="of this machine, for both programs (default: 1)")
+    parser.add_argument("--batch-tokens", type=int, default=record.batch_tokens, help="of a step, on all GPUs together")
+    parser.add_argument("--seq-len", type=int, default=record.seq_len, help="tokens of a sequence")
     parser.add_argument("--windows", type=int, nargs="+", default=[1, 14], help="in blocks of 128 tokens")
     parser.add_argument("--steps", type=int, default=24, help="of each window")
     parser.add_argument("--warmup", type=int, default=3, help="first steps of each window, not counted")
@@ -208,31 +227,38 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=expand_home, help="file for all step times")
     args = parser.parse_args(argv)
-    args.batch_tokens, args.profile_flags = preset("recurrent").batch_tokens, list(profile_flags)
+    args.profile_flags = list(profile_flags)
     args.train_files = absolute_glob(args.train_files)
     check_output_file("--json", args.json)
     if args.steps <= args.warmup or args.warmup < 0 or args.rounds < 1:
         raise UserError("give --rounds of at least 1, and more --steps than --warmup steps")
     if min(args.windows) < 1 or len(set(args.windows)) < len(args.windows):
         raise UserError(f"--windows {' '.join(map(str, args.windows))}: give different numbers of at least 1")
+    check_counts({"--gpus": args.gpus, "--batch-tokens": args.batch_tokens, "--seq-len": args.seq_len}, 1)
+    if args.seq_len % BLOCK or args.batch_tokens % args.seq_len:
+        raise UserError(
+            f"--batch-tokens {args.batch_tokens}, --seq-len {args.seq_len}: give a batch of whole sequences, and "
+            f"sequences of whole blocks of {BLOCK} tokens"
+        )
+    args.split = batch(args.gpus, args.batch_tokens // args.seq_len, args.seq_len)
     _check_machine(args)
     return args
 
 
 def _check_machine(args: argparse.Namespace) -> None:
     """Raises UserError, before anything runs, for what would fail later."""
-    sequence = preset("recurrent").seq_len
-    if short := [file for file in find_shards(args.train_files) if len(open_shard(file)) < 2 * sequence]:
-        raise UserError(f"{short[0]} holds less than two sequences of {sequence} tokens; leave it out")
+    least = (args.gpus + 1) * args.seq_len  # of which the PyTorch file's loader finds one micro-batch for each GPU
+    if short := [file for file in find_shards(args.train_files) if len(open_shard(file)) < least]:
+        raise UserError(f"{short[0]} holds less than {args.gpus + 1} sequences of {args.seq_len} tokens; leave it out")
     if {"shipped", "best"} & set(args.variants):
         if args.torch_repo is None:
             raise UserError("give --torch-repo, a checkout of https://github.com/lapp0/sample-efficient-nanogpt")
         for best in (False, True):
-            patched_program(args.torch_repo, patches(args.train_files, args.windows, args.steps, best=best))
+            changes = patches(args.train_files, args.windows, args.steps, best=best, split=args.split)
+            patched_program(args.torch_repo, changes)
         if _ask([args.torch_python, "-c", "import torch; print(torch.cuda.is_available())"]) != "True":
             raise UserError(f"{args.torch_python} has no PyTorch that sees a GPU; give another --torch-python")
-    if not _ask(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]):
-        raise UserError("no NVIDIA GPU here (nvidia-smi does not answer); run this on a machine with one")
+    check_gpus(args.gpus)
 
 
 def _environment(args: argparse.Namespace) -> dict[str, str]:
@@ -241,7 +267,7 @@ def _environment(args: argparse.Namespace) -> dict[str, str]:
     has_torch = bool({"shipped", "best"} & set(args.variants))
     torch = _ask([args.torch_python, "-c", "import torch; print(torch.__version__)"]) if has_torch else ""
     return {
-        "gpu": gpu,
+        "gpu": f"{args.gpus} x {gpu}" if args.gpus > 1 else gpu,
         "driver": driver.splitlines()[0] if driver else "",
         "python": sys.version.split()[0],
         "torch": torch,

@@ -8,10 +8,13 @@
 If the programs are equal, two runs from the same weights differ by rounding alone, so that far smaller differences
 show than between seeds.
 
-One GPU. What is changed in a copy of the file: names and lengths; a loader that reads all shards as one stream and
-leaves nothing out (the original drops a micro-batch a step and the tails of shards); the loss of every step is printed;
-nothing is recomputed, and FlexAttention chooses its own tiles, which is faster and computes the same function. Every
-substitution must match exactly once.
+One GPU, or --gpus of one machine with a process each (torchrun). The sequences of a step are the same on any number of
+them: they are dealt out by turns, and a GPU accumulates over its share.
+
+What is changed in a copy of the file: names and lengths; a loader that reads all shards as one stream and leaves
+nothing out (the original drops a micro-batch a step and the tails of shards), which every process holds in memory; the
+loss of every step is printed, the mean over all GPUs; nothing is recomputed, and FlexAttention chooses its own tiles,
+which is faster and computes the same function. Every substitution must match exactly once.
 """
 
 import argparse
@@ -37,6 +40,8 @@ from senano_jax.interop.torch_program import (
     SYSTEMS,
     Patch,
     absolute_glob,
+    batch,
+    check_gpus,
     data_and_steps,
     launch_command,
     patched_program,
@@ -51,9 +56,11 @@ from senano_jax.presets import preset
 def patches(args: argparse.Namespace) -> list[Patch]:
     """What to change in the PyTorch file; paths in `args` are absolute."""
     last = args.steps if args.stop_after is None else args.stop_after
-    train_shards = _needed_shards("--train-files", args.train_files, last * preset(args.system).batch_tokens)
+    config = preset(args.system)
+    train_shards = _needed_shards("--train-files", args.train_files, last * config.batch_tokens)
     val_shards = _needed_shards("--val-files", args.val_files, args.val_tokens)
     needed = max(len(train_shards), len(val_shards))  # no more of them, since the stream is in memory
+    several = f"{args.gpus} x " if args.gpus > 1 else ""
     weights = []
     if args.start:
         weights.append(f'model.load_state_dict(torch.load({str(args.start)!r})["model"])')
@@ -65,6 +72,7 @@ def patches(args: argparse.Namespace) -> list[Patch]:
     return [
         *FASTEST,
         *data_and_steps(args.train_files, args.steps),
+        *batch(args.gpus, config.batch_sequences, config.seq_len),
         shards("val", args.val_files),
         Patch("validation tokens", r"^( +val_tokens = ).*$", rf"\g<1>{args.val_tokens}"),
         Patch("steps between validations", r"^( +val_loss_every = ).*$", rf"\g<1>{args.val_every}"),
@@ -72,7 +80,7 @@ def patches(args: argparse.Namespace) -> list[Patch]:
         Patch(
             "versions",
             r'^(print0\(f"Running PyTorch .*)$',
-            r'\1\nprint(f"# PyTorch {torch.__version__}, {torch.cuda.get_device_name()}", flush=True)',
+            rf'\1\nprint0(f"# PyTorch {{torch.__version__}}, {several}{{torch.cuda.get_device_name()}}", console=True)',
         ),
         *schedule(args.system),
         Patch("seed", r"^(model: nn\.Module = GPT\()", rf"torch.manual_seed({args.seed})\n\1"),
@@ -99,8 +107,8 @@ def patches(args: argparse.Namespace) -> list[Patch]:
         ),
         Patch(
             "loss of a step",
-            r'^( +print0\(f"step:\{step\+1\}/\{train_steps\} )(train_time)',
-            rf"\1train_loss:{{step_loss.item() / {preset(args.system).batch_tokens}:.5f}} \2",
+            r'^( +)(print0\(f"step:\{step\+1\}/\{train_steps\} )(train_time)',
+            rf"\1dist.all_reduce(step_loss)\n\1\2train_loss:{{step_loss.item() / {config.batch_tokens}:.5f}} \3",
         ),
         Patch(
             "end", r"^    if last_step:$", "\\n        ".join([f"    if step == {last}:", *map(replacement, at_end)])
@@ -109,9 +117,9 @@ def patches(args: argparse.Namespace) -> list[Patch]:
 
 
 def _saving(path: Path, step: int) -> str:
-    """A line of Python that keeps the weights, under the names that they have when the model is not compiled."""
+    """A line of Python by which one process keeps the weights, by their names in the model that is not compiled."""
     arrays = '{name.removeprefix("_orig_mod."): tensor.cpu() for name, tensor in model.state_dict().items()}'
-    return f"torch.save(dict(step={step}, model={arrays}), {str(path)!r})"
+    return f"if master_process: torch.save(dict(step={step}, model={arrays}), {str(path)!r})"
 
 
 def train(args: argparse.Namespace) -> None:
@@ -125,7 +133,7 @@ def train(args: argparse.Namespace) -> None:
         ):
             (Path(folder) / "train_gpt.py").write_text(args.source, encoding="utf-8")
             print(_heading(args), file=log, flush=True)
-            for line in _lines_of(launch_command(args.torch_python), folder):
+            for line in _lines_of(launch_command(args.torch_python, args.gpus), folder):
                 if re.match(r"step:\d|# PyTorch ", line):
                     print(line, end="", flush=True)
                     print(line, end="", file=log, flush=True)
@@ -159,7 +167,7 @@ def _lines_of(command: Sequence[str], folder: str) -> Iterator[str]:
             last.append(line.rstrip())
             yield line
     except BaseException:
-        program.terminate()  # it would keep the GPU
+        program.terminate()  # it would keep the GPUs
         program.wait()
         raise
     if program.wait():
@@ -188,6 +196,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--torch-repo", type=expand_home, required=True, help="checkout of the PyTorch project")
     parser.add_argument("--log", type=expand_home, required=True, help="file for the step lines; must not exist")
     parser.add_argument("--system", choices=SYSTEMS, default="recurrent", help="default: recurrent")
+    parser.add_argument("--gpus", type=int, default=1, help="of this machine; the batch stays the same (default: 1)")
     parser.add_argument("--train-files", default=data.train_files, help="glob of the training shards")
     parser.add_argument("--val-files", default=data.val_files, help="glob of the validation shards")
     parser.add_argument("--val-tokens", type=int, default=data.val_tokens, help="tokens of a validation")
@@ -216,7 +225,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises UserError, before anything runs, for what would fail later; leaves the changed file in `args.source`."""
-    for name in ("steps", "val_every", "val_tokens"):
+    for name in ("gpus", "steps", "val_every", "val_tokens"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; use 1 or more")
     if args.stop_after is not None and not 0 <= args.stop_after < args.steps:
@@ -231,10 +240,13 @@ def _check(args: argparse.Namespace) -> None:
         check_output_file(flag, path)
     if args.start and not args.start.is_file():
         raise UserError(f"--start: {args.start} is missing; make it with --save-start or export_torch.py")
+    if args.gpus > 1:
+        check_gpus(args.gpus)
     args.source = patched_program(args.torch_repo, patches(args))
-    val_seq_len = preset(args.system).data.val_seq_len
-    if args.val_tokens % val_seq_len:
-        raise UserError(f"--val-tokens is {args.val_tokens}; use a multiple of {val_seq_len}")
+    at_a_time = args.gpus * preset(args.system).data.val_seq_len
+    if args.val_tokens % at_a_time:
+        where = f", {args.gpus} sequences" if args.gpus > 1 else ""
+        raise UserError(f"--val-tokens is {args.val_tokens}; use a multiple of {at_a_time}{where}")
 
 
 def _needed_shards(flag: str, pattern: str, tokens: int) -> list[Path]:

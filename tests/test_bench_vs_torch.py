@@ -12,7 +12,7 @@ import pytest
 
 from senano_jax.data.shards import write_shard
 from senano_jax.errors import UserError
-from senano_jax.interop.torch_program import apply_patches
+from senano_jax.interop.torch_program import apply_patches, batch, launch_command
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_vs_torch.py"
 _spec = importlib.util.spec_from_file_location("bench_vs_torch", SCRIPT)
@@ -40,6 +40,8 @@ STAND_IN = textwrap.dedent(
         file_iter = iter(files)
     class args:
         train_files = "data/train_*.bin" # input
+        train_seq_len = 48*1024 // 2
+        grad_accum_steps_per_device = 16
         num_iterations = 1700  # steps
         val_loss_every = 125
     def validate(last_step, step):
@@ -58,8 +60,8 @@ STAND_IN = textwrap.dedent(
 )
 
 
-def patched(best: bool, train_files: str = "/shards/*.bin", source: str = STAND_IN) -> str:
-    return apply_patches(source, bench.patches(train_files, (1, 14), 20, best=best), "train_gpt.py")
+def patched(best: bool, train_files: str = "/shards/*.bin", source: str = STAND_IN, split=()) -> str:
+    return apply_patches(source, bench.patches(train_files, (1, 14), 20, best=best, split=split), "train_gpt.py")
 
 
 def test_as_shipped_changes_only_files_steps_windows_validation_and_loader():
@@ -93,7 +95,48 @@ def test_file_names_survive_quotes_and_backslashes():
     assert f"train_files = {name!r}\n" in patched(best=False, train_files=name)
 
 
-ANCHORS = ("file_iter", "train_files", "num_iterations =", "if last_step", "x, v1 =", "window_size =")
+@pytest.mark.parametrize(
+    ("split", "seq_len", "micro_batches"),
+    [
+        (batch(1, 16, 24_576), "48*1024 // 2", "16"),
+        (batch(4, 16, 24_576), "24576", "4"),
+        (batch(16, 16, 24_576), "24576", "1"),
+        (batch(1, 8, 16_384), "16384", "8"),
+        (batch(8, 8, 16_384), "16384", "1"),
+    ],
+)
+def test_a_step_holds_the_same_tokens_on_any_number_of_gpus(split, seq_len, micro_batches):
+    """On one GPU the record's batch is the file's own."""
+    source = patched(best=True, split=split)
+    assert f"\n    train_seq_len = {seq_len}\n" in source
+    assert f"\n    grad_accum_steps_per_device = {micro_batches}\n" in source
+
+
+@pytest.mark.parametrize(
+    ("gpus", "sequences", "use"),
+    [(3, 16, "1, 2, 4, 8 or 16"), (32, 16, "1, 2, 4, 8 or 16"), (2, 5, "1 or 5"), (2, 1, "1")],
+)
+def test_gpus_that_cannot_have_equal_shares_are_told_what_could(gpus, sequences, use):
+    with pytest.raises(UserError, match=f"--gpus {gpus}: a step has {sequences} sequences .*; use {use}$"):
+        batch(gpus, sequences, 24_576)
+
+
+def test_there_is_a_process_for_each_gpu():
+    assert launch_command("python3", 4) == [
+        *("python3", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "train_gpt.py"),
+    ]
+
+
+ANCHORS = (
+    "file_iter",
+    "train_files",
+    "train_seq_len",
+    "grad_accum",
+    "num_iterations =",
+    "if last_step",
+    "x, v1 =",
+    "window_size =",
+)
 ANCHOR_LINES = [i for i, line in enumerate(STAND_IN.splitlines()) if any(anchor in line for anchor in ANCHORS)]
 
 
@@ -102,7 +145,11 @@ ANCHOR_LINES = [i for i, line in enumerate(STAND_IN.splitlines()) if any(anchor 
 def test_a_line_that_is_missing_or_double_stops_the_script(line, times):
     lines = STAND_IN.splitlines(keepends=True)
     with pytest.raises(UserError, match=f"found {times} times instead of once"):
-        patched(best=True, source="".join([*lines[:line], lines[line] * times, *lines[line + 1 :]]))
+        patched(
+            best=True,
+            source="".join([*lines[:line], lines[line] * times, *lines[line + 1 :]]),
+            split=batch(2, 16, 24_576),
+        )
 
 
 def test_step_times_are_differences_of_consecutive_lines():
@@ -152,19 +199,21 @@ def test_a_program_without_steps_at_a_window_has_dashes():
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A PyTorch checkout, a Python that claims PyTorch, nvidia-smi and a shard; returns the arguments."""
+    """A PyTorch checkout, a Python that claims PyTorch, nvidia-smi of four GPUs, and a shard; returns the arguments."""
     repository = tmp_path / "torch repo"
     repository.mkdir()
     (repository / "train_gpt.py").write_text(STAND_IN)
     programs = {
-        # -c CODE, or -m torch.distributed.run --standalone --nproc_per_node=1 train_gpt.py
-        "torch-python": f'if [ "$1" = -c ]; then echo True; else exec {sys.executable} "$5"; fi',
-        "nvidia-smi": 'echo "A GPU, 1.2.3"',
+        # -c CODE, or -m torch.distributed.run --standalone --nproc_per_node=GPUS train_gpt.py
+        "torch-python": f'if [ "$1" = -c ]; then echo True; else echo "$4" >> {tmp_path}/processes; '
+        f'cp "$5" {tmp_path}; exec {sys.executable} "$5"; fi',
+        "nvidia-smi": 'for gpu in 1 2 3 4; do echo "A GPU, 1.2.3"; done',
     }
     for name, body in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     write_shard(tmp_path / "train.bin", np.zeros(60_000, np.int64))
     return [
         *("--torch-repo", str(repository), "--torch-python", str(tmp_path / "torch-python")),
@@ -185,7 +234,42 @@ def test_both_variants_run_by_turns(machine, tmp_path, capsys):
     steps = [(step["window"], step["ms"]) for step in document["runs"][0]["steps"]]
     assert steps == [*((2, 200 + i) for i in (1, 2, 3)), *((5, 500 + i) for i in (5, 6, 7))]
     assert document["environment"]["gpu"] == "A GPU" and document["environment"]["driver"] == "1.2.3"
-    assert "torch as shipped ms" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "torch as shipped ms" in printed and "GPUs" not in printed
+    assert (tmp_path / "processes").read_text() == 4 * "--nproc_per_node=1\n"
+
+
+def test_both_programs_share_a_step_among_all_gpus(machine, tmp_path, monkeypatch, capsys):
+    """The stand-in takes 300 ms a step whatever the GPUs; tokens/s are those of the whole step."""
+    output_of, commands = bench.output_of, []
+
+    def without_jax(command, folder, what):
+        if what != bench.OURS:
+            return output_of(command, folder, what)
+        commands.append(command)
+        speed = {"window_blocks": 3, "step_ms": {"times": [100.0]}}
+        Path(command[command.index("--json") + 1]).write_text(json.dumps({"report": {"speed": speed, "sweep": []}}))
+        return ""
+
+    monkeypatch.setattr(bench, "output_of", without_jax)
+    flags = ["--gpus", "2", "--batch-tokens", "131072", "--seq-len", "16384", "--windows", "3", "--steps", "4"]
+    bench.main([*machine, *flags, "--variants", "best", "ours", "--json", str(tmp_path / "out.json")])
+    assert (tmp_path / "processes").read_text() == "--nproc_per_node=2\n"
+    source = (tmp_path / "train_gpt.py").read_text()
+    assert "train_seq_len = 16384\n" in source and "grad_accum_steps_per_device = 4\n" in source
+    (command,) = commands
+    assert "--devices 2 --batch-tokens 131072 --seq-len 16384 --window-blocks 3" in " ".join(command)
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert (document["gpus"], document["tokens_per_step"], document["tokens_per_sequence"]) == (2, 131_072, 16_384)
+    assert document["environment"]["gpu"] == "2 x A GPU"
+    assert document["windows"][0]["tokens_per_s"][bench.OURS] == pytest.approx(1_310_720)
+    assert "\n2 GPUs, tokens/s of all of them together\n" in capsys.readouterr().out
+
+
+def test_gpus_that_are_hidden_do_not_count(machine, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(UserError, match="--gpus 2: this machine has 1 that may be used"):
+        bench.main([*machine, "--gpus", "2", "--seq-len", "1024"])
 
 
 def test_a_failing_program_shows_its_last_lines(machine, tmp_path):
@@ -202,6 +286,12 @@ def test_a_failing_program_shows_its_last_lines(machine, tmp_path):
         (["--torch-python", "/bin/false"], "no PyTorch that sees a GPU"),
         (["--windows", "3", "3"], "different numbers"),
         (["--steps", "2"], "more --steps"),
+        (["--gpus", "8", "--seq-len", "1024"], "--gpus 8: this machine has 4 that may be used; choose fewer"),
+        (["--gpus", "2"], "less than 3 sequences of 24576 tokens"),
+        (["--gpus", "3"], "use 1, 2, 4, 8 or 16"),
+        (["--gpus", "0"], "--gpus is 0"),
+        (["--seq-len", "1000"], "--seq-len 1000: give a batch of whole sequences"),
+        (["--batch-tokens", "131072"], "--batch-tokens 131072, --seq-len 24576: give a batch of whole sequences"),
         (["--json", "/nowhere/out.json"], "no folder"),
     ],
 )

@@ -27,11 +27,14 @@ _spec.loader.exec_module(script)
 MICRO_BATCH_TOKENS = 24_576
 
 # The lines that the substitutions look for. Shards are lists of numbers; a micro-batch of number n has a loss of n a
-# token, so that the losses of the steps tell which micro-batches they were made from.
+# token, so that the losses of the steps tell which micro-batches they were made from; each process adds its rank to it.
+# Processes add up through files beside TOLD, and leave there the places of the micro-batches that they trained on.
 STAND_IN = textwrap.dedent(
     """
-    import glob, json, os
-    told = {}
+    import glob, itertools, json, os, time
+    told, trained_on = {}, []
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    master_process = rank == 0
     class torch:
         __version__ = "2.0"
         class cuda:
@@ -39,14 +42,28 @@ STAND_IN = textwrap.dedent(
         cat = staticmethod(lambda shards: sum(shards, []))
         manual_seed = staticmethod(lambda seed: told.update(seed=seed))
         load = staticmethod(lambda path: json.load(open(path)))
-        save = staticmethod(lambda content, path: json.dump(content, open(path, "w")))
-    class Tensor(int):
-        cpu = item = lambda self: int(self)
+        def save(content, path):
+            assert master_process
+            json.dump(content, open(path, "w"))
+    class Tensor:
+        def __init__(self, value):
+            self.value = value
+        cpu = item = lambda self: self.value
         detach = lambda self: self
         backward = lambda self: None
-        __add__ = __radd__ = lambda self, other: Tensor(int(self) + int(other))
+        __add__ = __radd__ = lambda self, other: Tensor(self.value + getattr(other, "value", other))
     class dist:
         broadcast = staticmethod(lambda param, source: None)
+        sums = itertools.count()
+        def all_reduce(tensor):
+            here = f"{os.environ['TOLD']}.sum{next(dist.sums)}"
+            open(f"{here}.unfinished{rank}", "w").write(str(tensor.value))
+            os.rename(f"{here}.unfinished{rank}", f"{here}.{rank}")
+            everyone, end = [f"{here}.{other}" for other in range(world_size)], time.monotonic() + 60
+            while not all(map(os.path.exists, everyone)):
+                assert time.monotonic() < end, "a process is missing"
+                time.sleep(0.005)
+            tensor.value = sum(int(open(part).read()) for part in everyone)
     class nn:
         Module = object
     class Weights:
@@ -70,7 +87,8 @@ STAND_IN = textwrap.dedent(
             x, v1 = checkpoint(self.blocks[0], x)
             # x, v1 = self.blocks[0](x)
         def __call__(self, inputs, targets, window):
-            return Tensor(24576 * inputs)
+            trained_on.append(targets)
+            return Tensor(24576 * (inputs + rank))
     def _load_data_shard(file):
         told.setdefault("shards", []).append(os.path.basename(file))
         return [int(file.split("_")[-2])] * 40
@@ -81,11 +99,14 @@ STAND_IN = textwrap.dedent(
         train_files = "data/train_*.bin" # input
         val_files = "data/val_*.bin" # input
         val_tokens = 10485760 # how many
+        train_seq_len = 48*1024 // 2
+        grad_accum_steps_per_device = 16 # of one
         num_iterations = 1700  # steps
         val_loss_every = 125  # steps
     args, console = Data(), True
     def print0(s, console):
-        print(s)
+        if master_process:
+            print(s)
     print0(f"Running PyTorch {torch.__version__}", console=True)
     def get_window_size_blocks(step):
         return 1
@@ -95,8 +116,8 @@ STAND_IN = textwrap.dedent(
     def loaded(file_iter):
         tokens, pos = _load_data_shard(next(file_iter)), 0
         while pos < len(tokens):
-            yield tokens[pos], None
-            pos += 1
+            yield tokens[pos + rank], pos + rank
+            pos += world_size
     model: nn.Module = GPT(
         vocab_size=50257)
     for param in model.parameters():
@@ -113,33 +134,47 @@ STAND_IN = textwrap.dedent(
             break
         # --------------- TRAINING SECTION -----------------
         inputs, targets = next(train_loader)
-        for i in range(1, 17):
+        for i in range(1, args.grad_accum_steps_per_device + 1):
             loss = model(inputs, targets, get_window_size_blocks(step))
             inputs, targets = next(train_loader)
             loss.backward()
         approx_training_time_ms = step + 1
         print0(f"step:{step+1}/{train_steps} train_time:{approx_training_time_ms:.0f}ms step_avg:{1:.2f}ms", console=True)
     told.update(schedule=model.layer_seq, files=args.val_files, tokens=args.val_tokens)
-    json.dump(told, open(os.environ["TOLD"], "w"))
+    if master_process:
+        json.dump(told, open(os.environ["TOLD"], "w"))
+    json.dump(trained_on, open(f"{os.environ['TOLD']}.{rank}", "w"))
     """  # noqa: E501
 )
+
+# -m torch.distributed.run --standalone --nproc_per_node=COUNT train_gpt.py
+TORCHRUN = f"""#!/bin/sh
+export WORLD_SIZE="${{4#--nproc_per_node=}}"
+if [ "$WORLD_SIZE" = 1 ]; then exec {sys.executable} "$5"; fi
+for rank in $(seq 0 $((WORLD_SIZE - 1))); do RANK=$rank {sys.executable} "$5" & started="$started $!"; done
+for process in $started; do wait $process || failed=1; done
+exit ${{failed:-0}}
+"""
 
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A checkout, a Python that claims PyTorch, and shards of 40 micro-batches each, as far as the stand-in goes."""
+    """A checkout, a Python that claims PyTorch, 8 GPUs, and shards: 40 micro-batches each to the stand-in."""
     (tmp_path / "repo").mkdir()
     (tmp_path / "repo" / "train_gpt.py").write_text(STAND_IN)
-    python = tmp_path / "torch-python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$5"\n')
-    python.chmod(0o755)
+    for name, body in {"torch-python": TORCHRUN, "nvidia-smi": "#!/bin/sh\nseq 8\n"}.items():
+        (tmp_path / name).write_text(body)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (tmp_path / "shards").mkdir()
     for number in (1, 2):
         write_shard(tmp_path / "shards" / f"train_{number}_.bin", np.zeros(40 * MICRO_BATCH_TOKENS, np.int64))
-    write_shard(tmp_path / "shards" / "val_0_.bin", np.zeros(131_074, np.int64))
+    write_shard(tmp_path / "shards" / "val_0_.bin", np.zeros(8 * 131_072 + 2, np.int64))
     monkeypatch.setenv("TOLD", str(tmp_path / "told.json"))
     return [
-        *("--torch-repo", str(tmp_path / "repo"), "--torch-python", str(python), "--log", str(tmp_path / "log.txt")),
+        *("--torch-repo", f"{tmp_path}/repo", "--torch-python", f"{tmp_path}/torch-python"),
+        *("--log", f"{tmp_path}/log.txt"),
         *("--train-files", f"{tmp_path}/shards/train_*.bin", "--val-files", f"{tmp_path}/shards/val_*.bin"),
         *("--val-tokens", "131072", "--val-every", "2", "--steps", "4"),
     ]
@@ -160,6 +195,33 @@ def test_every_micro_batch_is_trained_on_once_across_shards(machine, tmp_path, c
     digest = hashlib.sha256(STAND_IN.encode()).hexdigest()
     assert f"train_gpt.py of SHA-256 {digest}\n" in (tmp_path / "log.txt").read_text()
     assert "# PyTorch 2.0, an H100\n" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4, 8])
+def test_a_step_is_made_of_the_same_micro_batches_on_any_number_of_gpus(machine, tmp_path, gpus):
+    """And its loss is the mean over all of them: the rank, which each process adds to its losses, is (gpus - 1) / 2."""
+    run(*machine, "--gpus", str(gpus), "--val-tokens", str(131_072 * gpus), "--save-start", str(tmp_path / "start.pt"))
+    trained_on = [json.loads((tmp_path / f"told.json.{rank}").read_text()) for rank in range(gpus)]
+    assert {len(places) for places in trained_on} == {4 * 16 // gpus}
+    for step in range(4):
+        share = slice(step * 16 // gpus, (step + 1) * 16 // gpus)
+        together = sorted(place for places in trained_on for place in places[share])
+        assert together == list(range(16 * step, 16 * (step + 1)))
+    losses = [point.loss - (gpus - 1) / 2 for point in read_log(tmp_path / "log.txt").train_points]
+    text = (tmp_path / "log.txt").read_text()
+    assert losses == [1, 1, 1.5, 2] and text.count("train_loss:") == 4
+    assert text.count("# PyTorch ") == 1 and f"# PyTorch 2.0, {f'{gpus} x ' * (gpus > 1)}an H100\n" in text
+
+
+@pytest.mark.parametrize("times", [0, 2])
+@pytest.mark.parametrize("place", ['print0(f"step:{step+1}/', "train_seq_len =", "grad_accum_steps_per_device ="])
+def test_a_line_that_is_missing_or_double_stops_the_script(machine, tmp_path, place, times):
+    lines = STAND_IN.splitlines(keepends=True)
+    (index,) = (i for i, line in enumerate(lines) if place in line)
+    source = "".join([*lines[:index], lines[index] * times, *lines[index + 1 :]])
+    (tmp_path / "repo" / "train_gpt.py").write_text(source)
+    with pytest.raises(UserError, match=f"found {times} times instead of once"):
+        run(*machine, "--gpus", "2", "--val-tokens", "262144")
 
 
 def test_weights_are_kept_and_given_back(machine, tmp_path):
@@ -258,6 +320,10 @@ def test_a_file_that_is_no_text_is_refused(machine, tmp_path):
     [
         (["--torch-repo", "/nowhere"], "must be a checkout"),
         (["--steps", "0"], "--steps is 0"),
+        (["--gpus", "0"], "--gpus is 0"),
+        (["--gpus", "3"], "--gpus 3: a step has 16 sequences .* use 1, 2, 4, 8 or 16"),
+        (["--gpus", "16"], "--gpus 16: this machine has 8 that may be used"),
+        (["--gpus", "2"], "--val-tokens is 131072; use a multiple of 262144, 2 sequences"),
         (["--stop-after", "4"], "less than the 4 --steps"),
         (["--log", "/tmp/same.pt", "--save-start", "/tmp/same.pt"], "--log and --save-start are both /tmp/same.pt"),
         (["--save-start", "/tmp/same.pt", "--save-end", "/tmp/same.pt"], "choose two names"),

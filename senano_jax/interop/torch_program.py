@@ -32,6 +32,7 @@ FASTEST = (
 )
 
 
+OWN_BATCH = (16, 24_576)  # sequences of a step and tokens of a sequence, in the file as it is
 SYSTEMS = ("recurrent", "no-value-embeddings")  # that the file can be
 
 
@@ -47,6 +48,25 @@ def data_and_steps(train_files: str, steps: int) -> tuple[Patch, ...]:
     return (
         shards("train", train_files),
         Patch("number of steps", r"^( +num_iterations = ).*$", rf"\g<1>{steps}"),
+    )
+
+
+def batch(gpus: int, sequences: int, seq_len: int) -> tuple[Patch, ...]:
+    """Steps of `sequences` sequences of `seq_len` tokens on `gpus` GPUs; one sequence is a micro-batch.
+
+    The GPUs take the sequences by turns, so that those of a step are the same on any number of GPUs. The file counts
+    the micro-batches of a GPU itself, for a number that divides 8; here they are given to it. Raises UserError for GPUs
+    that the sequences cannot be dealt out to evenly.
+    """
+    if sequences % gpus:
+        *fewer, last = (str(count) for count in range(1, sequences + 1) if sequences % count == 0)
+        could_be = f"{', '.join(fewer)} or {last}" if fewer else last
+        raise UserError(f"--gpus {gpus}: a step has {sequences} sequences to deal out evenly; use {could_be}")
+    if (gpus, sequences, seq_len) == (1, *OWN_BATCH):
+        return ()
+    return (
+        Patch("tokens of a sequence", r"^( +train_seq_len = ).*$", rf"\g<1>{seq_len}"),
+        Patch("micro-batches", r"^( +grad_accum_steps_per_device = ).*$", rf"\g<1>{sequences // gpus}"),
     )
 
 
@@ -115,9 +135,26 @@ def from_anywhere(python: str) -> str:
     return os.path.abspath(python) if os.sep in python else python
 
 
-def launch_command(python: str) -> list[str]:
-    """Starts train_gpt.py of the working directory, which may be another than ours, on one GPU."""
-    return [from_anywhere(python), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "train_gpt.py"]
+def launch_command(python: str, gpus: int) -> list[str]:
+    """Starts train_gpt.py of the working directory, which may be another than ours, with a process for each GPU."""
+    run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+    return [from_anywhere(python), *run, "train_gpt.py"]
+
+
+def check_gpus(count: int) -> None:
+    """Raises UserError if nvidia-smi lists fewer than `count` GPUs, or CUDA_VISIBLE_DEVICES leaves fewer of them."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=120, check=True).stdout.split("\n")
+    except (OSError, subprocess.SubprocessError):
+        listed = []
+    gpus = len([name for name in listed if name.strip()])
+    if not gpus:
+        raise UserError("no NVIDIA GPU here (nvidia-smi does not answer); run this on a machine with one")
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        gpus = min(gpus, len([name for name in visible.split(",") if name.strip()]))
+    if gpus < count:
+        raise UserError(f"--gpus {count}: this machine has {gpus} that may be used; choose fewer, or another machine")
 
 
 def literal(text: str) -> str:
