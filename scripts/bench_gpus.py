@@ -133,7 +133,7 @@ def traced(runner: StepRunner, window: int) -> list[Event]:
 
 
 def communication_ms(events: Sequence[Event], steps: int = TRACED_STEPS) -> tuple[float | None, float | None]:
-    """What kernels of collectives take in a step, and what of it no other kernel covers; None if there are no events."""
+    """What kernels of collectives take in a step, and what of it no other kernel covers; None without events."""
     if not events:
         return None, None
     ours = [event for event in events if group_of(event.name, None) == COMMUNICATION]

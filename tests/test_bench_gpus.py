@@ -6,7 +6,9 @@ import bench_gpus
 import pytest
 from bench_gpus import communication_ms
 
+from senano_jax.config import LayerSchedule, changed
 from senano_jax.errors import UserError
+from senano_jax.presets import demo
 from senano_jax.profiling.kernels import Event
 
 
@@ -25,7 +27,9 @@ def test_communication_is_exposed_where_nothing_else_runs():
     assert communication_ms([]) == (None, None)
 
 
-def test_every_case_that_works_is_a_row(tmp_path, capsys):
+def test_every_case_that_works_is_a_row(tmp_path, capsys, monkeypatch):
+    small = changed(demo(), {"model.dim": 16, "model.num_heads": 2, "model.layers": LayerSchedule(1, 0, 0, 0)})
+    monkeypatch.setattr(bench_gpus, "preset", lambda name: small)
     file = tmp_path / "gpus.json"
     flags = ["--gpus", "1", "2", "3", "--batch-tokens", "2048", "--seq-len", "1024", "--steps", "2", "--warmup", "0"]
     results = bench_gpus.main(["demo", *flags, "--windows", "1", "--json", str(file)])
