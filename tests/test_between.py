@@ -76,8 +76,7 @@ def test_the_model_carries_it_from_visit_to_visit(kind):
     assert abs(loss(params, model, None) - loss(without, plain, None)) > 1e-3
     for visits in (3, 2):
         value, gradients = jax.value_and_grad(loss)(params, model, visits)
-        expected = loss(params, unrolled, visits)
-        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        np.testing.assert_allclose(value, loss(params, unrolled, visits), rtol=1e-5)
         for name in ("lane_read", "lane_kept", "lane_written") if kind == "lanes" else ():
             of_visits = np.abs(gradients[name]).reshape(3, -1).max(axis=1)
             assert np.all(of_visits[:visits] > 0) and np.all(of_visits[visits:] == 0)

@@ -176,7 +176,6 @@ def test_a_run_goes_on_in_either_form_and_on_any_number_of_devices(tmp_path):
     losses, val_loss = losses_of(run)
     for change, same_bits in (
         (("--devices=4", "--share-matrices"), True),
-        (("--devices=8", "--share-matrices"), False),
         (("--devices=2", "--no-share-matrices"), False),
     ):
         train.main([*FLAGS, flag, "--resume=2", *change])
