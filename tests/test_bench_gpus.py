@@ -32,10 +32,10 @@ def test_every_case_that_works_is_a_row(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_gpus, "preset", lambda name: small)
     monkeypatch.setattr(bench_gpus, "traced", lambda runner, window: [])  # a CPU's trace takes half a minute
     file = tmp_path / "gpus.json"
-    flags = ["--gpus", "1", "2", "3", "--batch-tokens", "2048", "--seq-len", "1024", "--steps", "2", "--warmup", "0"]
+    flags = ["--gpus", "1", "2", "3", "--batch-tokens", "512", "--seq-len", "256", "--steps", "2", "--warmup", "0"]
     results = bench_gpus.main(["demo", *flags, "--windows", "1", "--json", str(file)])
     assert [(r.case.gpus, r.case.form) for r in results] == [(1, "replicated"), (2, "replicated"), (2, "shared")]
-    assert all(r.tokens_per_s[1] == pytest.approx(2048 * 1000 / r.step_ms[1]) for r in results)
+    assert all(r.tokens_per_s[1] == pytest.approx(512 * 1000 / r.step_ms[1]) for r in results)
     saved = json.loads(file.read_text())["results"]
     assert [r["step_ms"]["1"] for r in saved] == [r.step_ms[1] for r in results]
     rows = capsys.readouterr().out.splitlines()
