@@ -28,7 +28,11 @@ def test_communication_is_exposed_where_nothing_else_runs():
 
 
 def test_every_case_that_works_is_a_row(tmp_path, capsys, monkeypatch):
-    small = changed(demo(), {"model.dim": 16, "model.num_heads": 2, "model.layers": LayerSchedule(1, 0, 0, 1)})
+    small = changed(
+        demo(),
+        {"model.dim": 16, "model.num_heads": 2, "model.layers": LayerSchedule(1, 0, 0, 1)}
+        | {"final_window_tokens": 256},
+    )
     monkeypatch.setattr(bench_gpus, "preset", lambda name: small)
     monkeypatch.setattr(bench_gpus, "traced", lambda runner, window: [])  # a CPU's trace takes half a minute
     file = tmp_path / "gpus.json"
