@@ -34,7 +34,9 @@ _FIXED = {
 # From JAX 0.11 on XLA hands some bfloat16 products on CPUs to a library (YNNPACK) that adds in bfloat16. Over 1,024
 # terms that is an error of 2%; sums in float32, which XLA makes itself, leave that of the result's rounding, 0.17%.
 _SUMS_IN_FLOAT32 = "--xla_cpu_experimental_ynn_fusion_type="
-_CHOOSE_DEVICES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES")
+_CHOOSE_DEVICES = (
+    "JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES", "JAX_LOCAL_DEVICE_IDS",
+)  # fmt: skip
 _FIND_ALL = {"jax_platforms": None, "jax_platform_name": "", "jax_num_cpu_devices": -1}
 
 
