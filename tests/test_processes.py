@@ -14,6 +14,7 @@ import pytest
 
 from senano_jax import train
 from senano_jax.errors import UserError
+from senano_jax.training.processes import cause_first
 
 PROCESSES, DEVICES, STEPS = 2, 4, 10
 FLAGS = [
@@ -216,6 +217,32 @@ def test_a_run_whose_processes_die_goes_on_to_the_same_losses(tmp_path):
     assert ", from step " in ended.stdout
     assert losses(run) == losses(undisturbed)
     assert max(losses(run)) == 4
+
+
+@pytest.mark.parametrize(
+    ("message", "told_by", "several", "waited"),
+    [
+        ("UNKNOWN: Gloo AllGather failed", None, True, 1),
+        ("Barrier failed", UserError("a checkpoint could not be saved"), True, 1),
+        ("UNKNOWN: Gloo AllGather failed", None, False, 0),
+        ("RESOURCE_EXHAUSTED: out of memory", None, True, 0),
+    ],
+)
+def test_a_failure_between_processes_waits_for_its_cause(monkeypatch, message, told_by, several, waited):
+    """And if there is none, it is told in the end."""
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: several)
+    sleeps = []
+    monkeypatch.setattr(time, "sleep", sleeps.append)
+
+    def fail():
+        try:
+            raise ValueError(message)
+        except ValueError as error:
+            raise (told_by or error) from None
+
+    with pytest.raises(UserError if told_by else ValueError), cause_first():
+        fail()
+    assert len(sleeps) == waited
 
 
 def test_a_collective_does_not_wait_for_ever(tmp_path):

@@ -80,8 +80,8 @@ def cause_first() -> Iterator[None]:
     try:
         yield
     except Exception as failure:
-        causes = [str(error) for error in _chain(failure) if not isinstance(error, UserError)]
-        if jax.process_count() > 1 and any(map(_OF_OTHERS.search, causes)):
+        causes = (str(error) for error in _chain(failure) if not isinstance(error, UserError))
+        if jax.distributed.is_initialized() and any(map(_OF_OTHERS.search, causes)):
             time.sleep(1.5 * _SILENCE_S)
         raise
 
