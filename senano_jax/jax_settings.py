@@ -36,7 +36,9 @@ _FIXED = {
 _SUMS_IN_FLOAT32 = "--xla_cpu_experimental_ynn_fusion_type="
 # No sums in whatever order threads come, and no kernels chosen by how fast they happened to be.
 _SAME_BITS = "--xla_gpu_deterministic_ops=true"
-_CHOOSE_DEVICES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES")
+_CHOOSE_DEVICES = (
+    "JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES", "JAX_LOCAL_DEVICE_IDS",
+)  # fmt: skip
 _FIND_ALL = {"jax_platforms": None, "jax_platform_name": "", "jax_num_cpu_devices": -1}
 
 

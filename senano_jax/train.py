@@ -99,16 +99,17 @@ def run(request: Request) -> Path | None:
     from senano_jax.jax_settings import start_jax
     from senano_jax.training.dry_run import describe
     from senano_jax.training.loop import train
-    from senano_jax.training.processes import join_processes
+    from senano_jax.training.processes import cause_first, join_processes
 
     if request.notice:
         print(request.notice)
-    join_processes()
+    join_processes(request.config.run_dir)
     if request.dry_run:
         start_jax(request.config.dtype)  # without the cache of compiled programs, which it could write to
         describe(request.config, request.preset)
         return None
-    return train(request.config, request.preset)
+    with cause_first():
+        return train(request.config, request.preset)
 
 
 def config_fields(config: Config) -> dict:

@@ -7,12 +7,14 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import pytest
 
 from senano_jax import train
 from senano_jax.errors import UserError
+from senano_jax.training.processes import cause_first
 
 PROCESSES, DEVICES, STEPS = 2, 4, 10
 FLAGS = [
@@ -53,20 +55,21 @@ with Checkpoints(Path(sys.argv[1])) as checkpoints:
 """
 
 
-def launch_all(*command):
-    """Starts the processes with `command`, connected over a free port of this machine."""
+def launch_all(*command, devices=DEVICES, of_one=()):
+    """Starts the processes with `command`, connected over a free port of this machine; `of_one` are more arguments of
+    process 1."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     shared = {
         "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(DEVICES),
+        "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": str(PROCESSES),
     }
     return [
         subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, *command, *(of_one if index == 1 else ())],
             env={**os.environ, **shared, "JAX_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -119,6 +122,18 @@ def test_what_one_process_refuses_all_refuse(tmp_path):
         assert "Traceback" not in said
 
 
+def test_processes_that_would_run_different_programs_are_refused(tmp_path):
+    flags = ["-m", "senano_jax.train", *FLAGS, f"--run-dir={tmp_path / 'run'}"]
+    for process in launch_all(*flags, of_one=[f"--steps={STEPS + 1}"]):
+        _, said = process.communicate(timeout=240)
+        assert (process.returncode, said) == (
+            2,
+            f"error: process 1 differs from process 0 in steps ({STEPS + 1}, not {STEPS}); "
+            "start all with the same code, flags and number of devices\n",
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(tmp_path):
     processes = launch_all("-c", GOING_BACK, str(tmp_path / "checkpoints"))
     for process, moved in zip(processes, (["unread-2"], [])):
@@ -133,3 +148,107 @@ def test_processes_that_would_not_share_a_run_folder_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: PROCESSES)
     with pytest.raises(UserError, match="a run of several processes needs --run-dir"):
         train.main(FLAGS)
+
+
+LAUNCHER = Path(__file__).parents[1] / "scripts" / "train_processes.py"
+# `python -m senano_jax.train`, with a process that dies at a step, and less patience with the silent; if asked to,
+# after a run in another folder that nothing disturbs.
+DYING = """
+import os, signal, sys
+from senano_jax import train
+from senano_jax.training import processes
+from senano_jax.training.recorder import Recorder
+
+processes._SILENCE_S = 4
+victim, last_step, run_dir, undisturbed, *arguments = sys.argv[1:]
+if undisturbed:
+    processes.join_processes(run_dir)
+    processes.join_processes = lambda run_dir: None
+    train.main([*arguments, "--run-dir", undisturbed])
+queued = Recorder.queued
+def dying(recorder, step):
+    if (processes.jax.process_index(), step.step) == (int(victim), int(last_step)):
+        os.kill(os.getpid(), signal.SIGKILL)
+    queued(recorder, step)
+Recorder.queued = dying
+train.command([*arguments, "--run-dir", run_dir])
+"""
+# Process 1 stops answering, and keeps its connections; the other waits in a collective.
+SILENT = """
+import os, signal, sys
+import jax, numpy as np
+from jax.experimental import multihost_utils
+from senano_jax.training import processes
+
+processes._SILENCE_S = 4
+processes.join_processes()
+multihost_utils.process_allgather(np.zeros(1))
+if jax.process_index() == 1:
+    os.kill(os.getpid(), signal.SIGSTOP)
+multihost_utils.process_allgather(np.ones(1))
+"""
+SMALL = [*FLAGS, "--steps=4", "--batch-tokens=512", "--checkpoint-every=1"]
+
+
+def test_a_run_whose_processes_die_goes_on_to_the_same_losses(tmp_path):
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    resume = f"python -m senano_jax.train --run-dir {run} --resume"
+    one_gone = "process 1 of this run is gone"
+    first_gone = "process 0 of this run, which connects the others, is gone or out of reach"
+    for victim, step, arguments, what in (  # at step 3 the checkpoint of step 1 is whole
+        (1, 3, [str(undisturbed), *SMALL], one_gone),
+        (0, 4, ["", "--resume"], first_gone),
+    ):
+        processes = launch_all("-c", DYING, str(victim), str(step), str(run), *arguments, devices=1)
+        _, said = processes[1 - victim].communicate(timeout=240)
+        processes[victim].communicate(timeout=240)
+        assert processes[victim].returncode == -signal.SIGKILL
+        assert processes[1 - victim].returncode != 0
+        assert said == f"error: {what}; resume with: {resume}\n"
+
+    ended = subprocess.run(
+        [sys.executable, LAUNCHER, "--processes=2", "--", "--run-dir", run, "--resume"],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ", from step " in ended.stdout
+    assert losses(run) == losses(undisturbed)
+    assert max(losses(run)) == 4
+
+
+@pytest.mark.parametrize(
+    ("message", "told_by", "several", "waited"),
+    [
+        ("UNKNOWN: Gloo AllGather failed", None, True, 1),
+        ("Barrier failed", UserError("a checkpoint could not be saved"), True, 1),
+        ("UNKNOWN: Gloo AllGather failed", None, False, 0),
+        ("RESOURCE_EXHAUSTED: out of memory", None, True, 0),
+    ],
+)
+def test_a_failure_between_processes_waits_for_its_cause(monkeypatch, message, told_by, several, waited):
+    """And if there is none, it is told in the end."""
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: several)
+    sleeps = []
+    monkeypatch.setattr(time, "sleep", sleeps.append)
+
+    def fail():
+        try:
+            raise ValueError(message)
+        except ValueError as error:
+            raise (told_by or error) from None
+
+    with pytest.raises(UserError if told_by else ValueError), cause_first():
+        fail()
+    assert len(sleeps) == waited
+
+
+def test_a_collective_does_not_wait_for_ever(tmp_path):
+    waiting, silent = launch_all("-c", SILENT)
+    _, said = waiting.communicate(timeout=240)
+    silent.kill()
+    silent.communicate()
+    assert waiting.returncode != 0
+    assert said == "error: process 1 of this run is gone; start all processes again\n"

@@ -38,7 +38,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep_latest: int = 2, keep_every: int = 0, *, read_only: bool = False):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it touches
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports every file; its errors are raised
         policies = [
             preservation.LatestN(n=keep_latest),
             # Policies keep the end of the sorted list: the smallest loss, sorted downwards.

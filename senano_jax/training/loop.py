@@ -20,6 +20,7 @@ from senano_jax.output import lasting_output
 from senano_jax.plan import Plan
 from senano_jax.runlog.progress import Progress
 from senano_jax.runlog.sinks import Record, Sinks
+from senano_jax.training.agreement import require_same_program
 from senano_jax.training.clock import Clock
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import place_batch
@@ -127,6 +128,7 @@ def train(
 def _checked(config: Config) -> tuple[Sinks, list[Path]]:
     """The tools to watch the run with, and the shards to train on. Raises UserError for what cannot work whatever the
     devices are."""
+    require_same_program(config)
     require_shared_folder(config)
     with together():
         check_config(config)

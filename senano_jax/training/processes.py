@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import time
 import traceback
@@ -15,32 +16,42 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from senano_jax.errors import UserError
+from senano_jax.training.lost_peer import filter_standard_error
 from senano_jax.training.mesh import DATA_AXIS, place_sequences
 
 # Set by a launcher in each process it starts: srun, mpirun, or a person.
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
 _REFUSAL_BYTES = 1024
+_SILENCE_S = 40  # a process that JAX has not heard of for so long is gone, and the others end
+_OF_OTHERS = re.compile("gloo|nccl|communicator|collective|coordination|barrier", re.IGNORECASE)
 
 
-def join_processes() -> None:
+def join_processes(run_dir: str | None = None) -> None:
     """Connects this process with the others of its Slurm step or Open MPI job, or those that JAX_COORDINATOR_ADDRESS,
     JAX_NUM_PROCESSES and JAX_PROCESS_ID describe. Does nothing for a process on its own.
 
-    To be called before JAX looks for devices. Raises UserError if the others cannot be found.
+    From then on it ends when one of the others is gone, with a line that names it and the command that resumes the run
+    in `run_dir`. To be called before JAX looks for devices. Raises UserError if the others cannot be found.
     """
     try:
         if all(int(os.environ.get(name) or 1) <= 1 for name in _COUNTS):
             return
+        for name in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID"):
+            if "JAX_NUM_PROCESSES" in os.environ and name not in os.environ:
+                raise UserError(f"JAX_NUM_PROCESSES is set, and {name} is not; set both in every process")
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
-        if "JAX_NUM_PROCESSES" in os.environ:
+        filter_standard_error(run_dir)
+        if "JAX_NUM_PROCESSES" in os.environ:  # and JAX_LOCAL_DEVICE_IDS, if the process shall not have them all
             jax.distributed.initialize(
                 os.environ["JAX_COORDINATOR_ADDRESS"],
                 int(os.environ["JAX_NUM_PROCESSES"]),
                 int(os.environ["JAX_PROCESS_ID"]),
+                cluster_detection_method="deactivate",  # a Slurm job around them would choose the devices
+                heartbeat_timeout_seconds=_SILENCE_S,
             )
         else:
-            jax.distributed.initialize()
-    except (KeyError, ValueError, RuntimeError) as error:
+            jax.distributed.initialize(heartbeat_timeout_seconds=_SILENCE_S)
+    except (ValueError, RuntimeError) as error:
         raise UserError(f"cannot join the other processes ({' '.join(str(error).split())[:150]})") from None
 
 
@@ -60,6 +71,26 @@ def leave_at_once_on_failure() -> Iterator[None]:
                 time.sleep(1)  # with it goes what connects the others, who may be about to say why they leave
             os._exit(status if isinstance(status, int) else 1)
         raise
+
+
+@contextlib.contextmanager
+def cause_first() -> Iterator[None]:
+    """Holds back a failure of what processes do together: if one of them is gone, that is the cause, and JAX ends this
+    process with a line about it."""
+    try:
+        yield
+    except Exception as failure:
+        causes = (str(error) for error in _chain(failure) if not isinstance(error, UserError))
+        if jax.distributed.is_initialized() and any(map(_OF_OTHERS.search, causes)):
+            time.sleep(1.5 * _SILENCE_S)
+        raise
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those during whose handling it was raised."""
+    while error is not None:
+        yield error
+        error = error.__context__
 
 
 @contextlib.contextmanager
