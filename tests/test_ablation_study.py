@@ -4,9 +4,10 @@ import lzma
 
 import numpy as np
 import pytest
+from ablate import chosen
 from ablation import cost, shards
 from ablation.study import read_study
-from tiny_study import Command, changed_study, output_of, times_of
+from tiny_study import TINY, Command, changed_study, output_of, times_of
 
 from senano_jax.config import Stage, changed
 from senano_jax.data.shards import open_shard, write_shard
@@ -188,3 +189,18 @@ def test_damaged_packed_shards_and_strangers_are_refused(tmp_path):
         shards.unpacked(str(packed), into, print)
     with pytest.raises(UserError, match="must lie in one folder"):
         shards.unpacked(str(tmp_path / "*" / "a.bin.xz"), into, print)
+
+
+def test_variants_and_single_runs_can_be_chosen(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY.replace("seeds = [0, 1]", "seeds = [0, 1]\nbudgets = [2560]"))
+    study = read_study(path)
+    names = {only: [job.name for job in chosen(study, only)] for only in ("slow", "base-2560-seed1", "slow-seed0,base")}
+    assert names == {
+        "slow": ["slow-seed0", "slow-seed1"],
+        "base-2560-seed1": ["base-2560-seed1"],
+        "slow-seed0,base": ["base-2560-seed0", "base-2560-seed1", "base-seed0", "base-seed1", "slow-seed0"],
+    }
+    assert chosen(study, None) == list(study.jobs)
+    with pytest.raises(UserError, match="--only base-seed2: the variants are base, slow; a run is called"):
+        chosen(study, "base-seed2")
