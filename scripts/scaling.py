@@ -1,0 +1,230 @@
+"""What a step takes on 1 to 64 GPUs, from the bytes that travel and a few measured numbers: docs/scaling.md.
+
+    python scripts/scaling.py --write docs/scaling.md
+
+The model, of a step of B tokens on N GPUs:
+
+    time  = B / N x time a token  +  optimiser  +  bytes / bandwidth
+    optimiser = passes over memory, the same on every GPU  +  orthogonalisation / N, for matrices of the record's number
+    bytes of a GPU: all-reduce of the gradients, float32         2 (N - 1) / N x 4 x parameters
+                    all-gather of orthogonal steps, bfloat16       (N - 1) / N x 2 x numbers in matrices
+                    with --share-matrices their all-reduce is a reduce-scatter, half as much
+
+Nothing is overlapped, and a GPU is as fast with few tokens as with many, which no longer holds below some thousands.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from senano_jax.errors import UserError, one_line_errors
+from senano_jax.files import expand_home, write_atomically
+from senano_jax.model.build import abstract_params, count_parameters, make_model
+from senano_jax.optim.groups import parameter_group
+from senano_jax.presets import preset
+
+ROOT = Path(__file__).resolve().parents[1]
+WINDOW = 14  # blocks, of all figures
+GPUS = (1, 2, 4, 8, 16, 64)
+OF_A_MACHINE = 8
+BATCHES = (393_216, 131_072)
+
+# Of `recurrent` on H100s, by senano_jax.profile (logs/profile-recurrent-{1,2}xh100.txt): the optimiser takes 8.76 ms on
+# one GPU and 5.76 on two, communication 3.81 on two.
+PASSES_MS, ORTHOGONALISATION_MS = 2.76, 6.0
+COMMUNICATION_MS = 3.81
+INFINIBAND = 400e9  # bytes/s of a machine: eight links of 400 Gb/s by their data sheet, not measured
+
+
+@dataclass(frozen=True)
+class System:
+    """A preset, and what was measured of it."""
+
+    name: str
+    parameters: int
+    matrices: int  # numbers in them
+    token_us: float  # of one GPU, without the optimiser
+    gpu: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A step at the full window."""
+
+    system: str
+    gpu: str
+    gpus: int
+    batch_tokens: int
+    shared: bool
+    ms: float
+    source: str
+
+
+def sizes(name: str) -> tuple[int, int]:
+    """Numbers in all parameters, and in the matrices."""
+    config = preset(name)
+    params = abstract_params(make_model(config.model, config.dtype))
+    leaves = jax.tree.leaves_with_path(params)
+    return count_parameters(params), sum(leaf.size for path, leaf in leaves if parameter_group(path) == "matrices")
+
+
+def sent(parameters: int, matrices: int, gpus: int, shared: bool = False) -> float:
+    """Bytes that each GPU sends in a step."""
+    part = (gpus - 1) / gpus
+    return part * (8 * (parameters - matrices) + (4 if shared else 8) * matrices + 2 * matrices)
+
+
+def optimiser_ms(system: System, gpus: int) -> float:
+    parameters, matrices = sizes("recurrent")
+    return PASSES_MS * system.parameters / parameters + ORTHOGONALISATION_MS * system.matrices / matrices / gpus
+
+
+def communication_ms(system: System, gpus: int, shared: bool = False) -> float:
+    """At the bandwidth that two GPUs showed; where machines are joined, no faster than their links."""
+    bandwidth = sent(*sizes("recurrent"), 2) / COMMUNICATION_MS * 1000
+    if gpus > OF_A_MACHINE:
+        bandwidth = min(bandwidth, INFINIBAND)
+    return sent(system.parameters, system.matrices, gpus, shared) / bandwidth * 1000
+
+
+def step_ms(system: System, batch_tokens: int, gpus: int, shared: bool = False) -> float:
+    compute = batch_tokens / gpus * system.token_us / 1000
+    return compute + optimiser_ms(system, gpus) + communication_ms(system, gpus, shared)
+
+
+def measured(root: Path) -> Iterator[Measured]:
+    """Medians at the full window: of senano_jax.profile, of a training run, and of scripts/bench_gpus.py."""
+    for file in sorted(root.glob("profile-recurrent-*.txt")):
+        text = file.read_text()
+        tokens, gpus, gpu = re.search(r"steps of ([\d,]+) tokens on (\d+) x NVIDIA (\S+)", text).groups()
+        ms = re.search(r"^back to back +([\d,.]+)", text, re.MULTILINE)[1]
+        yield Measured("recurrent", gpu, int(gpus), _number(tokens), False, _number(ms), f"logs/{file.name}")
+    folder = root / "recurrent-4xh100-full"
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = [record["step_ms"] for record in records if record.get("window") == WINDOW and "step_ms" in record]
+    yield Measured("recurrent", "H100", 4, 393_216, False, statistics.median(times), f"logs/{folder.name}")
+    for file in sorted((root / "gpus").glob("*.json")):
+        document = json.loads(file.read_text())
+        gpu = document["environment"]["devices"][0]["kind"].split()[1]
+        for result in document["results"]:
+            case = result["case"]
+            if (ms := result["step_ms"].get(str(WINDOW))) is not None:
+                shared = case["form"] == "shared"
+                yield Measured(
+                    case["preset"], gpu, case["gpus"], case["batch_tokens"], shared, ms, f"logs/gpus/{file.name}"
+                )
+
+
+def fitted(points: list[Measured]) -> dict[str, System]:
+    """For each system the time a token that its point with the fewest GPUs, replicated, asks for."""
+    systems = {}
+    for point in sorted((p for p in points if not p.shared), key=lambda p: (p.gpus, p.source)):
+        if point.system not in systems:
+            known = System(point.system, *sizes(point.system), 0.0, point.gpu)
+            rest = point.ms - step_ms(known, point.batch_tokens, point.gpus)
+            token_us = 1000 * rest * point.gpus / point.batch_tokens
+            systems[point.system] = System(known.name, known.parameters, known.matrices, token_us, point.gpu)
+    return systems
+
+
+def document(root: Path) -> str:
+    points = list(measured(root))
+    systems = fitted(points)
+    if not systems:
+        raise UserError(f"{root} holds no measured steps; give --logs the folder of the repository's logs")
+    checks = [
+        [
+            f"`{p.system}`", f"{p.gpus} x {p.gpu}", f"{p.batch_tokens:,}", "shared" if p.shared else "replicated",
+            f"{p.ms:,.1f}", f"{step_ms(systems[p.system], p.batch_tokens, p.gpus, p.shared):,.1f}", f"`{p.source}`",
+        ]
+        for p in points
+    ]  # fmt: skip
+    rows = []
+    for system in systems.values():
+        for batch in BATCHES:
+            for gpus in GPUS:
+                ms, shared_ms = (step_ms(system, batch, gpus, shared) for shared in (False, True))
+                alone = step_ms(system, batch, 1)
+                gigabytes = [sent(system.parameters, system.matrices, gpus, shared) / 1e9 for shared in (False, True)]
+                steps = preset(system.name).steps * preset(system.name).batch_tokens / batch
+                rows.append(
+                    [
+                        f"`{system.name}`", f"{batch:,}", str(gpus), f"{batch // gpus:,}",
+                        " / ".join(f"{x:.2f}" for x in gigabytes), f"{communication_ms(system, gpus):.1f} / "
+                        f"{communication_ms(system, gpus, True):.1f}", f"{ms:,.1f} / {shared_ms:,.1f}",
+                        f"{alone / gpus / ms:.0%} / {alone / gpus / shared_ms:.0%}",
+                        f"{steps * ms / 60_000:.1f}", f"{steps * ms / 3_600_000 * gpus:.2f}",
+                    ]
+                )  # fmt: skip
+    table = _table(
+        ["system", "tokens a step", "GPUs", "a GPU", "GB sent", "ms for it", "ms a step", "efficiency", "minutes a run",
+         "GPU-hours"],
+        rows,
+    )  # fmt: skip
+    against = _table(["system", "GPUs", "tokens a step", "matrices", "measured ms", "model", "source"], checks)
+    return TEXT.format(
+        window=WINDOW,
+        bandwidth=sent(*sizes("recurrent"), 2) / COMMUNICATION_MS / 1e6,
+        checks=against,
+        table=table,
+        systems="; ".join(f"`{s.name}`: {s.token_us:.2f} us a token on one {s.gpu}" for s in systems.values()),
+    )
+
+
+def _number(text: str) -> int | float:
+    return json.loads(text.replace(",", ""))
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+TEXT = """# Scaling
+
+Written by `python scripts/scaling.py --write docs/scaling.md`, whose first lines tell the model: a step is its tokens
+at the speed of one GPU, the optimiser, and the bytes that travel at {bandwidth:.0f} GB/s, the rate of two H100s of one
+machine; nothing is overlapped. All figures are of the full window, {window} blocks.
+
+{systems}.
+
+## What was measured, and what the model says
+
+{checks}
+
+The first row of each system sets its time a token; the others are predictions. The candidate was not measured on one
+GPU of that machine.
+
+## What it predicts
+
+Pairs are replicated / with `--share-matrices`. More than 8 GPUs are machines of 8, joined by 8 InfiniBand links of 400
+Gb/s each: by their data sheet these are faster than what two GPUs showed over NVLink, so that they do not count.
+Latency is not in the model. A run is the preset's tokens at the full window throughout, which is an upper bound,
+without compilation and evaluations; minutes and GPU-hours are of the replicated form.
+
+{table}
+
+**Where it ends.** At 393,216 tokens a step eight GPUs lose 4 to 5%, whatever the form of the optimiser's state. At
+131,072 the parts that do not shrink with the number of GPUs, about 9 ms, are an eighth of a step of eight GPUs and half
+of one of 64, where 2,048 tokens a GPU would be slower than the model has it. One machine is the place for these
+systems; more machines are for more seeds at once.
+"""
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--logs", type=expand_home, default=ROOT / "logs", help="folder of the measurements")
+    parser.add_argument("--write", type=expand_home, metavar="FILE", help="document to write (default: print it)")
+    with one_line_errors():
+        arguments = parser.parse_args()
+        text = document(arguments.logs)
+        if arguments.write:
+            write_atomically(arguments.write, text.encode())
+        else:
+            print(text)
