@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WINDOW = 14  # blocks, of all figures
 GPUS = (1, 2, 4, 8, 16, 64)
 OF_A_MACHINE = 8
-BATCHES = (393_216, 131_072)
+BATCHES = (393_216, 131_072, 65_536)
 
 # Of `recurrent` on H100s, by senano_jax.profile (logs/profile-recurrent-{1,2}xh100.txt): the optimiser takes 8.76 ms on
 # one GPU and 5.76 on two, communication 3.81 on two.
