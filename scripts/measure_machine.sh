@@ -11,7 +11,17 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 shards=${1:?a glob of training shards} val=${2:?a glob of validation shards} out=${3:?a folder} torch=${4:-}
 presets=${PRESETS:-recurrent}
-gpus=$(nvidia-smi --query-gpu=name --format=csv,noheader | wc -l)
+if ! names=$(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null) || [[ -z $names ]]; then
+  echo "error: no NVIDIA GPU here (nvidia-smi does not answer); run this on a machine with one" >&2
+  exit 2
+fi
+for pattern in "$shards" "$val"; do
+  if ! compgen -G "$pattern" > /dev/null; then
+    echo "error: no shard matches '$pattern'; give a glob in quotes" >&2
+    exit 2
+  fi
+done
+gpus=$(wc -l <<< "$names")
 half=$(( gpus > 1 ? gpus / 2 : 1 ))
 fewer=$(for n in 1 2 4; do (( n < gpus )) && echo "$n"; done)
 mkdir -p "$out"

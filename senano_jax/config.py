@@ -112,10 +112,10 @@ class Config:
     micro_batches: int | None = field(default=None, metadata=FREE)
     """Micro-batches a step is split into on each device; by default the fewest that fit in memory."""
     share_matrices: bool = field(default=False, metadata=FREE)
-    """Each device keeps the averages of its own share of the matrices (ZeRO stage 1), which halves what travels for
-    them; by default every device keeps all."""
+    """Each device keeps the averages of its own share of the matrices (ZeRO stage 1), which halves what their gradients
+    take on the way; by default every device keeps all."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which gradients travel between devices."""
+    """Type that gradients are rounded to in order to travel between devices, also where there is only one."""
     deterministic: bool = field(default=False, metadata=FREE)
     """Have XLA choose operations on GPUs that give the same bits in every run on the same GPUs; slower."""
     run_dir: str | None = field(default=None, metadata=FREE)

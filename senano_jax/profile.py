@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> "Report":
     from senano_jax.runlog.writer import environment
 
     if named is None:
-        start_jax()
+        start_jax(deterministic=args.deterministic)  # XLA reads its flags once
         if jax.default_backend() != "gpu":
             name, base = "demo", preset("demo")
             args = _parse(name, base, flags)

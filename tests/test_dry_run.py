@@ -43,6 +43,15 @@ def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(tmp_path, monke
     assert said["time"].startswith("not known here")
 
 
+def test_averages_that_devices_share_take_less_of_each(monkeypatch, capsys):
+    monkeypatch.setattr("senano_jax.training.dry_run._gib", str)  # bytes: the model is small
+    said = []
+    for shared in (False, True):
+        describe(changed(TINY, {"share_matrices": shared}), "demo")
+        said.append(int(lines_of(capsys)["memory"].split("a device: ")[1].split()[0]))
+    assert said[1] < said[0]
+
+
 def test_stages_are_said_one_by_one(capsys):
     config = changed(TINY, {"stages": preset("multi-token").stages, "steps": 6})
     describe(config, "demo")

@@ -108,3 +108,13 @@ def test_a_recipe_with_a_mixture_moves_as_one_without_until_they_part():
             moves[-1].append(np.asarray(updates["layer_0"]["mlp"]["up"]))
     for step, (plain, mixture) in enumerate(zip(*moves)):
         assert (relative_error(mixture, plain) < 0.02) == (step <= 2)
+
+
+@pytest.mark.parametrize("make", [nesterov, lambda mu: mixed(mu, MIXTURE, steps=4)])
+def test_averages_keep_their_type(make):
+    """They are float32, also of gradients that are not; a checkpoint of another type could not be read again."""
+    gradients = {"up": jnp.ones((2, 3), jnp.bfloat16)}
+    momentum = make(lambda step: jnp.float32(0.9))
+    averages = momentum.init(gradients)
+    _, new = momentum.update(gradients, averages, jnp.int32(0))
+    assert {x.dtype for x in jax.tree.leaves((averages, new))} == {jnp.dtype(jnp.float32)}

@@ -124,6 +124,17 @@ def feed_of(config, **options):
     return open_feed(config, Plan(config).stages[0], **options)
 
 
+def test_xla_is_told_to_be_deterministic_before_a_device_is_looked_for(monkeypatch):
+    """Without a preset, too, where the devices choose one."""
+
+    def first_call(*_, deterministic=False):
+        raise UserError(f"deterministic: {deterministic}")
+
+    monkeypatch.setattr("senano_jax.jax_settings.start_jax", first_call)
+    with pytest.raises(UserError, match="deterministic: True"):
+        main(["--deterministic"])
+
+
 def test_shards_are_read_again_when_they_run_out(tmp_path):
     tokens = np.arange(2100) % 1000
     write_shard(tmp_path / "a.bin", tokens)

@@ -20,7 +20,7 @@ from senano_jax.optim.recipe import make_optimizer
 from senano_jax.optim.shares import SharedMuonState, Shares
 from senano_jax.presets import preset
 from senano_jax.training.mesh import DATA_AXIS, make_mesh, place_batch, replicated
-from senano_jax.training.state import TrainState, state_shardings
+from senano_jax.training.state import TrainState, init_state, state_shardings
 from senano_jax.training.step import make_train_step
 from senano_jax.training.wiring import wire
 
@@ -185,7 +185,18 @@ def test_a_run_goes_on_in_either_form_and_on_any_number_of_devices(tmp_path):
             assert losses_of(run)[0] == pytest.approx(losses, rel=1e-3)
 
 
-def test_recipes_that_have_nothing_to_share_are_refused():
-    """GPT-2's has no Muon."""
+@pytest.mark.parametrize(("name", "changes"), [("llmc", {}), ("demo", {"optimizer.head": None})])
+def test_recipes_that_cannot_share_are_refused(name, changes):
+    """GPT-2's has no Muon; without a rule of its own the head follows the matrices."""
     with pytest.raises(UserError, match="--share-matrices is for recipes that give the matrices to Muon"):
-        wire(changed(preset("llmc"), {"share_matrices": True}))
+        wire(changed(preset(name), changes | {"share_matrices": True}))
+
+
+def test_a_state_is_made_whole_without_a_word_of_xla(capfd):
+    """It warns of stacks that it has to gather in order to cut queries and keys anew."""
+    changes = {"share_matrices": True, "devices": 4, "model.dim": 32, "model.num_heads": 2, "steps": 4}
+    matrices = preset("tied-recurrent").optimizer.matrices
+    changes |= {"optimizer.matrices": matrices, "optimizer.matrices.query_key_columns": 16}
+    wiring = wire(changed(preset("demo"), changes))
+    wiring.whole(wiring.spread(init_state(wiring.model, wiring.optimizer, 0, wiring.mesh)))
+    assert capfd.readouterr().err == ""

@@ -164,6 +164,16 @@ def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path):
     assert len(records(train.main(arguments))[0]) == STEPS
 
 
+@pytest.mark.parametrize("there", [(), ("kept",), ("kept", "kept/run")])
+def test_a_run_that_could_not_begin_leaves_nothing(tmp_path, there):
+    """Neither its own folder nor those above it, but for what was there."""
+    for folder in there:
+        (tmp_path / folder).mkdir()
+    with pytest.raises(UserError, match="/nowhere is neither weights"):
+        train.main([*PLAIN, f"--run-dir={tmp_path / 'kept' / 'run'}", "--init-from=/nowhere"])
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == list(there)
+
+
 def test_a_complete_run_is_left_as_it_is(run_dir, capsys):
     before = {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
     assert train.main(["--run_dir", str(run_dir), "--resume"]) == run_dir  # underscores are dashes

@@ -14,7 +14,7 @@ from senano_jax.optim.config import Mixture
 class Momentum(NamedTuple):
     """What makes a direction of gradients: two functions, like those of an optax transformation."""
 
-    init: Callable[[optax.Params], Any]  # parameters -> averages
+    init: Callable[[optax.Params], Any]  # parameters -> averages, float32
     update: Callable[[optax.Updates, Any, Array], tuple[optax.Updates, Any]]
     """(gradients, averages, step) -> direction, averages"""
 
@@ -28,7 +28,7 @@ def nesterov(mu: Callable[[Array], Array]) -> Momentum:
         direction = jax.tree.map(lambda m, g: (1 - rate) * g + rate * m, average, gradients)
         return direction, average
 
-    return Momentum(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+    return Momentum(_zeros, update)
 
 
 def mixed(mu: Callable[[Array], Array], mixture: Mixture, steps: int) -> Momentum:
@@ -55,4 +55,8 @@ def mixed(mu: Callable[[Array], Array], mixture: Mixture, steps: int) -> Momentu
         )
         return direction, (fast, slow)
 
-    return Momentum(lambda params: tuple(jax.tree.map(jnp.zeros_like, params) for _ in range(2)), update)
+    return Momentum(lambda params: (_zeros(params), _zeros(params)), update)
+
+
+def _zeros(params: optax.Params) -> optax.Params:
+    return optax.tree.zeros_like(params, dtype=jnp.float32)

@@ -76,8 +76,10 @@ def make_optimizer(
 
 
 def can_share(recipe: Recipe) -> bool:
-    """Whether devices can share the averages of the matrices: Muon's, and nothing is done to all gradients before."""
-    return isinstance(recipe.matrices, MuonRule) and not recipe.mean_gradients and recipe.clip_norm is None
+    """Whether devices can share the averages of the matrices: Muon's, no other group follows their rule, and nothing is
+    done to all gradients before."""
+    alone = all(recipe.leader(group) != "matrices" for group in GROUPS if group != "matrices")
+    return alone and isinstance(recipe.matrices, MuonRule) and not recipe.mean_gradients and recipe.clip_norm is None
 
 
 def _rule(

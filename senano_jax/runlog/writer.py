@@ -38,7 +38,8 @@ class RunFolder:
     """config.json and environment.json, written once; metrics.jsonl and log.txt, appended line by line.
 
     A context manager that holds the folder's lock: a second run cannot use it, and a dead one does not keep it.
-    Call `start` or `go_on` before writing. In a job of several processes only process 0 writes.
+    Call `start` or `go_on` before writing: on leaving a folder in which no run was started, what was made for it goes
+    again. In a job of several processes only process 0 writes.
     Raises UserError if the folder is in use or cannot be written.
     """
 
@@ -50,6 +51,7 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         if self._writes:
             with self._one_line_errors():
+                self._new = [path for path in (self.path, *self.path.parents) if not path.exists()]
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = (self.path / ".lock").open("w")
                 try:
@@ -63,6 +65,8 @@ class RunFolder:
             with self._one_line_errors(), contextlib.ExitStack() as stack:
                 for file in (self._lock, *self._files.values()):
                     stack.callback(file.close)
+                if not (self.path / "config.json").exists():
+                    self._leave_nothing()
 
     def refuse_if_started(self) -> None:
         """Raises UserError if the folder holds a run already."""
@@ -100,6 +104,14 @@ class RunFolder:
     def log(self, line: str) -> None:
         """Appends a line to log.txt."""
         self._write("log", line)
+
+    def _leave_nothing(self) -> None:
+        """Removes the lock, and the folders that are empty and were made for this run."""
+        (self.path / ".lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody else's file is in it
+            for folder in (self.path / "checkpoints", *self._new):
+                if folder.exists():
+                    folder.rmdir()
 
     def _open(self, metrics: int, log: int) -> None:
         for name, filename, size in (("metrics", "metrics.jsonl", metrics), ("log", "log.txt", log)):

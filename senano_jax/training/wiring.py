@@ -19,7 +19,7 @@ from senano_jax.optim.recipe import can_share, make_optimizer
 from senano_jax.optim.shares import Shares
 from senano_jax.plan import Plan
 from senano_jax.training.memory import choose_micro_batches, memory_budget
-from senano_jax.training.mesh import DATA_AXIS, make_mesh
+from senano_jax.training.mesh import DATA_AXIS, make_mesh, replicated
 from senano_jax.training.own import NOTHING_OWN, Own, on_mean_gradients, require_own
 from senano_jax.training.processes import together
 from senano_jax.training.state import TrainState, abstract_state, state_shardings
@@ -36,8 +36,7 @@ class Wiring(NamedTuple):
     state: TrainState
     """Shapes and dtypes of a state as checkpoints hold it."""
     spread: Callable[[TrainState], TrainState]
-    """Makes of such a state, or of its abstract form, the one that a step takes: where devices share averages, each
-    keeps its own."""
+    """Makes of such a state the one that a step takes: where devices share averages, each keeps its own."""
     whole: Callable[[TrainState], TrainState]
     """The way back."""
     micro_batches: tuple[int, ...]
@@ -88,8 +87,8 @@ def _shares(config: Config, mesh: Mesh) -> Shares | None:
         return None
     if isinstance(config.optimizer, OwnOptimizer) or not can_share(config.optimizer):
         raise UserError(
-            "--share-matrices is for recipes that give the matrices to Muon and neither average nor clip gradients; "
-            "drop it"
+            "--share-matrices is for recipes that give the matrices to Muon, and no other group to their rule, and "
+            "neither average nor clip gradients; drop it"
         )
     return Shares(DATA_AXIS, mesh.size, config.optimizer.matrices.query_key_columns)
 
@@ -99,11 +98,13 @@ def _forms(state: TrainState, shares: Shares | None, mesh: Mesh) -> tuple[Callab
     if shares is None:
         return lambda state: state, lambda state: state
 
+    def gather(shared):
+        everywhere = jax.lax.with_sharding_constraint(shared, replicated(mesh))  # XLA would cut up what is shared
+        return shares.whole(everywhere, state.opt_state)
+
     abstract = jax.eval_shape(shares.spread, state.opt_state)
     spread = jax.jit(shares.spread, out_shardings=state_shardings(abstract, mesh))
-    whole = jax.jit(
-        lambda shared: shares.whole(shared, state.opt_state), out_shardings=state_shardings(state.opt_state, mesh)
-    )
+    whole = jax.jit(gather, out_shardings=state_shardings(state.opt_state, mesh))
     return (
         lambda state: state._replace(opt_state=spread(state.opt_state)),
         lambda state: state._replace(opt_state=whole(state.opt_state)),
