@@ -39,6 +39,7 @@ from senano_jax.training.state import init_state
 from senano_jax.training.wiring import wire
 
 TRACED_STEPS = 2
+OTHERWISE = 16_384  # tokens of a sequence, where those of the preset do not divide the batch
 FORMS = ("replicated", "shared")
 
 
@@ -74,13 +75,19 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                         yield Case(name, gpus, batch, form)
 
 
+def sequence_of(case: Case, asked: int | None) -> int:
+    """Tokens of a sequence."""
+    own = preset(case.preset).seq_len
+    return asked or (own if case.batch_tokens % (own * case.gpus) == 0 else OTHERWISE)
+
+
 def configured(case: Case, args: argparse.Namespace) -> Config:
     """Raises UserError for what cannot work."""
     config = changed(
         preset(case.preset),
         {
             "batch_tokens": case.batch_tokens,
-            "seq_len": args.seq_len,
+            "seq_len": sequence_of(case, args.seq_len),
             "devices": case.gpus,
             "share_matrices": case.form == "shared",
             "data.train_files": args.train_files,
@@ -97,7 +104,7 @@ def measured(case: Case, args: argparse.Namespace) -> Result:
     micro_batches = wiring.micro_batches[stage.index]
     feed = open_feed(config, stage, shards_required=False)
     with contextlib.closing(feed.batches):
-        state = wiring.spread(init_state(wiring.model, wiring.optimizer, config.seed, mesh))
+        state = wiring.to_shared(init_state(wiring.model, wiring.optimizer, config.seed, mesh))
         tokens = place_batch(mesh, next(feed.batches), micro_batches)
         inputs = wiring.plan.inputs(stage.first)
         program = compile_program(wiring.train_steps[stage.index], state, tokens, *inputs)
@@ -110,7 +117,7 @@ def measured(case: Case, args: argparse.Namespace) -> Result:
         communication, exposed = communication_ms(traced(runner, args.windows[-1]))
     return Result(
         case=case,
-        seq_len=args.seq_len,
+        seq_len=config.seq_len,
         micro_batches=micro_batches,
         compile_s=program.compilation.compile_s,
         step_ms={window: spread.median for window, spread in times.items()},
@@ -195,6 +202,8 @@ def main(argv: Sequence[str]) -> list[Result]:
         if args.json:
             document = {"environment": environment(), "results": [dataclasses.asdict(r) for r in found]}
             write_atomically(args.json, (json.dumps(document, indent=1) + "\n").encode())
+    if not found:
+        raise UserError("no case could be measured; see above")
     return found
 
 
@@ -205,7 +214,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--batch-tokens", type=int, nargs="+", default=[393_216, 131_072], help="of a step, on all GPUs"
     )
-    parser.add_argument("--seq-len", type=int, default=16_384, help="tokens of a sequence")
+    parser.add_argument(
+        "--seq-len",
+        type=int,
+        help=f"tokens of a sequence (default: the preset's, or {OTHERWISE} where that does not divide)",
+    )
     parser.add_argument("--windows", type=int, nargs="+", default=[14], help="in blocks of 128 tokens")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of the averages of matrices")
     parser.add_argument("--steps", type=int, default=20, help="timed, of each window")

@@ -32,8 +32,11 @@ part() { # NAME SECONDS COMMAND...
   local name=$1 limit=$2 start=$SECONDS
   shift 2
   timeout --signal=INT --kill-after=20 "$limit" "$@" > "$out/$name.log" 2>&1
-  echo "$name: status $?, $(( SECONDS - start )) s, $SECONDS s in all"
+  local status=$?
+  (( status )) && failed+=("$name")
+  echo "$name: status $status, $(( SECONDS - start )) s, $SECONDS s in all"
 }
+failed=()
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$out/gpus.txt"
 # shellcheck disable=SC2086
@@ -50,13 +53,13 @@ part profile 120 python -m senano_jax.profile "${presets%% *}" "${data[@]}" "${c
 
 # Stopped after its first checkpoint, then on: all GPUs, and half of them.
 run=("${data[@]}" "${cache[@]}" --run-dir "$out/run" --steps 60 --val-every 0 --checkpoint-every 20)
-python -m senano_jax.train "${presets%% *}" "${run[@]}" > "$out/stopped.log" 2>&1 &
+timeout --kill-after=20 150 python -m senano_jax.train "${presets%% *}" "${run[@]}" > "$out/stopped.log" 2>&1 &
 training=$!
 for _ in $(seq 120); do
   grep -q '^step:25/' "$out/stopped.log" && break
   sleep 1
 done
-kill -TERM $training
+kill -TERM $training  # timeout passes it on
 wait $training
 echo "stopped: status $?, $SECONDS s in all"
 cp -r "$out/run" "$out/run-on-half"
@@ -64,3 +67,7 @@ part resumed 120 python -m senano_jax.train --run-dir "$out/run" --resume
 part resumed-on-half 120 python -m senano_jax.train --run-dir "$out/run-on-half" --resume --devices "$half"
 tail -n 1 "$out"/resumed*.log
 rm -rf "$out"/run*/checkpoints
+if (( ${#failed[@]} )); then
+  echo "error: failed: ${failed[*]}; see their logs in $out" >&2
+  exit 1
+fi

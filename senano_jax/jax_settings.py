@@ -36,6 +36,7 @@ _FIXED = {
 _SUMS_IN_FLOAT32 = "--xla_cpu_experimental_ynn_fusion_type="
 # No sums in whatever order threads come, and no kernels chosen by how fast they happened to be.
 _SAME_BITS = "--xla_gpu_deterministic_ops=true"
+_begun: list[bool] = []  # whether each start of this process was deterministic
 _CHOOSE_DEVICES = (
     "JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES", "JAX_LOCAL_DEVICE_IDS",
 )  # fmt: skip
@@ -44,7 +45,10 @@ _FIND_ALL = {"jax_platforms": None, "jax_platform_name": "", "jax_num_cpu_device
 
 def start_jax(dtype: str = "bfloat16", compilation_cache: str | None = None, deterministic: bool = False) -> None:
     """Settings of the whole process, for activations of type `dtype`, and its devices. Processes of one job must have
-    joined. Raises UserError if there is no device of the kind that the environment asks for."""
+    joined. Raises UserError if there is no device of the kind that the environment asks for, and for `deterministic`
+    in a process that has begun without."""
+    if deterministic and _begun and not _begun[0]:
+        raise UserError("--deterministic must be the choice of a process's first run; start a new process for it")
     configure_jax(dtype, compilation_cache, deterministic)
     try:
         jax.devices()
@@ -57,6 +61,7 @@ def start_jax(dtype: str = "bfloat16", compilation_cache: str | None = None, det
             f"{f' ({reason})' if reason else ''}; this machine has {_devices_by_default()}: change or unset "
             f"{' and '.join(asked)}, or install JAX for that device"
         ) from None
+    _begun.append(deterministic)
 
 
 def _devices_by_default() -> str:
@@ -83,7 +88,7 @@ def configure_jax(dtype: str, compilation_cache: str | None, deterministic: bool
     flags = os.environ.get("XLA_FLAGS", "")
     if jax.__version_info__ >= (0, 11) and _SUMS_IN_FLOAT32 not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_SUMS_IN_FLOAT32}".strip()
-    if deterministic and _SAME_BITS not in os.environ.get("XLA_FLAGS", ""):  # read once, with the first device
+    if deterministic and _SAME_BITS not in os.environ.get("XLA_FLAGS", ""):  # read with the first device
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_SAME_BITS}".strip()
     # GPUs would round float32 to TF32.
     jax.config.update("jax_default_matmul_precision", "highest" if dtype == "float32" else None)

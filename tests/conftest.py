@@ -13,7 +13,9 @@ from senano_jax.jax_settings import configure_jax
 # quarter of the time for the same XLA program (JAX 0.12 has only the first), and many tests compile the same. In the
 # environment, so that the workers and the processes that tests start share both.
 QUICK = "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-os.environ.setdefault("XLA_FLAGS", QUICK)
+# Eight devices on two busy cores may keep one another waiting; by default XLA ends the process after 40 s of that.
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
+os.environ.setdefault("XLA_FLAGS", f"{QUICK} {PATIENT}")
 configure_jax("bfloat16", None)  # and what the commands set, before the first device is looked for
 OWNS_CACHE = "PYTEST_XDIST_WORKER" not in os.environ
 if OWNS_CACHE:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from senano_jax import evaluate, train
-from senano_jax.jax_settings import configure_jax
+from senano_jax.errors import UserError
+from senano_jax.jax_settings import configure_jax, start_jax
 
 SMALL = [
     "demo", "--model.dim=16", "--model.num-heads=2", "--model.layers.loop=0", "--model.layers.visits=0",
@@ -80,6 +81,15 @@ def test_deterministic_asks_xla_once(monkeypatch):
         configure_jax("bfloat16", None, deterministic=True)
         flags = os.environ["XLA_FLAGS"].split()
         assert flags.count("--xla_gpu_deterministic_ops=true") == 1 and "--xla_dump_to=/tmp" in flags
+
+
+def test_deterministic_comes_too_late_for_a_process_that_has_begun(monkeypatch):
+    start_jax()
+    with pytest.raises(UserError, match="--deterministic must be the choice of a process's first run"):
+        start_jax(deterministic=True)
+    monkeypatch.setattr("senano_jax.jax_settings._begun", [True])
+    monkeypatch.setenv("XLA_FLAGS", "")
+    start_jax(deterministic=True)
 
 
 @pytest.mark.parametrize("arguments", [["train", *SMALL], ["profile"]])

@@ -56,7 +56,7 @@ class Shares:
             name: jax.lax.psum_scatter(stack, self.axis_name, tiled=True) for name, stack in self.stacks(tree).items()
         }
 
-    def spread(self, opt_state: Any) -> Any:
+    def to_shared(self, opt_state: Any) -> Any:
         """An optimiser's state with every state of `scale_by_muon` in the form that is shared."""
 
         def spread(node):
@@ -68,8 +68,8 @@ class Shares:
 
         return jax.tree.map(spread, opt_state, is_leaf=lambda x: isinstance(x, MuonState | StackedMuonState))
 
-    def whole(self, opt_state: Any, like: Any) -> Any:
-        """The state that `spread` made this one of; `like` has its structure and shapes."""
+    def to_replicated(self, opt_state: Any, like: Any) -> Any:
+        """The state that `to_shared` made this one of; `like` has its structure and shapes."""
 
         def whole(node, as_it_was):
             if not isinstance(node, SharedMuonState):

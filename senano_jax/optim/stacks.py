@@ -34,7 +34,7 @@ def update_stacks(
     """
     done, new = {}, dict(kept)
     for name, stack in stacked(matrices).items():
-        done[name], tree = _shared(rule, stack, kept.get(name, ()), axis_name)
+        done[name], tree = _divided(rule, stack, kept.get(name, ()), axis_name)
         if name in kept:
             new[name] = tree
     return unstacked(done, matrices), new
@@ -86,7 +86,7 @@ def _name(shape: tuple[int, int]) -> str:
     return f"{shape[0]}x{shape[1]}"
 
 
-def _shared(rule: StackRule, stack: Stack, kept: Any, axis_name: str | None) -> tuple[Stack, Any]:
+def _divided(rule: StackRule, stack: Stack, kept: Any, axis_name: str | None) -> tuple[Stack, Any]:
     """One stack, split over the devices of `axis_name`; where it does not divide, zeros fill the last share up."""
     if axis_name is None:
         return rule.update(stack, kept)

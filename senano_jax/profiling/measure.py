@@ -124,7 +124,7 @@ def measure(config: Config, scope: Scope, say: Callable[[str], None]) -> Report:
     feed = open_feed(config, stage, shards_required=scope.shards_required)
     with contextlib.closing(feed.batches):
         first_batch = next(feed.batches)
-        state = wiring.spread(init_state(wiring.model, wiring.optimizer, config.seed, mesh))
+        state = wiring.to_shared(init_state(wiring.model, wiring.optimizer, config.seed, mesh))
 
         say("compiling")
         tokens, inputs = place_batch(mesh, first_batch, micro_batches), wiring.plan.inputs(stage.first)

@@ -149,7 +149,7 @@ def _split(wiring: Wiring, stage: PlannedStage) -> str:
 def _memory(wiring: Wiring) -> str:
     """The estimate by which micro-batches are chosen."""
     dtype, devices = wiring.plan.config.dtype, wiring.mesh.size
-    state = resident_bytes(jax.eval_shape(wiring.spread, wiring.state), wiring.mesh)
+    state = resident_bytes(jax.eval_shape(wiring.to_shared, wiring.state), wiring.mesh)
     activations = max(
         stage_activation_bytes(stage, dtype, devices, wiring.micro_batches[stage.index]) for stage in wiring.plan.stages
     )

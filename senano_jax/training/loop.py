@@ -96,7 +96,9 @@ def train(
                 clock.start()
             if (checkpoint_due or stopping) and step > first_step:
                 progress.doing("saving")
-                run.save(step, wiring.whole(state), stream.get_state()["next_token"], clock.milliseconds, val_loss)
+                run.save(
+                    step, wiring.to_replicated(state), stream.get_state()["next_token"], clock.milliseconds, val_loss
+                )
             if last or stopping:
                 break
             evaluated = False

@@ -68,7 +68,7 @@ def leave_at_once_on_failure() -> Iterator[None]:
             sys.stdout.flush()
             sys.stderr.flush()
             if jax.process_index() == 0:
-                time.sleep(1)  # with it goes what connects the others, who may be about to say why they leave
+                time.sleep(5)  # with it goes what connects the others, who may be about to say why they leave
             os._exit(status if isinstance(status, int) else 1)
         raise
 

@@ -37,8 +37,8 @@ def reduced(gradients: Params, shares: Shares | None = None, dtype: DTypeLike = 
     others = add(others)
     stacks = _cast(shares.reduce_scatter(_cast(matrices, dtype)), jnp.float32)
     square = jax.lax.psum(optax.tree.norm(stacks, squared=True), DATA_AXIS) + optax.tree.norm(others, squared=True)
-    whole = jax.tree.map(lambda g, other: g if isinstance(other, optax.MaskedNode) else other, gradients, others)
-    return Reduced(whole, stacks, jnp.sqrt(square))
+    all_leaves = jax.tree.map(lambda g, other: g if isinstance(other, optax.MaskedNode) else other, gradients, others)
+    return Reduced(all_leaves, stacks, jnp.sqrt(square))
 
 
 def _cast(tree: Any, dtype: DTypeLike) -> Any:

@@ -108,7 +108,7 @@ def begin_or_resume(
             say(f"kept as {path} what could not be read; delete it if it is damaged")
     elif config.resume is not None:
         checkpoints.delete_after(bookmark.step)
-    return wiring.spread(state), bookmark
+    return wiring.to_shared(state), bookmark
 
 
 def check_same_run(config: Config, run_dir: Path) -> None:

@@ -35,9 +35,9 @@ class Wiring(NamedTuple):
     optimizer: optax.GradientTransformation
     state: TrainState
     """Shapes and dtypes of a state as checkpoints hold it."""
-    spread: Callable[[TrainState], TrainState]
+    to_shared: Callable[[TrainState], TrainState]
     """Makes of such a state the one that a step takes: where devices share averages, each keeps its own."""
-    whole: Callable[[TrainState], TrainState]
+    to_replicated: Callable[[TrainState], TrainState]
     """The way back."""
     micro_batches: tuple[int, ...]
     """For each stage, on each device."""
@@ -69,8 +69,8 @@ def wire(config: Config, own: Own = NOTHING_OWN) -> Wiring:
         raise UserError(f"the recipe does not suit the model ({error}); give it an optimiser too") from error
     with together():
         prefix_table = _prefix_table(plan)
-    spread, whole = _forms(state, shares, mesh)
-    micro_batches = choose_micro_batches(plan, mesh.size, memory_budget(jax.eval_shape(spread, state), mesh))
+    to_shared, to_replicated = _forms(state, shares, mesh)
+    micro_batches = choose_micro_batches(plan, mesh.size, memory_budget(jax.eval_shape(to_shared, state), mesh))
     of_step = optimizer if shares is None else make_optimizer(config.optimizer, config.steps, DATA_AXIS, shares)
 
     @functools.cache
@@ -78,7 +78,7 @@ def wire(config: Config, own: Own = NOTHING_OWN) -> Wiring:
         return make_train_step(model, of_step, mesh, visits, prefix_table, shares, config.reduce_dtype)
 
     train_steps = tuple(train_step(stage.visits) for stage in plan.stages)
-    return Wiring(plan, mesh, model, optimizer, state, spread, whole, micro_batches, train_steps)
+    return Wiring(plan, mesh, model, optimizer, state, to_shared, to_replicated, micro_batches, train_steps)
 
 
 def _shares(config: Config, mesh: Mesh) -> Shares | None:
@@ -94,20 +94,20 @@ def _shares(config: Config, mesh: Mesh) -> Shares | None:
 
 
 def _forms(state: TrainState, shares: Shares | None, mesh: Mesh) -> tuple[Callable, Callable]:
-    """`Wiring.spread` and `Wiring.whole`, of a state as checkpoints hold it."""
+    """`Wiring.to_shared` and `Wiring.to_replicated`, of a state as checkpoints hold it."""
     if shares is None:
         return lambda state: state, lambda state: state
 
     def gather(shared):
         everywhere = jax.lax.with_sharding_constraint(shared, replicated(mesh))  # XLA would cut up what is shared
-        return shares.whole(everywhere, state.opt_state)
+        return shares.to_replicated(everywhere, state.opt_state)
 
-    abstract = jax.eval_shape(shares.spread, state.opt_state)
-    spread = jax.jit(shares.spread, out_shardings=state_shardings(abstract, mesh))
-    whole = jax.jit(gather, out_shardings=state_shardings(state.opt_state, mesh))
+    abstract = jax.eval_shape(shares.to_shared, state.opt_state)
+    to_shared = jax.jit(shares.to_shared, out_shardings=state_shardings(abstract, mesh))
+    to_replicated = jax.jit(gather, out_shardings=state_shardings(state.opt_state, mesh))
     return (
-        lambda state: state._replace(opt_state=spread(state.opt_state)),
-        lambda state: state._replace(opt_state=whole(state.opt_state)),
+        lambda state: state._replace(opt_state=to_shared(state.opt_state)),
+        lambda state: state._replace(opt_state=to_replicated(state.opt_state)),
     )
 
 
