@@ -14,6 +14,7 @@ Nothing is overlapped, and a GPU is as fast with few tokens as with many, which 
 """
 
 import argparse
+import functools
 import json
 import re
 import statistics
@@ -66,6 +67,7 @@ class Measured:
     source: str
 
 
+@functools.cache
 def sizes(name: str) -> tuple[int, int]:
     """Numbers in all parameters, and in the matrices."""
     config = preset(name)
