@@ -1,7 +1,7 @@
 """What goes from visit to visit of the loop, in place of the residual stream itself.
 
 `norm`: norm(x) + e after each visit, with e the stream that entered the loop (a boundary operator: arXiv 2609.19107, in
-the form that was replicated on FineWeb in marin's issue 9292).
+the form that marin replicated on FineWeb, thread 9292 of its tracker).
 
 `lanes`: two streams L_0 and L_1, both e at first. Visit k reads u = sum_n read[k,n] L_n, makes x of it and leaves
 L_i <- sum_j kept[k,i,j] L_j + written[k,i] norm(x); the layers after the loop read L_0 + L_1 (hyper-connections over
