@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from senano_jax.optim.cuts import cut, joined
 from senano_jax.optim.momentum import Momentum
 from senano_jax.optim.muon import MuonState, StackedMuonState, step_factor
-from senano_jax.optim.stacks import Stack, StackRule, filled_up, stacked, unstacked
+from senano_jax.optim.stacks import Stack, StackRule, filled_up, init_stacks, stacked, unstacked
 
 Stacks = dict[str, Stack]  # by the shape of their matrices
 
@@ -95,9 +95,9 @@ def scale_by_shared_muon(
 
     def init(params):
         stacks = shares.stacks(params)
-        kept = {name: rule.init(stack) for name, stack in stacks.items()}
-        kept = {name: tree for name, tree in kept.items() if jax.tree.leaves(tree)}
-        return SharedMuonState(jnp.zeros((), jnp.int32), momentum.init(stacks), kept)
+        return SharedMuonState(
+            jnp.zeros((), jnp.int32), momentum.init(stacks), init_stacks(rule, list(stacks.values()))
+        )
 
     def update(gradients, state, params=None, *, stacks: Stacks, **_):
         del params
