@@ -14,6 +14,7 @@ Nothing is overlapped, and a GPU is as fast with few tokens as with many, which 
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import re
@@ -102,11 +103,12 @@ def step_ms(system: System, batch_tokens: int, gpus: int, shared: bool = False) 
 
 def measured(root: Path) -> Iterator[Measured]:
     """Medians at the full window: of senano_jax.profile, of a training run, and of scripts/bench_gpus.py."""
-    for file in sorted(root.glob("profile-recurrent-*.txt")):
+    for file in sorted(root.glob("profile-*.txt")):
         text = file.read_text()
-        tokens, gpus, gpu = re.search(r"steps of ([\d,]+) tokens on (\d+) x NVIDIA (\S+)", text).groups()
+        name = re.search(r"^([\w-]+): [\d,]+ parameters", text, re.MULTILINE)[1]
+        tokens, gpus, gpu = re.search(r"of ([\d,]+) tokens on (\d+) x NVIDIA (\S+)", text).groups()
         ms = re.search(r"^back to back +([\d,.]+)", text, re.MULTILINE)[1]
-        yield Measured("recurrent", gpu, int(gpus), _number(tokens), False, _number(ms), f"logs/{file.name}")
+        yield Measured(name, gpu, int(gpus), _number(tokens), False, _number(ms), f"logs/{file.name}")
     folder = root / "recurrent-4xh100-full"
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     times = [record["step_ms"] for record in records if record.get("window") == WINDOW and "step_ms" in record]
@@ -123,30 +125,38 @@ def measured(root: Path) -> Iterator[Measured]:
                 )
 
 
-def fitted(points: list[Measured]) -> dict[str, System]:
-    """For each system the time a token that its point with the fewest GPUs, replicated, asks for."""
-    systems = {}
-    for point in sorted((p for p in points if not p.shared), key=lambda p: (p.gpus, p.source)):
-        if point.system not in systems:
-            known = System(point.system, *sizes(point.system), 0.0, point.gpu)
-            rest = point.ms - step_ms(known, point.batch_tokens, point.gpus)
-            token_us = 1000 * rest * point.gpus / point.batch_tokens
-            systems[point.system] = System(known.name, known.parameters, known.matrices, token_us, point.gpu)
+def fitted(points: list[Measured]) -> dict[Measured, System]:
+    """For each point the system with the time a token that another one asks for: that of one GPU in its own file, since
+    machines differ by some per cent; else that of the fewest GPUs of its kind, replicated."""
+    bases, systems = {}, {}
+    for point in sorted((p for p in points if not p.shared), key=lambda p: p.gpus):
+        if point.gpus == 1:
+            bases.setdefault((point.system, point.source), point)
+        bases.setdefault((point.system, point.gpu), point)
+    for point in points:
+        base = bases.get((point.system, point.source)) or bases[point.system, point.gpu]
+        known = System(base.system, *sizes(base.system), 0.0, base.gpu)
+        rest = base.ms - step_ms(known, base.batch_tokens, base.gpus)
+        token_us = 1000 * rest * base.gpus / base.batch_tokens
+        systems[point] = dataclasses.replace(known, token_us=token_us)
     return systems
 
 
 def document(root: Path) -> str:
     points = list(measured(root))
-    systems = fitted(points)
-    if not systems:
+    fits = fitted(points)
+    if not fits:
         raise UserError(f"{root} holds no measured steps; give --logs the folder of the repository's logs")
     checks = [
         [
             f"`{p.system}`", f"{p.gpus} x {p.gpu}", f"{p.batch_tokens:,}", "shared" if p.shared else "replicated",
-            f"{p.ms:,.1f}", f"{step_ms(systems[p.system], p.batch_tokens, p.gpus, p.shared):,.1f}", f"`{p.source}`",
+            f"{p.ms:,.1f}", f"{step_ms(fits[p], p.batch_tokens, p.gpus, p.shared):,.1f}", f"`{p.source}`",
         ]
         for p in points
     ]  # fmt: skip
+    systems: dict[str, System] = {}  # of the first GPU of its kind that was measured
+    for point in points:
+        systems.setdefault(point.system, fits[point])
     rows = []
     for system in systems.values():
         for batch in BATCHES:
@@ -169,11 +179,22 @@ def document(root: Path) -> str:
          "GPU-hours"],
         rows,
     )  # fmt: skip
+    alone_ms = {(p.source, p.system, p.batch_tokens): p.ms for p in points if p.gpus == 1}
+    together = [
+        [
+            f"`{p.system}`", f"{p.gpus} x {p.gpu}", f"{p.batch_tokens:,}", "shared" if p.shared else "replicated",
+            f"{speedup:.2f}x", f"{speedup / p.gpus:.1%}",
+        ]
+        for p in points
+        if p.gpus > 1 and (ms := alone_ms.get((p.source, p.system, p.batch_tokens))) and (speedup := ms / p.ms)
+    ]  # fmt: skip
+    speedups = _table(["system", "GPUs", "tokens a step", "matrices", "speed", "efficiency"], together)
     against = _table(["system", "GPUs", "tokens a step", "matrices", "measured ms", "model", "source"], checks)
     return TEXT.format(
         window=WINDOW,
         bandwidth=sent(*sizes("recurrent"), 2) / COMMUNICATION_MS / 1e6,
         checks=against,
+        speedups=speedups,
         table=table,
         systems="; ".join(f"`{s.name}`: {s.token_us:.2f} us a token on one {s.gpu}" for s in systems.values()),
     )
@@ -200,8 +221,13 @@ machine; nothing is overlapped. All figures are of the full window, {window} blo
 
 {checks}
 
-The first row of each system sets its time a token; the others are predictions. The candidate was not measured on one
-GPU of that machine.
+A row's time a token is that of one GPU in the same file, because machines differ: those H100s of `logs/gpus/` take
+5.7% longer for a token than the one of `logs/profile-recurrent-1xh100.txt`. Where a file has no such row, it is that of
+the first row of the system on this kind of GPU.
+
+Against one GPU of the same machine:
+
+{speedups}
 
 ## What it predicts
 
