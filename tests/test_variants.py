@@ -21,6 +21,12 @@ VARIANTS = {
     "head gate": {"head_gate": True, "layers": LayerSchedule(1, 2, 2, 1)},
     "weighted": {"trunk": Weighted(), "layers": LayerSchedule(1, 2, 3, 1), "unroll": True},
     "exits": {"trunk": Weighted(exits=True), "layers": LayerSchedule(2, 1, 3, 2), "tied": True},
+    "by channel": {
+        "trunk": Weighted(added_by_channel=True, read_by_channel=True, shift=True),
+        "layers": LayerSchedule(1, 2, 2, 1),
+        "query_gains": True,
+        "head_gate": True,
+    },
     "all of it": {
         "trunk": Weighted(exits=True, coda_reads_exit=True),
         "layers": LayerSchedule(2, 1, 2, 1),
