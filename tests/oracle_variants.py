@@ -9,10 +9,12 @@ import numpy as np
 from oracles import norm, rotary, visible_pairs
 
 
-def loss(params, tokens, targets, window_blocks, loss_weights, *, layers, heads, cap, coda_reads_exit) -> float:
+def loss(
+    params, tokens, targets, window_blocks, loss_weights, *, layers, heads, cap, coda_reads_exit, norms_loop
+) -> float:
     """Summed over the tokens of one sequence; `loss_weights` are those of the tokens 1, 2, .. ahead, `layers` is
     (prelude, loop, visits, coda) and `cap` (height, divisor, shift). With `coda_reads_exit` the attention of layers
-    after the loop reads the stream that left it."""
+    after the loop reads the stream that left it, with `norms_loop` the MLPs of the loop add what is normalised."""
     prelude, loop, visits, coda = layers
     applications = [(params[f"layer_{n}"], n, 0) for n in range(prelude)]
     for visit in range(visits):
@@ -38,7 +40,8 @@ def loss(params, tokens, targets, window_blocks, loss_weights, *, layers, heads,
             y, v = attention(layer["attention"], norm(x) if read is None else read, *where, gain=gains[0])
             stream, added = params["stream_weights"][i], params["added_weights"][i]
             x = stream[0] * x + added[0] * y + params["x0_weights"][i] * x0
-            x = stream[1] * x + added[1] * mlp(layer["mlp"], x, gains[1])
+            adds = mlp(layer["mlp"], x, gains[1])
+            x = stream[1] * x + added[1] * (norm(adds) if norms_loop and prelude <= n < prelude + loop else adds)
         else:
             if i >= count // 2:
                 x = x + params["skip_weights"][i - count // 2] * kept[count - 1 - i]

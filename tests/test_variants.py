@@ -27,6 +27,7 @@ VARIANTS = {
         "query_gains": True,
         "head_gate": True,
     },
+    "norm of outputs": {"trunk": Weighted(mlp_output_norm=True), "layers": LayerSchedule(1, 2, 2, 1)},
     "all of it": {
         "trunk": Weighted(exits=True, coda_reads_exit=True),
         "layers": LayerSchedule(2, 1, 2, 1),
@@ -69,6 +70,7 @@ def test_loss_and_gradients_are_those_of_the_formulas(variant):
             heads=2,
             cap=(cap.height, cap.divisor, cap.shift),
             coda_reads_exit=getattr(c.trunk, "coda_reads_exit", False),
+            norms_loop=getattr(c.trunk, "mlp_output_norm", False),
         )
 
     params64 = jax.tree.map(lambda x: np.asarray(x, np.float64), params)

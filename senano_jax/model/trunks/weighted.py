@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from senano_jax.model.config import ModelConfig
 from senano_jax.model.context import Context
-from senano_jax.model.elementwise import weighted_sum
+from senano_jax.model.elementwise import norm, weighted_sum
 from senano_jax.model.layer import Layer
 from senano_jax.model.norm_fork import norm_fork
 from senano_jax.model.remat import rematerialised
@@ -54,8 +54,18 @@ class WeightedLayer(Layer):
             y_BTD, v_BTHK = self.attend(read_BTD, context, visit, weights.added[0], weights.gain(0))
         x_BTD = weighted_sum((weights.stream[0], x_BTD), (weights.x0, context.x0), dtype=dtype)
         x_BTD, normed_BTD = norm_fork(x_BTD, y_BTD)
-        mlp_BTD = self.mlp(normed_BTD, weights.added[1], weights.gain(1))
-        return weighted_sum((weights.stream[1], x_BTD), (1.0, mlp_BTD), dtype=jnp.float32), v_BTHK
+        weight = weights.added[1]
+        if self.normalises_mlp:
+            mlp_BTD = norm(self.mlp(normed_BTD, None, weights.gain(1)))
+        else:
+            mlp_BTD, weight = self.mlp(normed_BTD, weight, weights.gain(1)), 1.0
+        return weighted_sum((weights.stream[1], x_BTD), (weight, mlp_BTD), dtype=jnp.float32), v_BTHK
+
+    @property
+    def normalises_mlp(self) -> bool:
+        """As a layer of the loop, whose matrix of outputs serves several visits (parameter-golf, pull request 855)."""
+        layers = self.config.layers
+        return self.config.trunk.mlp_output_norm and layers.prelude <= self.layer < layers.prelude + layers.loop
 
 
 def apply_layer(layer: WeightedLayer, x: Float[Array, "B T D"], weights: Weights, context: Context, visit, read=None):
