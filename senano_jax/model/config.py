@@ -78,6 +78,9 @@ class ModelConfig(TransformerConfig):
     """From the head's products to logits."""
     tied: bool = False
     """The columns of the head are the tokens' embeddings too: one table, which the head's rule updates."""
+    input_rank: int = 0
+    """With a tied table: rank of what is added to it where tokens come in, the product of a table of so many numbers a
+    token, zero at the start, and a matrix. 0: nothing."""
     logit_bias: bool = False
     """Learn a number a column of the head that is added to its products before the cap."""
     head_gate: bool = False
@@ -204,6 +207,12 @@ def check_model(model: ModelConfig | Gpt2Config) -> None:
         model.cap.check("--model.cap")
         if not 0 <= model.output_init < float("inf"):
             raise UserError(f"--model.output-init is {model.output_init}; use 0 or more")
+        if not 0 <= model.input_rank < model.dim:
+            raise UserError(f"--model.input-rank is {model.input_rank}; use 0, for none, to {model.dim - 1}")
+        if model.input_rank and not model.tied:
+            raise UserError(
+                f"--model.input-rank is {model.input_rank}, but the embedding is a table by itself; use --model.tied"
+            )
         for flag, reads in {"--model.head-gate": model.head_gate, "--model.smear": model.smear}.items():
             if reads and model.dim < GATE_INPUTS:
                 raise UserError(f"{flag} reads {GATE_INPUTS} channels, --model.dim is {model.dim}; widen it")

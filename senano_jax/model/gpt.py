@@ -11,6 +11,7 @@ from senano_jax.model.config import ModelConfig
 from senano_jax.model.context import Context
 from senano_jax.model.elementwise import norm, rows_of
 from senano_jax.model.loss import cross_entropy
+from senano_jax.model.pieces.input_correction import InputCorrection
 from senano_jax.model.pieces.paired_heads import slots_of
 from senano_jax.model.pieces.smear import Smear
 from senano_jax.model.rotary import rotary_tables
@@ -22,8 +23,8 @@ TIED_DEVIATION = 0.005  # of a table that is both embedding and head, at the sta
 
 class Gpt(nn.Module):
     """Parameters: embedding, unless it is the head, and value_embedding_<i> [vocab, dim] in `dtype`; head [dim, padded
-    vocab], logit_bias [padded vocab] if there is one, x0_values_<layer> [dim, dim], those of smear and the trunk's, in
-    float32.
+    vocab], logit_bias [padded vocab] if there is one, x0_values_<layer> [dim, dim], those of smear, of the
+    input's correction and of the trunk, in float32.
 
     Profiles tell the parts of a step by the names of `features` and of the layers' scopes (profiling/hlo.py).
     """
@@ -42,6 +43,10 @@ class Gpt(nn.Module):
         nn.share_scope(self, self.trunk)
         # Drawn last: a parameter's initial weights depend on how many were drawn before it.
         self.logit_bias = self.param("logit_bias", zeros, (c.padded_vocab_size,)) if c.logit_bias else None
+        self.input_correction = None
+        if c.input_rank:
+            self.input_correction = InputCorrection(c.vocab_size, c.input_rank)
+            nn.share_scope(self, self.input_correction)
         self.x0_matrices = [self.param(f"x0_values_{layer}", zeros, (c.dim, c.dim)) for layer in c.values_from_x0]
 
     def _table(self, name: str) -> Float[Array, "vocab dim"]:
@@ -94,6 +99,8 @@ class Gpt(nn.Module):
         starts = document_start(inputs)
         windows = {True: window_intervals(starts, window_blocks), False: window_intervals(starts, window_blocks // 2)}
         rows = rows_of(self.head.T if c.tied else self.embedding, inputs, self.dtype)
+        if self.input_correction is not None:
+            rows = self.input_correction(rows, inputs)
         x0 = norm(rows if self.smear is None else self.smear(rows))
         heads = (*inputs.shape, c.num_heads, c.head_dim)
         values = tuple(rows_of(table, inputs, self.dtype).reshape(heads) for table in self.value_tables)
