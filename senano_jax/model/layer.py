@@ -94,16 +94,20 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two matrices around relu(x)^2."""
 
+    dim: int
     hidden: int
     output_init: float
 
-    @nn.compact
-    def __call__(self, x_BTD, weight=None):
-        """The output, times `weight` if there is one."""
-        D, F = x_BTD.shape[-1], self.hidden
-        up_DF = self.param("up", uniform_fan_in, (D, F))
-        down_FD = self.param("down", output_init(self.output_init, "normal"), (F, D))
-        return squared_relu_mlp(x_BTD, up_DF.astype(x_BTD.dtype), times(weight, down_FD).astype(x_BTD.dtype))
+    def setup(self):
+        self.up = self.param("up", uniform_fan_in, (self.dim, self.hidden))
+        self.down = self.param("down", output_init(self.output_init, "normal"), (self.hidden, self.dim))
+
+    def matrices(self, dtype: jnp.dtype, weight=None):
+        """Both; the second one times `weight`, if there is one."""
+        return self.up.astype(dtype), times(weight, self.down).astype(dtype)
+
+    def __call__(self, x_BTD):
+        return squared_relu_mlp(x_BTD, *self.matrices(x_BTD.dtype))
 
 
 def times(weight, matrix_FD):
@@ -121,7 +125,7 @@ class Layer(nn.Module):
     def setup(self):
         if self.has_attention:
             self.attention = Attention(self.config, self.layer)
-        self.mlp = Mlp(self.config.mlp_width(self.layer), self.config.output_init)
+        self.mlp = Mlp(self.config.dim, self.config.mlp_width(self.layer), self.config.output_init)
 
     @property
     def has_attention(self) -> bool:

@@ -14,11 +14,11 @@ from jaxtyping import Array, Float, Int
 
 from senano_jax.model.config import ModelConfig
 from senano_jax.model.context import Context
-from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.layer import Layer
 from senano_jax.model.norm_fork import norm_fork
 from senano_jax.model.remat import rematerialised
 from senano_jax.model.schedule import LayerSchedule
+from senano_jax.model.stream_mlp import StreamWeights, stream_mlp
 from senano_jax.model.trunks.between import Carried, LaneWeights, begin, enter, finish, lane_weights, leave
 from senano_jax.model.trunks.exits import Exits
 
@@ -40,16 +40,14 @@ class WeightedLayer(Layer):
         Without attention its term is missing. What attention adds is not rounded into the stream. Attention reads the
         normalised stream or, if it is given, `read_BTD`.
         """
-        dtype = context.x0.dtype
         v_BTHK, y_BTD = None, None
         if self.has_attention:
             if read_BTD is None:
                 x_BTD, read_BTD = norm_fork(x_BTD)
             y_BTD, v_BTHK = self.attend(read_BTD, context, visit, weights.added[0])
-        x_BTD = weighted_sum((weights.stream[0], x_BTD), (weights.x0, context.x0), dtype=dtype)
-        x_BTD, normed_BTD = norm_fork(x_BTD, y_BTD)
-        mlp_BTD = self.mlp(normed_BTD, weights.added[1])
-        return weighted_sum((weights.stream[1], x_BTD), (1.0, mlp_BTD), dtype=jnp.float32), v_BTHK
+        of_sums = StreamWeights(weights.stream[0], weights.x0, weights.stream[1])
+        matrices = self.mlp.matrices(context.x0.dtype, weights.added[1])
+        return stream_mlp(x_BTD, context.x0, y_BTD, of_sums, *matrices), v_BTHK
 
 
 def apply_layer(layer: WeightedLayer, x: Float[Array, "B T D"], weights: Weights, context: Context, visit, read=None):
