@@ -18,7 +18,8 @@ from bench_attention import chain, median_ms
 
 from senano_jax.errors import one_line_errors
 from senano_jax.jax_settings import start_jax
-from senano_jax.model.heads import Launch, Launches, prepare_heads
+from senano_jax.kernels.triton import HeadLaunch, HeadLaunches
+from senano_jax.model.heads import prepare_heads
 from senano_jax.model.rotary import rotary_tables
 
 LAUNCHES = ("16,6,4", "16,3,4", "16,1,4", "8,6,2", "8,2,2", "8,1,2", "32,6,8", "32,1,4")
@@ -81,8 +82,8 @@ def _options(name: str) -> dict:
     if name == "plain":
         return {"implementation": "plain"}
     tokens, heads, warps = map(int, name.split(","))
-    launch = Launch(tokens, heads, warps)
-    return {"implementation": "fused", "launches": Launches(launch, launch)}
+    launch = HeadLaunch(tokens, heads, warps)
+    return {"implementation": "fused", "launches": HeadLaunches(launch, launch)}
 
 
 def _measure(function, arguments, args) -> float:

@@ -15,7 +15,6 @@ from senano_jax.model.context import Context
 from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.heads import prepare_heads
 from senano_jax.model.pieces import pieces_of
-from senano_jax.model.pieces.key_offset import offset_keys
 from senano_jax.model.pieces.paired_heads import columns_by_slot, in_slots
 from senano_jax.model.schedule import Weighted
 from senano_jax.model.squared_relu import squared_relu_mlp
@@ -66,9 +65,10 @@ class Attention(nn.Module):
             other_v_BTHK, x0_v_BTHK = (None if v is None else in_slots(v) for v in (other_v_BTHK, x0_v_BTHK))
         else:
             qkv_BTE = x_BTD @ jnp.swapaxes(qkv_3DD, 0, 1).reshape(D, 3 * D)
+        offsets_keys = c.offsets_keys(self.layer)
         if c.value_embeddings:
             lambdas = self.param("value_lambdas", nn.initializers.constant(0.5), (2,))
-            q, k, v = prepare_heads(qkv_BTE, None, jnp.float32(0), rotary, heads)
+            q, k, v = prepare_heads(qkv_BTE, None, jnp.float32(0), rotary, heads, offsets_keys=offsets_keys)
             others = [(lambdas[0], x0_v_BTHK), (lambdas[1], other_v_BTHK)]
             others = [(share, other) for share, other in others if other is not None]
             v = weighted_sum((lambdas[0], v), *others, dtype=v.dtype)
@@ -78,12 +78,10 @@ class Attention(nn.Module):
             value_residual = self.param("value_residual", nn.initializers.constant(0.5), shape)
             if by_visit:
                 value_residual = value_residual[visit]
-            q, k, v = prepare_heads(qkv_BTE, other_v_BTHK, value_residual, rotary, heads)
+            q, k, v = prepare_heads(qkv_BTE, other_v_BTHK, value_residual, rotary, heads, offsets_keys=offsets_keys)
             if x0_v_BTHK is not None:  # added to a sum of which the own values are this share
                 own = 1.0 if other_v_BTHK is None else 1 - value_residual
                 v = weighted_sum((1.0, v), (own, x0_v_BTHK), dtype=v.dtype)
-        if c.offsets_keys(self.layer):
-            k = offset_keys(k)
         y_BTHK = attend(q, k, v, intervals, ATTENTION_SCALE, c.attention)
         y_BTHK, v = (z.reshape(B, T, c.num_heads, c.head_dim) for z in (y_BTHK, v))  # of tokens, if they are of slots
         for piece in pieces_of(c, self.layer):

@@ -10,16 +10,17 @@ from flax import linen as nn
 
 from senano_jax.model.config import ModelConfig
 from senano_jax.model.pieces.exclusive import Exclusive
+from senano_jax.model.pieces.gated_exclusive import GatedExclusive
 from senano_jax.model.pieces.head_gate import HeadGate
 
 
-def pieces_of(model: ModelConfig, layer: int) -> tuple[nn.Module, ...]:
+def pieces_of(model: ModelConfig, layer: int) -> tuple[nn.Module | GatedExclusive, ...]:
     """The pieces of a layer's attention, in the order in which they are applied; to be called where the module's
     children are made."""
-    visits = model.layers.visits_of(layer)
-    pieces: list[nn.Module] = []
+    visits, heads = model.layers.visits_of(layer), model.num_heads
+    pieces: tuple[nn.Module, ...] = ()
     if model.exclusive_attention and layer not in model.paired_heads:
-        pieces.append(Exclusive(visits, model.num_heads, name="exclusive"))
+        pieces += (Exclusive(visits, heads, name="exclusive"),)
     if model.head_gate:
-        pieces.append(HeadGate(visits, model.num_heads, name="head_gate"))
-    return tuple(pieces)
+        pieces += (HeadGate(visits, heads, name="head_gate"),)
+    return (GatedExclusive(*pieces),) if len(pieces) == 2 else pieces
