@@ -68,8 +68,8 @@ def _plain(qkv, first_v, value_residual, rotary, num_heads, offsets_keys):
     q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
     if first_v is not None:
         v = weighted_sum((1 - value_residual, v), (value_residual, first_v), dtype=v.dtype)
-    k = rotate(norm(k), rotary)
-    return rotate(norm(q), rotary), offset_keys(k) if offsets_keys else k, v
+    q, k = (rotate(norm(x), rotary) for x in (q, k))
+    return q, offset_keys(k) if offsets_keys else k, v
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
@@ -176,18 +176,19 @@ def _forward_kernel(cos_ref, sin_ref, qkv_ref, *refs, mixed: bool, offsets_keys:
     whole_qkv_ref = refs[-1] if offsets_keys else None
     cos_RE, sin_RE = cos_ref[...], sin_ref[...]
     w = weight_ref[0] if mixed else None
-    _, before_R = _tokens(q_ref, -1)
+    token_R = _tokens(k_ref) if offsets_keys else None
 
     def prepare(h, carry):
         # All loads come before the stores, which the compiler may not move them across.
         q, k, v = (_halves(qkv_ref, part, h) for part in range(3))
         if mixed:
             v = [(1 - w) * own_RE + w * first_RE for own_RE, first_RE in zip(v, _halves(first_v_ref, h))]
+        if offsets_keys:  # the first token keeps its own
+            before = _halves(whole_qkv_ref, 1, h, tokens=jnp.maximum(token_R - 1, 0))
+        _store(q_ref, _turned(*_normalised(*q), cos_RE, sin_RE), h)
         k = _turned(*_normalised(*k), cos_RE, sin_RE)
         if offsets_keys:
-            before = _normalised(*_halves(whole_qkv_ref, 1, h, tokens=jnp.maximum(before_R, 0)))
-            k = [jnp.where(_rests(own_RE), before_RE, own_RE) for own_RE, before_RE in zip(k, before)]
-        _store(q_ref, _turned(*_normalised(*q), cos_RE, sin_RE), h)
+            k = [jnp.where(_rests(own_RE), before_RE, own_RE) for own_RE, before_RE in zip(k, _normalised(*before))]
         _store(k_ref, k, h)
         _store(v_ref, v, h)
         return carry
@@ -201,7 +202,7 @@ def _backward_kernel(cos_ref, sin_ref, qkv_ref, dq_ref, dk_ref, dv_ref, *refs, m
     dqkv_ref, dw_ref = refs[-2:] if mixed else (refs[-1], None)
     cos_RE, sin_RE = cos_ref[...], sin_ref[...]
     w = weight_ref[0] if mixed else None
-    token_R, after_R = _tokens(dq_ref, 1)
+    token_R = _tokens(dk_ref) if offsets_keys else None
 
     def pull_back(h, dw_RE):
         q, k = (_halves(qkv_ref, part, h) for part in range(2))
@@ -211,9 +212,9 @@ def _backward_kernel(cos_ref, sin_ref, qkv_ref, dq_ref, dk_ref, dv_ref, *refs, m
                 dw_RE += dv_RE * (first_RE - own_RE)
             dv = [(1 - w) * dv_RE for dv_RE in dv]
         if offsets_keys:  # what rests went to the next key, and the first token's to its own as well
-            length = whole_dk_ref.shape[0]
-            after = _halves(whole_dk_ref, h, tokens=jnp.minimum(after_R, length - 1))
-            followed_R1, first_R1 = (after_R < length)[:, None], (token_R == 0)[:, None]
+            last = whole_dk_ref.shape[0] - 1
+            after = _halves(whole_dk_ref, h, tokens=jnp.minimum(token_R + 1, last))
+            followed_R1, first_R1 = (token_R < last)[:, None], (token_R == 0)[:, None]
             dk = [
                 jnp.where(
                     _rests(own_RE),
@@ -233,10 +234,9 @@ def _backward_kernel(cos_ref, sin_ref, qkv_ref, dq_ref, dk_ref, dv_ref, *refs, m
         dw_ref[0] = jnp.sum(dw_RE)
 
 
-def _tokens(ref, offset: int):
-    """int32 [R]: this program's tokens in their sequence, and those so many places further on."""
-    token_R = pl.program_id(1) * ref.shape[0] + jnp.arange(ref.shape[0], dtype=jnp.int32)
-    return token_R, token_R + offset
+def _tokens(ref):
+    """int32 [R]: the places in their sequence of the tokens that `ref`, a part, holds."""
+    return pl.program_id(1) * ref.shape[0] + jnp.arange(ref.shape[0], dtype=jnp.int32)
 
 
 def _rests(x_RE):
