@@ -5,9 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import random_params, tiny_model
 
 from senano_jax.kernels.triton import RowLaunch
+from senano_jax.model.schedule import LayerSchedule, Weighted
 from senano_jax.model.stream_mlp import DEFAULT_LAUNCH, StreamWeights, backward, stream_mlp
+from senano_jax.profiling.hlo import RESIDUAL, module_of, pass_of, read_instructions
 
 NAMES = ("x", "x0", "added", "weights", "up", "down")
 
@@ -71,6 +74,42 @@ def test_refuses_rows_it_cannot_hold():
     inputs, _ = operands(24)
     with pytest.raises(ValueError, match="no fused kernel"):
         stream_mlp(*inputs, "fused")
+
+
+def test_a_loop_stores_what_it_needs_once(capsys):
+    """Of each visit x, what is added to it, and the norm; not the embedding, which is the same for all."""
+    inputs, _ = operands(32)
+    x, x0, added, weights, up, down = inputs
+    visits = 3
+
+    def loss(x, x0, added, weights, up, down):
+        def visit(x, added):
+            return stream_mlp(x, x0, added, weights, up, down, "fused"), None
+
+        return jnp.sum(jax.lax.scan(visit, x, added)[0])
+
+    jax.ad_checkpoint.print_saved_residuals(loss, x, x0, jnp.stack([added] * visits), weights, up, down)
+    assert capsys.readouterr().out.count(f"f32[{visits},2,8,32]") == 3
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_profiles_tell_the_mlp_from_the_norm_before_it(fused, monkeypatch):
+    monkeypatch.setattr("senano_jax.model.stream_mlp.takes_fused", lambda *_: fused)
+    model = tiny_model(layers=LayerSchedule(1, 0, 1, 1, no_attention=(1,)), trunk=Weighted())
+    tokens = jnp.zeros((1, 128), jnp.int32)
+
+    def total(params):
+        return jnp.sum(model.apply({"params": params}, tokens, 1, method="features"))
+
+    program = jax.jit(jax.grad(total)).lower(random_params(model)).compile().as_text()
+    paths = [i.op_name for i in read_instructions(program).values() if "layer_1" in i.op_name]
+
+    def modules(part):
+        return {(module_of(path), pass_of(path)) for path in paths if part in path.split("/")}
+
+    assert modules("dot_general") == {("mlp", "forward"), ("mlp", "backward")}
+    assert modules("rsqrt") == {(RESIDUAL, "forward"), (RESIDUAL, "backward")} if fused else {(RESIDUAL, "forward")}
+    assert modules("mlp.matrices") == modules("dot_general")
 
 
 @pytest.mark.parametrize("has_added", [True, False])

@@ -48,24 +48,30 @@ def stream_mlp(
     """With s = weights.x x + weights.x0 x0 + added: weights.sum s + mlp(norm(s)), float32 and not rounded, nor is s.
 
     The backward pass of `fused` is a Pallas kernel for NVIDIA GPUs, for rows as norm_fork takes them. It rounds the
-    gradient that it is given to the type of x, which costs nothing where what reads the sum rounds it too. `auto` means
-    `fused` on a GPU wherever it can; `interpret` runs it in plain XLA, the default where there is no GPU.
+    gradient that it is given to the type of x, which changes nothing where a single reader rounds what comes out to
+    that type, as the next layer does. `auto` means `fused` on a GPU wherever it can; `interpret` runs it in plain XLA,
+    the default where there is no GPU.
     """
     takes = takes_fused(implementation, on_gpu(), fits(x.shape, launch), f"rows of {x.shape[2]} in {x.shape[:2]}")
     if not takes:
-        return _forward(x, x0, added, weights, up, down)
+        return _plain(x, x0, added, weights, up, down)
     return _fused(x, x0, added, weights, up, down, launch, not on_gpu() if interpret is None else interpret)
 
 
-def _summed(x, x0, added, weights):
-    terms = [(weights.x, x), (weights.x0, x0)] + ([] if added is None else [(1.0, added)])
-    return weighted_sum(*terms, dtype=jnp.float32)
-
-
-def _forward(x, x0, added, weights, up, down, mlp=squared_relu_mlp):
-    total = _summed(x, x0, added, weights)
+def _plain(x, x0, added, weights, up, down):
+    total, normed = _summed_and_normalised(x, x0, added, weights)
     with jax.named_scope("mlp"):
-        out = mlp(norm(total).astype(x.dtype), up, down)
+        out = squared_relu_mlp(normed, up, down)
+    return _with_mlp(total, out, weights)
+
+
+def _summed_and_normalised(x, x0, added, weights):
+    terms = [(weights.x, x), (weights.x0, x0)] + ([] if added is None else [(1.0, added)])
+    total = weighted_sum(*terms, dtype=jnp.float32)
+    return total, norm(total).astype(x.dtype)
+
+
+def _with_mlp(total, out, weights):
     return weighted_sum((weights.sum, total), (1.0, out), dtype=jnp.float32)
 
 
@@ -75,15 +81,12 @@ def _fused(x, x0, added, weights, up, down, launch, interpret):
 
 
 def _fused_fwd(x, x0, added, weights, up, down, launch, interpret):
-    x, x0, added = lax.optimization_barrier((x, x0, added))  # or XLA reads all that x is the sum of a second time
-    pull_back = None
-
-    def mlp(*operands):
-        nonlocal pull_back
-        out, pull_back = jax.vjp(squared_relu_mlp, *operands)
-        return out
-
-    return _forward(x, x0, added, weights, up, down, mlp), (x, x0, added, weights, pull_back)
+    kept = x, x0, added, weights  # not what the barrier returns: a scan would store that again, for x0 at every visit
+    x, added = lax.optimization_barrier((x, added))  # or XLA reads all that x is the sum of a second time
+    total, normed = _summed_and_normalised(x, x0, added, weights)
+    with jax.named_scope("mlp"):
+        out, pull_back = jax.vjp(squared_relu_mlp, normed, up, down)
+    return _with_mlp(total, out, weights), (*kept, pull_back)
 
 
 def _fused_bwd(launch, interpret, residuals, gradient):

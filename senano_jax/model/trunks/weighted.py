@@ -46,7 +46,8 @@ class WeightedLayer(Layer):
                 x_BTD, read_BTD = norm_fork(x_BTD)
             y_BTD, v_BTHK = self.attend(read_BTD, context, visit, weights.added[0])
         of_sums = StreamWeights(weights.stream[0], weights.x0, weights.stream[1])
-        matrices = self.mlp.matrices(context.x0.dtype, weights.added[1])
+        with jax.named_scope("mlp"):  # Flax's own name is mlp.matrices, which profiles do not know
+            matrices = self.mlp.matrices(context.x0.dtype, weights.added[1])
         return stream_mlp(x_BTD, context.x0, y_BTD, of_sums, *matrices), v_BTHK
 
 
