@@ -1,5 +1,7 @@
 """Exclusive attention and the gate in one pass: on a CPU the kernels run interpreted, the same code as on a GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +17,14 @@ from senano_jax.model.pieces.head_gate import HeadGate
 NAMES = ("y", "v", "share", "gate")
 
 
-def operands(heads=6, width=32, dtype=jnp.float32):
+def operands(heads=6, width=32, dtype=jnp.float32, length=32):
+    """y, v, share and gate, and a gradient of what comes out."""
     keys = jax.random.split(jax.random.key(heads), 5)
-    y, v, gradient = (2 * jax.random.normal(key, (2, 32, heads, width), dtype) for key in keys[:3])
+    y, v, gradient = (2 * jax.random.normal(key, (2, length, heads, width), dtype) for key in keys[:3])
     v = v.at[0, 3].set(0).at[1, 5].multiply(1e-6)  # values that count as longer than they are
+    v = v.at[1, 7].multiply(1e-4)  # short ones that do not
     share = jnp.tanh(jax.random.normal(keys[3], (heads,)))
-    gate = jax.nn.sigmoid(jax.random.normal(keys[4], (2, 32, heads)))
+    gate = jax.nn.sigmoid(jax.random.normal(keys[4], (2, length, heads)))
     return (y, v, share, gate), gradient
 
 
@@ -43,7 +47,8 @@ def test_gradients(heads, width):
     _, expected = jax.vjp(lambda *inputs: gated_exclusive(*inputs, "plain"), *inputs)
     small = HeadLaunches(HeadLaunch(tokens=4, heads=1, warps=1), HeadLaunch(tokens=2, heads=1, warps=1))
     for launches in (DEFAULT_LAUNCHES, small):
-        _, found = jax.vjp(lambda *inputs, l=launches: gated_exclusive(*inputs, "fused", launches=l), *inputs)
+        fused = functools.partial(gated_exclusive, implementation="fused", launches=launches)
+        _, found = jax.vjp(fused, *inputs)
         for name, ours, theirs in zip(NAMES, found(gradient), expected(gradient), strict=True):
             # At the shortest values gradients are as large as 1e6.
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4, err_msg=name)
@@ -100,8 +105,9 @@ def test_lowers_for_cuda():
 
 @pytest.mark.gpu
 def test_on_a_gpu():
-    """In bfloat16 against plain operations in float32."""
-    inputs, gradient = operands(6, 128, jnp.bfloat16)
+    """In bfloat16 against plain operations in float32, row by row: at the shortest values gradients are so large that
+    no other would count beside them."""
+    inputs, gradient = operands(6, 128, jnp.bfloat16, length=4096)
 
     def value_and_gradients(implementation, *inputs):
         value, pull_back = jax.vjp(lambda *inputs: gated_exclusive(*inputs, implementation), *inputs)
@@ -112,4 +118,5 @@ def test_on_a_gpu():
     expected = jax.jit(value_and_gradients, static_argnums=0)("plain", *exact)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-        assert np.linalg.norm(ours - theirs) <= 1e-2 * np.linalg.norm(theirs)
+        errors, norms = (np.linalg.norm(a, axis=-1) for a in (ours - theirs, theirs))
+        assert np.all(errors <= 2**-8 * norms)

@@ -1,10 +1,13 @@
 """The second half of a layer with weights of the stream: on a CPU the fused backward pass runs interpreted, the same
 code as on a GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 from tiny import random_params, tiny_model
 
 from senano_jax.kernels.triton import RowLaunch
@@ -15,9 +18,10 @@ from senano_jax.profiling.hlo import RESIDUAL, module_of, pass_of, read_instruct
 NAMES = ("x", "x0", "added", "weights", "up", "down")
 
 
-def operands(width, dtype=jnp.float32, *, has_added=True):
+def operands(width, dtype=jnp.float32, *, has_added=True, length=8):
+    """All that stream_mlp takes, and a gradient of what comes out."""
     keys = iter(jax.random.split(jax.random.key(width), 6))
-    x, x0, added, gradient = (3 * jax.random.normal(next(keys), (2, 8, width), dtype) for _ in range(4))
+    x, x0, added, gradient = (3 * jax.random.normal(next(keys), (2, length, width), dtype) for _ in range(4))
     up, down = (jax.random.normal(next(keys), shape, dtype) / width**0.5 for shape in ((width, 64), (64, width)))
     weights = StreamWeights(*map(jnp.float32, (0.9, -0.3, 1.2)))
     return (x, x0, added if has_added else None, weights, up, down), gradient.astype(jnp.float32)
@@ -55,12 +59,10 @@ def test_gradients(width, has_added):
 
 
 def test_bfloat16_rounds_gradients_once():
-    """Those of the stream differ from the ones of float32 by half a digit, where the gradient itself has no more."""
+    """Those of x and of what is added are the nearest bfloat16 numbers to the exact ones."""
     inputs, gradient = operands(96, jnp.bfloat16)
     gradient = gradient.astype(jnp.bfloat16).astype(jnp.float32)
-    *_, up, _ = inputs
-    zeros = jnp.zeros((64, 96), jnp.bfloat16)
-    inputs = (*inputs[:4], up, zeros)  # nothing of the MLP, whose own products round
+    inputs = (*inputs[:5], jnp.zeros((64, 96), jnp.bfloat16))  # nothing of the MLP, whose own products round
     out, pull_back = jax.vjp(lambda *inputs: stream_mlp(*inputs, "fused"), *inputs)
     d_x, _, d_added, d_weights, *_ = pull_back(gradient)
     assert out.dtype == jnp.float32 and d_x.dtype == d_added.dtype == jnp.bfloat16
@@ -68,6 +70,41 @@ def test_bfloat16_rounds_gradients_once():
     np.testing.assert_allclose(d_added.astype(jnp.float32), weights.sum * gradient, rtol=2**-8)
     np.testing.assert_allclose(d_x.astype(jnp.float32), weights.x * weights.sum * gradient, rtol=2**-8)
     np.testing.assert_allclose(d_weights.x, jnp.sum(weights.sum * gradient * inputs[0]), rtol=1e-4)
+
+
+def test_gradients_of_rematerialised_layers_in_a_loop_over_two_devices():
+    """As the model uses it."""
+    inputs, _ = operands(32)
+    added = jnp.stack([inputs[2], inputs[0], inputs[1]])
+
+    def loss(x, x0, added, weights, up, down, implementation):
+        def layer(x, added):
+            return stream_mlp(x, x0, added, weights, up, down, implementation), None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), x, added)[0] ** 2)
+
+    def gradients(*operands, implementation):
+        of_rows, of_weights = jax.grad(lambda rows, weights: loss(*rows, *weights, implementation), argnums=(0, 1))(
+            operands[:3], operands[3:]
+        )
+        return of_rows, jax.lax.psum(of_weights, "d")
+
+    rows, added_rows, same = PartitionSpec("d"), PartitionSpec(None, "d"), PartitionSpec()
+    specs = (rows, rows, added_rows)
+    found, expected = (
+        jax.jit(
+            jax.shard_map(
+                functools.partial(gradients, implementation=implementation),
+                mesh=Mesh(np.array(jax.devices()[:2]), "d"),
+                in_specs=(*specs, same, same, same),
+                out_specs=(specs, same),
+                check_vma=False,
+            )
+        )(inputs[0], inputs[1], added, *inputs[3:])
+        for implementation in ("fused", "plain")
+    )
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
 
 
 def test_refuses_rows_it_cannot_hold():
@@ -127,7 +164,7 @@ def test_lowers_for_cuda(has_added):
 @pytest.mark.gpu
 @pytest.mark.parametrize("has_added", [True, False])
 def test_gradients_on_a_gpu(has_added):
-    inputs, gradient = operands(768, jnp.bfloat16, has_added=has_added)
+    inputs, gradient = operands(768, jnp.bfloat16, has_added=has_added, length=4096)
 
     def gradients(implementation, *inputs):
         return jax.vjp(lambda *inputs: stream_mlp(*inputs, implementation), *inputs)[1](gradient)
