@@ -107,9 +107,10 @@ def test_gradients_of_rematerialised_layers_in_a_loop_over_two_devices():
         assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
 
 
-def test_refuses_rows_it_cannot_hold():
-    inputs, _ = operands(24)
-    with pytest.raises(ValueError, match="no fused kernel"):
+@pytest.mark.parametrize(("length", "width"), [(8, 24), (3, 32)])  # parts of 8; 6 rows for programs of 4
+def test_fused_refuses_what_it_cannot_do(length, width):
+    inputs, _ = operands(width, length=length)
+    with pytest.raises(ValueError, match=f"no fused kernel for {2 * length} rows of {width}"):
         stream_mlp(*inputs, "fused")
 
 

@@ -1,8 +1,8 @@
 """The second half of a layer whose residual stream has weights: s = w0 x + w1 x_0 + added, then w2 s + mlp(norm s).
 
 XLA's backward pass reads the stream once for each weight's gradient, again for the norm's, and stores w2 times the
-gradient in float32. Here one kernel, which holds whole rows, makes all of these of one reading. What it needs of both
-sides of the MLP is together in one function with a derivative of its own.
+gradient in float32. Here one kernel, which holds whole rows, makes all of these of one reading. It takes the gradients
+on both sides of the MLP, so the function that has it as its derivative contains the MLP.
 
 Names end in their dimensions: R the rows of a program, P a part of a row whose width is a power of two.
 """
@@ -52,8 +52,8 @@ def stream_mlp(
     that type, as the next layer does. `auto` means `fused` on a GPU wherever it can; `interpret` runs it in plain XLA,
     the default where there is no GPU.
     """
-    takes = takes_fused(implementation, on_gpu(), fits(x.shape, launch), f"rows of {x.shape[2]} in {x.shape[:2]}")
-    if not takes:
+    rows, width = x.shape[0] * x.shape[1], x.shape[2]
+    if not takes_fused(implementation, on_gpu(), fits(x.shape, launch), f"{rows} rows of {width}"):
         return _plain(x, x0, added, weights, up, down)
     return _fused(x, x0, added, weights, up, down, launch, not on_gpu() if interpret is None else interpret)
 

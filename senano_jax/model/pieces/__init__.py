@@ -3,7 +3,8 @@ which.
 
 A piece is a linen module with `after(y_BTHK, v_BTHK, x_BTD, visit)`: attention's output [B, T, H, K] before its last
 product, from what attention gave, the values that it weighed, the layer's normalised input and the number of this visit
-of the layer, an int or a traced one. Parameters that differ between visits have these as their first axis.
+of the layer, an int or a traced one. Parameters that differ between visits have these as their first axis. Two pieces
+that one kernel computes are applied as one (`GatedExclusive`); their parameters stay where they are.
 """
 
 from flax import linen as nn
