@@ -192,11 +192,12 @@ def test_each_command_gives_the_figures_beside_it(path):
 
 def test_the_commands_are_of_the_runs_that_the_texts_speak_of():
     readme, parity, systems = (path.read_text() for path in (TEXTS[0], *(ROOT / "docs" / n for n in DOCS)))
-    torch, jax = cells(figures_in(readme[readme.index("'logs/recurrent-*-200-steps-seed*'") :]))
+    torch, jax = cells(figures_in(parity[parity.index("'logs/recurrent-*-200-steps-seed*'") :]))
     assert ("(n=3)" in torch[3], "(n=3)" in jax[3]) == (True, True)
     for row, side in zip((torch, jax), ("PyTorch", "JAX")):
         same_tokens = [line for line in parity.splitlines() if line.startswith(f"| `recurrent` | {side} |")][-1]
         assert row[3].split(" (")[0] in same_tokens
+        assert f"{row[3].split(' (')[0]} ({side})" in " ".join(readme.split())
     final = {row[0]: row[3] for row in cells(figures_in(systems))}
     for name, loss in final.items():
         by_hand = [line for line in systems.splitlines() if line.startswith(f"| `{name}` |") and "MiB" in line]

@@ -7,39 +7,34 @@ import signal
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
-from event_files import shown_scalars
+from resumed_runs import (
+    SMALL,
+    STEPS,
+    assert_same_bits,
+    assert_same_run,
+    init_state_of,
+    losses,
+    records,
+    resume,
+    state_of,
+    steps_of,
+    undisturbed_run,
+)
 
 from senano_jax import evaluate, train
-from senano_jax.config_file import read_config
 from senano_jax.data import sample
 from senano_jax.data.shards import open_shard, write_shard
 from senano_jax.errors import UserError
-from senano_jax.model.build import make_model
-from senano_jax.optim.recipe import make_optimizer
 from senano_jax.runlog.writer import RunFolder
 from senano_jax.training import loop
 from senano_jax.training.checkpoint import Checkpoints
-from senano_jax.training.mesh import DATA_AXIS, make_mesh
-from senano_jax.training.resume import restore
-from senano_jax.training.state import abstract_state, init_state
-
-STEPS, BATCH = 6, 512
-SMALL = [
-    "demo", "--model.dim=16", "--model.num-heads=2", "--model.layers.loop=0", "--model.layers.visits=0",
-    f"--steps={STEPS}", f"--batch-tokens={BATCH}", "--seq-len=256", "--final-window-tokens=256",
-    "--data.val-tokens=256", "--data.val-seq-len=256", "--val-every=3", "--devices=1", "--checkpoint-every=2",
-    "--checkpoint-keep=9", "--tensorboard",
-]  # fmt: skip
-TIMES = ("step_ms", "tokens_per_s", "train_time_ms")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """A run that nothing happened to, with checkpoints of steps 2, 4 and 6."""
-    return train.main([*SMALL, f"--run-dir={tmp_path_factory.mktemp('runs') / 'run'}"])
+    return undisturbed_run(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
@@ -64,72 +59,6 @@ def signal_at(monkeypatch):
         monkeypatch.setattr(loop, "place_batch", place)
 
     return plan
-
-
-def resume(run_dir, *flags):
-    return train.main([*SMALL, f"--run-dir={run_dir}", *(flags or ["--resume"])])
-
-
-def records(run_dir):
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
-
-
-def abstract_of(run_dir):
-    config, _ = read_config(run_dir / "config.json")
-    return abstract_state(
-        make_model(config.model, config.dtype), make_optimizer(config.optimizer, config.steps, DATA_AXIS)
-    )
-
-
-def state_of(run_dir, step=STEPS, devices=1):
-    with Checkpoints(run_dir / "checkpoints", read_only=True) as checkpoints:
-        return checkpoints.restore(step, abstract_of(run_dir), make_mesh(devices))[0]
-
-
-def steps_of(run_dir):
-    with Checkpoints(run_dir / "checkpoints", read_only=True) as checkpoints:
-        return checkpoints.steps()
-
-
-def assert_same_bits(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
-        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
-
-
-def assert_same_run(run_dir, undisturbed):
-    assert records(run_dir) == records(undisturbed)
-    assert len((run_dir / "log.txt").read_text().splitlines()) == len(
-        (undisturbed / "log.txt").read_text().splitlines()
-    )
-    assert_same_bits(state_of(run_dir), state_of(undisturbed))
-    assert curves(run_dir) == curves(undisturbed)
-
-
-def curves(run_dir):
-    """What TensorBoard shows, each point once."""
-    scalars = [p for axis in ("steps", "tokens") for p in shown_scalars(run_dir / "tensorboard" / axis)]
-    return [point for point in scalars if point[0] not in TIMES]
-
-
-def losses(run_dir):
-    return {r["step"]: r["loss"] for r in records(run_dir) if "loss" in r}
-
-
-def damage(run_dir, step, how):
-    """Harms the checkpoint of `step`: its largest file of weights is cut, changed in one bit, or gone."""
-    file = max(
-        (run_dir / "checkpoints" / str(step) / "params").rglob("*"), key=lambda p: p.is_file() * p.stat().st_size
-    )
-    if how == "removed":
-        file.unlink()
-    elif how == "truncated":
-        os.truncate(file, file.stat().st_size // 2)
-    else:
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 4
-        file.write_bytes(content)
 
 
 @pytest.mark.parametrize(("signalled", "stopped"), [(0, 2), (2, 3), (3, 5)])
@@ -255,35 +184,6 @@ def test_other_shards_are_refused_and_the_shard_named(copy, tmp_path):
     assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "removed"])
-def test_a_damaged_newest_checkpoint_is_passed_over(how, copy, undisturbed, capsys):
-    damage(copy, STEPS, how)
-    resume(copy)
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"checkpoint {STEPS} in {copy / 'checkpoints'}" in said and "going back to that of step 4" in said
-    assert f"kept as {copy / 'checkpoints' / f'unread-{STEPS}'} what could not be read" in said
-    assert_same_run(copy, undisturbed)
-    assert steps_of(copy) == [6, 4, 2]
-
-
-def test_a_checkpoint_that_cannot_be_read_once_is_not_lost(copy):
-    """Nor the second time: each keeps a name of its own, which no reader takes for a checkpoint."""
-    for name in ("unread-6", "unread-6-2"):
-        with Checkpoints(copy / "checkpoints", keep_latest=9) as checkpoints:
-            assert checkpoints.set_aside_after(4) == [copy / "checkpoints" / name]
-            assert checkpoints.steps() == [4, 2]
-        shutil.copytree(copy / "checkpoints" / name, copy / "checkpoints" / "6")
-    assert_same_bits(state_of(copy), state_of(copy, 6))
-
-
-def test_a_checkpoint_of_another_program_is_refused(tmp_path, undisturbed):
-    state, record = init_state_of(undisturbed)
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, state, record | {"next_token": 0, "train_ms": 0.0, "evaluated": False})
-        with pytest.raises(UserError, match=r"checkpoint 1 does not say .* \(its record lacks run_folder\); use"):
-            restore(checkpoints, "latest", abstract_of(undisturbed), make_mesh(1), print)
-
-
 def test_a_checkpoint_saved_in_haste_gets_its_validation_loss_later(tmp_path, undisturbed):
     """And can then be the best."""
     state, record = init_state_of(undisturbed)
@@ -297,67 +197,6 @@ def test_a_checkpoint_saved_in_haste_gets_its_validation_loss_later(tmp_path, un
     with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
         checkpoints.save(5, state, record)
         assert checkpoints.steps() == [5, 2]
-
-
-def test_when_all_checkpoints_are_damaged_it_says_so(copy):
-    for step in (2, 4, 6):
-        damage(copy, step, "flipped")
-    with pytest.raises(UserError, match=r"checkpoint 2 in .* (damaged|cannot be read)") as caught:
-        resume(copy)
-    assert "\n" not in str(caught.value)
-    assert steps_of(copy) == [6, 4, 2], "nothing is deleted where nothing was restored"
-
-
-@pytest.mark.parametrize(
-    ("old", "new"), [(b'"next_token": ', b'"next_token": 1'), (b'"evaluated": true', b'"evaluated": null')]
-)
-def test_a_changed_record_is_noticed(old, new, copy):
-    """It holds the position in the stream: the arrays' checksums say nothing about it."""
-    file = copy / "checkpoints" / str(STEPS) / "record" / "metadata"
-    content = file.read_bytes()
-    assert old in content
-    file.write_bytes(content.replace(old, new))
-    with pytest.raises(UserError, match="damaged: the checksum of its record does not match"):
-        state_of(copy)
-
-
-@pytest.mark.parametrize("loss", [b"", b"[]", b'{"val_loss": "x"}', b'{"val_loss": NaN}', b"\xff{", b"[" * 100_000])
-def test_a_damaged_validation_loss_costs_only_itself(loss, copy, undisturbed):
-    (copy / "checkpoints" / str(STEPS) / "metrics" / "metrics").write_bytes(loss)
-    with Checkpoints(copy / "checkpoints", keep_latest=9) as checkpoints:
-        assert checkpoints.steps() == [6, 4, 2]
-        assert_same_bits(checkpoints.restore(STEPS, abstract_of(copy), make_mesh(1))[0], state_of(undisturbed))
-
-
-def test_damaged_weights_are_not_evaluated(copy):
-    damage(copy, STEPS, "flipped")
-    with pytest.raises(UserError, match=f"checkpoint {STEPS} in .* (damaged|cannot be read)"):
-        evaluate.main([str(copy)])
-
-
-def test_a_damaged_array_is_found_by_its_checksum(tmp_path, undisturbed):
-    """Also where the file format itself notices nothing: here the array is damaged before it is written."""
-    state, record = init_state_of(undisturbed)
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(1, state, record)
-        assert_same_bits(checkpoints.restore(1, abstract_of(undisturbed), make_mesh(1))[0], state)
-    other = state._replace(params={**state.params, "skip_weights": state.params["skip_weights"] + 1})
-    with Checkpoints(tmp_path / "other") as checkpoints:
-        checkpoints.save(1, other, record)
-        checkpoints.steps()
-    shutil.rmtree(tmp_path / "checkpoints/1/params")
-    shutil.copytree(tmp_path / "other/1/params", tmp_path / "checkpoints/1/params")
-    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
-        with pytest.raises(UserError, match=r"checkpoint 1 in .* is damaged: its checksums do not match"):
-            checkpoints.restore(1, abstract_of(undisturbed), make_mesh(1))
-        with pytest.raises(UserError, match=r"checkpoint 1 in .* is damaged: its checksums do not match"):
-            checkpoints.restore_params(1, abstract_of(undisturbed).params, make_mesh(1))
-
-
-def init_state_of(run_dir):
-    config, _ = read_config(run_dir / "config.json")
-    optimizer = make_optimizer(config.optimizer, config.steps, DATA_AXIS)
-    return init_state(make_model(config.model, config.dtype), optimizer, 0, make_mesh(1)), {"step": 1}
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(copy, undisturbed, capsys):
@@ -374,13 +213,6 @@ def test_lines_written_after_the_checkpoint_are_done_again(copy, undisturbed):
         file.write('{"step": 7, "lo')
     resume(copy)
     assert_same_run(copy, undisturbed)
-
-
-def test_a_shortened_record_of_the_run_is_not_continued(copy):
-    shutil.rmtree(copy / "checkpoints" / str(STEPS))
-    os.truncate(copy / "metrics.jsonl", 100)
-    with pytest.raises(UserError, match=r"metrics\.jsonl is shorter than when the checkpoint was saved"):
-        resume(copy)
 
 
 def test_one_run_at_a_time_uses_a_folder(copy, undisturbed):

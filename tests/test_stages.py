@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_resume import assert_same_bits, records, state_of, steps_of
+from resumed_runs import assert_same_bits, records, state_of, steps_of
 from tiny import random_params, random_sequences, tiny_model
 
 from senano_jax import evaluate, train

@@ -95,6 +95,9 @@ class ModelConfig(TransformerConfig):
     values_from_x0: tuple[int, ...] = ()
     """Layers to whose values a product of the embedding with a matrix of their own is added, which is zero at the
     start."""
+    query_gains: bool = False
+    """Multiply the queries of each head by a learned number, of its own for each visit, 1 at the start: how sharply it
+    attends."""
     smear: bool = False
     """Add to each token's embedding a learned share of that of the token before, also across the start of a document;
     none at the start of training."""
@@ -114,7 +117,8 @@ class ModelConfig(TransformerConfig):
     @property
     def has_parameters_by_visit(self) -> bool:
         """Whether layers of the loop have parameters that differ from visit to visit."""
-        return self.head_gate or self.exclusive_attention or isinstance(self.trunk, Weighted)
+        pieces = self.head_gate or self.exclusive_attention or self.query_gains
+        return pieces or isinstance(self.trunk, Weighted)
 
     def value_table(self, layer: int) -> int | None:
         """The value embedding that a layer mixes in, if any."""

@@ -16,6 +16,7 @@ from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.heads import prepare_heads
 from senano_jax.model.pieces import pieces_of
 from senano_jax.model.pieces.paired_heads import columns_by_slot, in_slots
+from senano_jax.model.pieces.query_gains import with_gains
 from senano_jax.model.schedule import Weighted
 from senano_jax.model.squared_relu import squared_relu_mlp
 
@@ -46,8 +47,9 @@ class Attention(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x_BTD, other_v_BTHK, x0_v_BTHK, rotary, intervals: Intervals, visit=0, weight=None):
-        """Returns the output, times `weight` if there is one, and the values it weighs.
+    def __call__(self, x_BTD, other_v_BTHK, x0_v_BTHK, rotary, intervals: Intervals, visit=0, weight=None, gain_D=None):
+        """Returns the output, times `weight` if there is one, and the values it weighs. With `gain_D` it reads x times
+        that.
 
         `other_v_BTHK` is those of the first layer or the tokens' value embeddings. None mixes nothing: what the first
         layer returns is later layers' `other_v_BTHK`. `x0_v_BTHK` is None, or added to the layer's own values. `rotary`
@@ -59,7 +61,7 @@ class Attention(nn.Module):
         out_DD = self.param("out", output_init(c.output_init, "uniform"), (D, D))
 
         # One product, so that its gradient is one too.
-        qkv_3DD, heads = qkv_3DD.astype(x_BTD.dtype), c.num_heads
+        qkv_3DD, heads = by_rows(gain_D, qkv_3DD).astype(x_BTD.dtype), c.num_heads
         if self.layer in c.paired_heads:
             qkv_BTE, heads = in_slots(x_BTD @ columns_by_slot(qkv_3DD)), c.num_heads // 2
             other_v_BTHK, x0_v_BTHK = (None if v is None else in_slots(v) for v in (other_v_BTHK, x0_v_BTHK))
@@ -82,6 +84,9 @@ class Attention(nn.Module):
             if x0_v_BTHK is not None:  # added to a sum of which the own values are this share
                 own = 1.0 if other_v_BTHK is None else 1 - value_residual
                 v = weighted_sum((1.0, v), (own, x0_v_BTHK), dtype=v.dtype)
+        if c.query_gains:
+            gains = self.param("query_gains", nn.initializers.ones, (c.layers.visits_of(self.layer), c.num_heads))
+            q = with_gains(q, gains[visit])
         y_BTHK = attend(q, k, v, intervals, ATTENTION_SCALE, c.attention)
         y_BTHK, v = (z.reshape(B, T, c.num_heads, c.head_dim) for z in (y_BTHK, v))  # of tokens, if they are of slots
         for piece in pieces_of(c, self.layer):
@@ -100,18 +105,24 @@ class Mlp(nn.Module):
         self.up = self.param("up", uniform_fan_in, (self.dim, self.hidden))
         self.down = self.param("down", output_init(self.output_init, "normal"), (self.hidden, self.dim))
 
-    def matrices(self, dtype: jnp.dtype, weight=None):
-        """Both; the second one times `weight`, if there is one."""
-        return self.up.astype(dtype), times(weight, self.down).astype(dtype)
+    def matrices(self, dtype: jnp.dtype, weight=None, gain_D=None):
+        """Both; the second one times `weight`, the rows of the first one times `gain_D`, if there are these."""
+        return by_rows(gain_D, self.up).astype(dtype), times(weight, self.down).astype(dtype)
 
-    def __call__(self, x_BTD):
-        return squared_relu_mlp(x_BTD, *self.matrices(x_BTD.dtype))
+    def __call__(self, x_BTD, gain_D=None):
+        """Of x times `gain_D`, if there is one."""
+        return squared_relu_mlp(x_BTD, *self.matrices(x_BTD.dtype, None, gain_D))
 
 
 def times(weight, matrix_FD):
-    """The matrix, times a weight if there is one. That of an output costs nothing here, nor does its gradient, where
-    each would be a pass over all tokens."""
+    """The matrix, times a weight if there is one, or one for each column. That of an output costs nothing here, nor
+    does its gradient, where each would be a pass over all tokens."""
     return matrix_FD if weight is None else weight * matrix_FD
+
+
+def by_rows(gain_D, matrix_DF):
+    """The matrix, its rows times gains if there are any: those of what it multiplies; they cost nothing here either."""
+    return matrix_DF if gain_D is None else gain_D[:, None] * matrix_DF
 
 
 class Layer(nn.Module):
@@ -130,13 +141,13 @@ class Layer(nn.Module):
         """Whether it is more than an MLP."""
         return self.layer not in self.config.layers.no_attention
 
-    def attend(self, x_BTD, context: Context, visit=0, weight=None):
+    def attend(self, x_BTD, context: Context, visit=0, weight=None, gain_D=None):
         """Attention with the values and the window that this layer takes; returns the output, times `weight` if there
-        is one, and the values that it weighed."""
+        is one, and the values that it weighed. With `gain_D` it reads x times that."""
         c = self.config
         table = c.value_table(self.layer)
         other_v = context.first_v if table is None else context.value_embeddings[table]
         x0_v = dict(zip(c.values_from_x0, context.x0_values)).get(self.layer)
         rows = context.slots if self.layer in c.paired_heads else context
         intervals = rows.windows[c.layers.has_long_window(self.layer)]
-        return self.attention(x_BTD, other_v, x0_v, rows.rotary, intervals, visit, weight)
+        return self.attention(x_BTD, other_v, x0_v, rows.rotary, intervals, visit, weight, gain_D)

@@ -94,6 +94,14 @@ class Weighted:
     """What goes from visit to visit, and on to the layers after the loop: the stream that a visit made; its norm, with
     the stream that entered the loop added; or two lanes, of which each visit reads a learned mixture and to which it
     adds the norm of what it made."""
+    added_by_channel: bool = False
+    """Weigh what sublayers add channel by channel, and not with one number."""
+    read_by_channel: bool = False
+    """Multiply the normalised stream that a sublayer reads by a weight for each channel, 1 at the start."""
+    mlp_output_norm: bool = False
+    """Normalise what the MLPs of the loop add, before it is weighed."""
+    shift: bool = False
+    """Add a vector of its own to the stream that enters each visit, zero at the start."""
 
     def check(self, layers: LayerSchedule) -> None:
         """Raises UserError at the first value that cannot work."""
@@ -102,7 +110,13 @@ class Weighted:
             check_counts({"--model.layers.visits": layers.visits}, least=1)
         if not 0 < self.growth < float("inf"):
             raise UserError(f"--model.trunk.growth is {self.growth}; use a number above 0")
-        for flag, value in {"exits": self.exits, "coda-reads-exit": self.coda_reads_exit}.items():
+        of_loop = {
+            "exits": self.exits,
+            "coda-reads-exit": self.coda_reads_exit,
+            "mlp-output-norm": self.mlp_output_norm,
+            "shift": self.shift,
+        }
+        for flag, value in of_loop.items():
             if value and not layers.loop:
                 raise UserError(f"--model.trunk.{flag} needs a loop, --model.layers.loop is 0; leave it out")
         if self.between != "stream" and not layers.loop:

@@ -7,8 +7,8 @@ GROUPS = {
     "matrices": r"(.*/)?(attention/(qkv|out)|mlp/(up|down))(/kernel)?|x0_values_\d+",
     "head": r"head",
     "embeddings": r"(position_)?embedding",
-    "scalars": r"(.*/)?(lambdas|value_residual|value_lambdas|(skip|stream|added|x0)_weights|(logit_)?bias|scale"
-    r"|lane_(read|kept|written)|exclusive/strength|smear/weight)",
+    "scalars": r"(.*/)?(lambdas|value_residual|value_lambdas|(skip|stream|added|read|x0)_weights|(logit_)?bias|scale"
+    r"|visit_shifts|lane_(read|kept|written)|exclusive/strength|smear/weight|attention/query_gains)",
     "tables": r"value_embedding_\d+",
     "gates": r"(.*/)?\w*gate",
     "generators": r"exits_to_\w+/(inner|outer|offset)",
