@@ -14,12 +14,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from senano_jax.kernels import triton
+from senano_jax.kernels import triton, whole_rows
 from senano_jax.kernels.choice import Implementation, on_gpu, takes_fused
 from senano_jax.model.elementwise import NORM_EPSILON, norm
-
-MOST_PARTS = 8  # of a row, all of which a program holds
-
 
 DEFAULT_LAUNCH = triton.RowLaunch(rows=4, warps=4)
 
@@ -44,16 +41,9 @@ def norm_fork(
     """
     terms = (x,) if added is None else (x, added)
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
-    if not takes_fused(implementation, on_gpu(), fits(x.shape, launch), f"{rows} rows of {width}"):
+    if not takes_fused(implementation, on_gpu(), whole_rows.fits(x.shape, launch), f"{rows} rows of {width}"):
         return _summed_and_normalised(terms)
     return _fused(terms, launch, not on_gpu() if interpret is None else interpret)
-
-
-def fits(shape: tuple[int, int, int], launch: triton.RowLaunch) -> bool:
-    """Whether programs of this launch can hold whole rows of [B, T, D]."""
-    batch, length, width = shape
-    part = width & -width  # the largest power of two that divides it
-    return triton.fits(part) and width // part <= MOST_PARTS and batch * length % launch.rows == 0
 
 
 def _summed_and_normalised(terms):
@@ -102,22 +92,10 @@ def backward(terms, dx, dy, *, launch: triton.RowLaunch, interpret: bool):
 
 def _backward_kernel(*refs):
     *term_refs, dx_ref, dy_ref, total_ref = refs
-    parts = parts_of(total_ref.shape[1])
+    parts = whole_rows.parts_of(total_ref.shape[1])
     *terms, dx, dy = ([ref[:, part].astype(jnp.float32) for part in parts] for ref in (*term_refs, dx_ref, dy_ref))
     x = [sum(of_part) for of_part in zip(*terms)]
-    scale_R1 = lax.rsqrt(mean(x, x) + NORM_EPSILON)
-    along_R1 = scale_R1 * scale_R1 * mean(x, dy)
+    scale_R1 = lax.rsqrt(whole_rows.mean(x, x) + NORM_EPSILON)
+    along_R1 = scale_R1 * scale_R1 * whole_rows.mean(x, dy)
     for part, x_RP, dx_RP, dy_RP in zip(parts, x, dx, dy):
         total_ref[:, part] = (dx_RP + scale_R1 * (dy_RP - along_R1 * x_RP)).astype(total_ref.dtype)
-
-
-def parts_of(width: int) -> list[pl.Slice]:
-    """Places of the parts of a row, whose width is the largest power of two that divides its own."""
-    size = width & -width
-    return [pl.ds(start, size) for start in range(0, width, size)]
-
-
-def mean(a, b):
-    """[R, 1]: the mean of a b over the parts of each row."""
-    product_RP = sum(a_RP * b_RP for a_RP, b_RP in zip(a, b))
-    return (jnp.sum(product_RP, axis=1) / (len(a) * product_RP.shape[1]))[:, None]

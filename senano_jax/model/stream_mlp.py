@@ -16,10 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from senano_jax.kernels import triton
+from senano_jax.kernels import triton, whole_rows
 from senano_jax.kernels.choice import Implementation, on_gpu, takes_fused
 from senano_jax.model.elementwise import NORM_EPSILON, norm, weighted_sum
-from senano_jax.model.norm_fork import fits, mean, parts_of
 from senano_jax.model.squared_relu import squared_relu_mlp
 
 DEFAULT_LAUNCH = triton.RowLaunch(rows=4, warps=4)
@@ -53,7 +52,7 @@ def stream_mlp(
     the default where there is no GPU.
     """
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
-    if not takes_fused(implementation, on_gpu(), fits(x.shape, launch), f"{rows} rows of {width}"):
+    if not takes_fused(implementation, on_gpu(), whole_rows.fits(x.shape, launch), f"{rows} rows of {width}"):
         return _plain(x, x0, added, weights, up, down)
     return _fused(x, x0, added, weights, up, down, launch, not on_gpu() if interpret is None else interpret)
 
@@ -128,13 +127,13 @@ def backward(x, x0, added, weights: StreamWeights, d_out, d_normed, *, launch: t
 def _backward_kernel(weights_ref, d_out_ref, d_normed_ref, *refs):
     *term_refs, d_sum_ref, d_x_ref, weight_x_ref, weight_x0_ref, weight_sum_ref = refs
     of_x, of_x0, of_sum = (weights_ref[i] for i in range(3))
-    parts = parts_of(d_sum_ref.shape[1])
+    parts = whole_rows.parts_of(d_sum_ref.shape[1])
     d_out, d_normed, x, x0, *added = (
         [ref[:, part].astype(jnp.float32) for part in parts] for ref in (d_out_ref, d_normed_ref, *term_refs)
     )
     total = [of_x * x_RP + of_x0 * x0_RP + sum(rest) for x_RP, x0_RP, *rest in zip(x, x0, *added)]
-    scale_R1 = lax.rsqrt(mean(total, total) + NORM_EPSILON)
-    along_R1 = scale_R1 * scale_R1 * mean(total, d_normed)
+    scale_R1 = lax.rsqrt(whole_rows.mean(total, total) + NORM_EPSILON)
+    along_R1 = scale_R1 * scale_R1 * whole_rows.mean(total, d_normed)
     d_sum = [
         of_sum * d_out_RP + scale_R1 * (d_normed_RP - along_R1 * total_RP)
         for d_out_RP, d_normed_RP, total_RP in zip(d_out, d_normed, total)
