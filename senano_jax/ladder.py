@@ -125,6 +125,23 @@ def weighted() -> Config:
     return changed(strict(), {"model.trunk": Weighted()})
 
 
+def by_channel() -> Config:
+    """What tells applications of one layer apart besides numbers: weights by channel of what sublayers read and add,
+    which ride on their matrices, and a vector for each visit of the loop. Ours."""
+    trunk = Weighted(added_by_channel=True, read_by_channel=True, shift=True)
+    return changed(strict(), {"model.trunk": trunk})
+
+
+def mlp_output_norm() -> Config:
+    """What the MLPs of the loop add is normalised (parameter-golf, pull request 855), from random numbers on."""
+    return changed(output_init(), {"model.trunk": Weighted(mlp_output_norm=True)})
+
+
+def query_gains() -> Config:
+    """How sharply each head attends is learned, by visit (arXiv 2010.04245 has one number a layer)."""
+    return changed(strict(), {"model.query_gains": True})
+
+
 def output_init() -> Config:
     """Each sublayer adds something from the start on, attention as in modded-nanogpt since 2026-02; the MLP does so in
     its slow track, from numbers twice as large. Layers of the loop add less (`weighted`), as they do at every visit."""
