@@ -4,6 +4,7 @@ from typing import Literal
 
 from jaxtyping import Array, Float
 
+from senano_jax.attention import hopper_flash
 from senano_jax.attention.banded import banded_attention
 from senano_jax.attention.dense import dense_attention
 from senano_jax.attention.flash import flash_attention
@@ -13,7 +14,7 @@ from senano_jax.kernels.choice import on_gpu
 
 __all__ = ["BLOCK", "END_OF_TEXT", "Intervals", "attend", "document_start", "window_intervals"]
 
-Implementation = Literal["auto", "flash", "banded", "dense"]
+Implementation = Literal["auto", "hopper", "flash", "banded", "dense"]
 
 
 def attend(
@@ -27,8 +28,8 @@ def attend(
     """softmax(scale * q k^T) v, in which query i sees the keys intervals.key_start[i] <= j <= i.
 
     Scores, softmax and sums are float32 whatever the type of q, k and v; the result has q's type. T is a multiple of
-    128, ValueError otherwise. `dense` needs O(T^2) memory and is the reference for the others; `auto` takes the fastest
-    one that runs.
+    128, ValueError otherwise. `dense` needs O(T^2) memory and is the reference for the others; `hopper` needs a Hopper
+    GPU and bfloat16; `auto` takes the fastest one that runs, but for `hopper`, which has not been timed yet.
     """
     if q.shape[1] % BLOCK:
         raise ValueError(
@@ -36,5 +37,9 @@ def attend(
         )
     if implementation == "auto":
         implementation = "flash" if on_gpu() and triton.fits(q.shape[-1]) else "banded"
+    if implementation == "hopper":
+        if not hopper_flash.runs_here():
+            raise ValueError("hopper attention needs a Hopper GPU and JAX 0.11; choose flash, or banded without a GPU")
+        return hopper_flash.hopper_attention(q, k, v, intervals, scale)
     attention = {"flash": flash_attention, "banded": banded_attention, "dense": dense_attention}[implementation]
     return attention(q, k, v, intervals, scale)

@@ -1,0 +1,301 @@
+"""The backward kernels of attention for Hopper GPUs: dQ, whose rows are queries, and dK with dV, whose rows are keys.
+
+Shared memory at a head width of 128 and 64 columns a step, in KB of 227. dQ: 32 each of queries, cotangents and
+outputs (then dQ), 32 of keys and values for each stage: 224 with four stages. dK and dV: 32 each of keys and values
+(then dK and dV), 32.5 of queries and their cotangents and numbers for each stage: 194 with four. Registers of a thread:
+dQ takes 64, dK and dV 128; scores and their cotangents 32 each; and 16 for each left factor of a product that runs.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from senano_jax.attention import hopper_tiles as tiles
+from senano_jax.attention.flash import LOG2_E, MASKED
+from senano_jax.attention.hopper_tiles import (
+    COLUMN,
+    PROGRAM_ROWS,
+    ROW,
+    ROWS,
+    SCORES,
+    WARPGROUPS,
+    HopperTile,
+    along_columns,
+    along_rows,
+)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "tile"))  # lowered once for all layers
+def backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale: float, tile: HopperTile):
+    """dQ, and delta = rowsum(dout * out), float32 [B, H, T], for `backward_keys`: here because dout is at hand."""
+    width = q.shape[3]
+    kernel = tiles.call(
+        functools.partial(_queries_kernel, scale=scale, tile=tile),
+        q,
+        tile,
+        name="flash_backward_queries",
+        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse_BHT.shape, jnp.float32)),
+        scratch={
+            "q_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
+            "dout_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
+            "out_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
+            "lse_smem": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
+            "delta_smem": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
+            "k_smem": tiles.swizzled(tile.stages, tile.columns, width),
+            "v_smem": tiles.swizzled(tile.stages, tile.columns, width),
+            "rows_full": plgpu.Barrier(num_arrivals=4, num_barriers=WARPGROUPS),
+        },
+        ring={"k": 1, "v": 1},
+    )
+    return kernel(q, k, v, out, dout, lse_BHT, key_start_BT)
+
+
+def _queries_kernel(
+    q_gmem, k_gmem, v_gmem, out_gmem, dout_gmem, lse_gmem, key_start_gmem, dq_gmem, delta_gmem, *,
+    q_smem, dout_smem, out_smem, lse_smem, delta_smem, k_smem, v_smem, rows_full, k_full, k_empty, v_full, v_empty,
+    scale: float, tile: HopperTile,
+):  # fmt: skip
+    warpgroup, sequence = lax.axis_index("warpgroup"), lax.axis_index("sequence")
+    program_query0, head0 = lax.axis_index("rows") * PROGRAM_ROWS, lax.axis_index("heads") * tile.heads
+    first = tiles.floor_div(key_start_gmem[sequence, program_query0], tile.columns)
+    steps = tiles.ceil_div(program_query0 + PROGRAM_ROWS, tile.columns) - first
+    groups = (
+        ([(lambda keys, head: k_gmem.at[sequence, keys, head], k_smem)], k_full, k_empty),
+        ([(lambda keys, head: v_gmem.at[sequence, keys, head], v_smem)], v_full, v_empty),
+    )
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def load():
+        tiles.load_ring(tile, first, steps, head0, groups)
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def compute():
+        plgpu.set_max_registers(tiles.COMPUTE_REGISTERS, action="increase")
+        query0 = program_query0 + warpgroup * ROWS
+        queries = pl.ds(query0, ROWS)
+        own_q, own_dout, own_out = (smem.at[warpgroup] for smem in (q_smem, dout_smem, out_smem))
+        own_lse, own_delta = (smem.at[warpgroup] for smem in (lse_smem, delta_smem))
+
+        def load_rows(item):
+            matrix, vector = (sequence, queries, head0 + item), (sequence, head0 + item, queries)
+            for gmem, smem, where in (
+                (q_gmem, own_q, matrix), (dout_gmem, own_dout, matrix), (out_gmem, own_out, matrix),
+                (lse_gmem, own_lse, vector),
+            ):  # fmt: skip
+                plgpu.copy_gmem_to_smem(gmem.at[where], smem, rows_full.at[warpgroup])
+
+        load_rows(0)
+        width = own_q.shape[1]
+        own_first = tiles.floor_div(key_start_gmem[sequence, query0], tile.columns)
+        own_stop = tiles.ceil_div(query0 + ROWS, tile.columns)
+        last_query_sees = key_start_gmem[sequence, query0 + (ROWS - 1)]
+        key_start_Q = plgpu.load(key_start_gmem.at[sequence, queries], layout=ROW, optimized=False)
+        size_Q = query0 + 1 + tiles.iota_of_rows() - key_start_Q
+
+        def item(i, _):
+            def slot(j):
+                return lax.rem(i * steps + j - first, tile.stages)
+
+            skip = tiles.skip(slot, groups)
+            lax.fori_loop(first, own_first, skip, None)
+            plgpu.barrier_wait(rows_full.at[warpgroup])
+            lse_Q = plgpu.load(own_lse, layout=ROW)
+            dout_QD = plgpu.load(own_dout, layout=SCORES)
+            out_QD = plgpu.load(own_out, layout=SCORES)
+            delta_Q = jnp.sum(out_QD.astype(jnp.float32) * dout_QD.astype(jnp.float32), axis=1)
+            own_delta[...] = delta_Q
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(own_delta, delta_gmem.at[sequence, head0 + i, queries])
+            q_QD = own_q
+            if tile.in_registers:
+                q_QD = plgpu.load(own_q, layout=SCORES)
+            else:
+                dout_QD = own_dout
+
+            def differentiate(j, multiply_more):
+                """dscore of key tile j; `multiply_more` starts products that may still run, and says how many."""
+                key0 = j * tile.columns
+
+                def multiply(score_ref, dp_ref):
+                    plgpu.barrier_wait(k_full.at[slot(j)])
+                    plgpu.wgmma(score_ref, q_QD, k_smem.at[slot(j)].transpose((1, 0)))
+                    plgpu.barrier_wait(v_full.at[slot(j)])
+                    plgpu.wgmma(dp_ref, dout_QD, v_smem.at[slot(j)].transpose((1, 0)))
+                    running = multiply_more()
+                    score_QK = plgpu.wgmma_accumulator_load(score_ref, wait_n=1 + running)
+                    some_hidden = (key0 + (tile.columns - 1) > query0) | (key0 < last_query_sees)
+                    score_QK = lax.cond(
+                        some_hidden,
+                        lambda score_QK: tiles.hide(score_QK, key0 - key_start_Q, size_Q, MASKED),
+                        lambda score_QK: score_QK,
+                        score_QK,
+                    )
+                    p_QK = jnp.exp2(score_QK * (scale * LOG2_E) - along_rows(lse_Q, tile.columns))
+                    dp_QK = plgpu.wgmma_accumulator_load(dp_ref, wait_n=running)
+                    plgpu.barrier_arrive(v_empty.at[slot(j)])
+                    return (p_QK * (dp_QK - along_rows(delta_Q, tile.columns))).astype(k_smem.dtype)
+
+                scores = plgpu.ACC((ROWS, tile.columns), jnp.float32)
+                return pl.run_scoped(multiply, scores, scores)
+
+            def accumulate(dq_ref):
+                def add_keys(j, dscore_QK):
+                    plgpu.wgmma(dq_ref, dscore_QK, k_smem.at[slot(j)])
+                    return 1
+
+                def step(j, last_dscore_QK):
+                    dscore_QK = differentiate(j, lambda: add_keys(j - 1, last_dscore_QK))
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(k_empty.at[slot(j - 1)])
+                    return dscore_QK
+
+                dscore_QK = differentiate(own_first, lambda: 0)
+                dscore_QK = lax.fori_loop(own_first + 1, own_stop, step, dscore_QK)
+                add_keys(own_stop - 1, dscore_QK)
+                dq_QD = dq_ref[...]
+                plgpu.barrier_arrive(k_empty.at[slot(own_stop - 1)])
+                return dq_QD
+
+            dq_QD = pl.run_scoped(accumulate, plgpu.ACC((ROWS, width), jnp.float32))
+            own_out[...] = (dq_QD * scale).astype(own_out.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(own_out, dq_gmem.at[sequence, queries, head0 + i])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            pl.when(i + 1 < tile.heads)(lambda: load_rows(i + 1))
+            lax.fori_loop(own_stop, first + steps, skip, None)
+
+        lax.fori_loop(0, tile.heads, item, None)
+        plgpu.wait_smem_to_gmem(0)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "tile"))  # lowered once for all layers
+def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float, tile: HopperTile):
+    """dK and dV."""
+    width = k.shape[3]
+    kernel = tiles.call(
+        functools.partial(_keys_kernel, scale=scale, tile=tile),
+        k,
+        tile,
+        name="flash_backward_keys",
+        out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
+        scratch={
+            "k_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
+            "v_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
+            "q_smem": tiles.swizzled(tile.stages, tile.columns, width),
+            "dout_smem": tiles.swizzled(tile.stages, tile.columns, width),
+            "lse_smem": plgpu.SMEM((tile.stages, tile.columns), jnp.float32),
+            "delta_smem": plgpu.SMEM((tile.stages, tile.columns), jnp.float32),
+            "rows_full": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
+        },
+        ring={"q": 2, "dout": 2},
+    )
+    return kernel(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT)
+
+
+def _keys_kernel(
+    q_gmem, k_gmem, v_gmem, dout_gmem, lse_gmem, delta_gmem, query_end_gmem, dk_gmem, dv_gmem, *,
+    k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem, rows_full, q_full, q_empty, dout_full, dout_empty,
+    scale: float, tile: HopperTile,
+):  # fmt: skip
+    """On transposed tiles: probabilities come out of one product as the left factor of the next."""
+    warpgroup, sequence = lax.axis_index("warpgroup"), lax.axis_index("sequence")
+    program_key0, head0 = lax.axis_index("rows") * PROGRAM_ROWS, lax.axis_index("heads") * tile.heads
+    first = tiles.floor_div(program_key0, tile.columns)
+    steps = tiles.ceil_div(query_end_gmem[sequence, program_key0 + (PROGRAM_ROWS - 1)], tile.columns) - first
+
+    def matrix(gmem):
+        return lambda queries, head: gmem.at[sequence, queries, head]
+
+    def vector(gmem):
+        return lambda queries, head: gmem.at[sequence, head, queries]
+
+    groups = (
+        ([(matrix(q_gmem), q_smem), (vector(lse_gmem), lse_smem)], q_full, q_empty),
+        ([(matrix(dout_gmem), dout_smem), (vector(delta_gmem), delta_smem)], dout_full, dout_empty),
+    )
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def load():
+        tiles.load_ring(tile, first, steps, head0, groups, after_reads=True)
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def compute():
+        plgpu.set_max_registers(tiles.COMPUTE_REGISTERS, action="increase")
+        key0 = program_key0 + warpgroup * ROWS
+        keys = pl.ds(key0, ROWS)
+        own_k, own_v = k_smem.at[warpgroup], v_smem.at[warpgroup]
+
+        def load_rows(item):
+            for gmem, smem in ((k_gmem, own_k), (v_gmem, own_v)):
+                plgpu.copy_gmem_to_smem(gmem.at[sequence, keys, head0 + item], smem, rows_full.at[warpgroup])
+
+        load_rows(0)
+        width = own_k.shape[1]
+        own_first = tiles.floor_div(key0, tile.columns)
+        own_stop = tiles.ceil_div(query_end_gmem[sequence, key0 + (ROWS - 1)], tile.columns)
+        first_key_until = query_end_gmem[sequence, key0]
+        key_K = key0 + tiles.iota_of_rows()
+        query_end_K = plgpu.load(query_end_gmem.at[sequence, keys], layout=ROW, optimized=False)
+        size_K = query_end_K - key_K
+
+        def item(i, _):
+            def slot(j):
+                return lax.rem(i * steps + j - first, tile.stages)
+
+            skip = tiles.skip(slot, groups)
+            lax.fori_loop(first, own_first, skip, None)
+            plgpu.barrier_wait(rows_full.at[warpgroup])
+
+            def accumulate(dk_ref, dv_ref):
+                def step(j, _):
+                    queries, cotangents = q_smem.at[slot(j)], dout_smem.at[slot(j)]
+                    query0 = j * tile.columns
+
+                    def differentiate(score_ref, dp_ref):
+                        plgpu.barrier_wait(q_full.at[slot(j)])
+                        plgpu.wgmma(score_ref, own_k, queries.transpose((1, 0)))
+                        plgpu.barrier_wait(dout_full.at[slot(j)])
+                        plgpu.wgmma(dp_ref, own_v, cotangents.transpose((1, 0)))
+                        score_KQ = plgpu.wgmma_accumulator_load(score_ref, wait_n=1)
+                        some_hidden = (query0 < key0 + (ROWS - 1)) | (query0 + tile.columns > first_key_until)
+                        score_KQ = lax.cond(
+                            some_hidden,
+                            lambda score_KQ: tiles.hide(score_KQ, query0 - key_K, size_K, MASKED),
+                            lambda score_KQ: score_KQ,
+                            score_KQ,
+                        )
+                        lse_Q = plgpu.load(lse_smem.at[slot(j)], layout=COLUMN)
+                        p_KQ = jnp.exp2(score_KQ * (scale * LOG2_E) - along_columns(lse_Q))
+                        plgpu.wgmma(dv_ref, p_KQ.astype(dout_smem.dtype), cotangents)
+                        dp_KQ = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
+                        delta_Q = plgpu.load(delta_smem.at[slot(j)], layout=COLUMN)
+                        return (p_KQ * (dp_KQ - along_columns(delta_Q))).astype(q_smem.dtype)
+
+                    scores = plgpu.ACC((ROWS, tile.columns), jnp.float32)
+                    dscore_KQ = pl.run_scoped(differentiate, scores, scores)
+                    plgpu.wgmma(dk_ref, dscore_KQ, queries)
+                    plgpu.wgmma_wait(1)  # dV's product is done
+                    plgpu.barrier_arrive(dout_empty.at[slot(j)])
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(q_empty.at[slot(j)])
+
+                lax.fori_loop(own_first, own_stop, step, None)
+                return dk_ref[...], dv_ref[...]
+
+            sums = plgpu.ACC((ROWS, width), jnp.float32)
+            dk_KD, dv_KD = pl.run_scoped(accumulate, sums, sums)
+            own_k[...] = (dk_KD * scale).astype(own_k.dtype)
+            own_v[...] = dv_KD.astype(own_v.dtype)
+            plgpu.commit_smem()
+            for smem, gmem in ((own_k, dk_gmem), (own_v, dv_gmem)):
+                plgpu.copy_smem_to_gmem(smem, gmem.at[sequence, keys, head0 + i])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            pl.when(i + 1 < tile.heads)(lambda: load_rows(i + 1))
+            lax.fori_loop(own_stop, first + steps, skip, None)
+
+        lax.fori_loop(0, tile.heads, item, None)
+        plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,151 @@
+"""What the Hopper attention kernels have in common: their sizes, and how one warpgroup loads for the other two.
+
+A program owns 128 rows of the score matrix (queries, or keys for dK and dV): 64 for each of two warpgroups, since a
+tensor core instruction takes 64. A third warpgroup loads the tiles of columns that any of the rows sees into a ring in
+shared memory. Each of the two takes those tiles that its own rows see, and waits for the others only to release them.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WARPGROUPS = 2  # that compute
+ROWS = 64  # of a warpgroup
+PROGRAM_ROWS = WARPGROUPS * ROWS
+SWIZZLE = 128  # bytes
+SWIZZLED = SWIZZLE // 2  # bfloat16 numbers
+# The kernel starts with 168 registers for each of 3 * 128 threads; what the loads do not need, the products take.
+LOAD_REGISTERS = 24
+COMPUTE_REGISTERS = 240
+SCORES = plgpu.Layout.WGMMA
+ROW = SCORES.reduce(1)  # one number for each row of a tile of scores
+COLUMN = SCORES.reduce(0)
+
+
+@dataclass(frozen=True)
+class HopperTile:
+    """How one kernel goes through the score matrix."""
+
+    columns: int  # of a step: keys, or queries for dK and dV
+    stages: int  # of loads in flight
+    heads: int = 1  # that a program goes through, one after the other: the next one's loads do not wait for its end
+    in_registers: bool = False  # whether the rows' factors of the scores are kept there; not for dK and dV
+    take_turns: bool = False  # whether one warpgroup multiplies while the other one weighs; forward only
+
+
+@dataclass(frozen=True)
+class HopperTiles:
+    """The three kernels: forward and dQ loop over tiles of keys, dK/dV over tiles of queries."""
+
+    forward: HopperTile = HopperTile(columns=128, stages=2, take_turns=True)
+    dq: HopperTile = HopperTile(columns=64, stages=4)
+    dkv: HopperTile = HopperTile(columns=64, stages=4)
+
+
+DEFAULT_TILES = HopperTiles()
+
+
+def call(kernel, x, tile: HopperTile, *, name: str, out_type, scratch: dict, ring: dict):
+    """`plgpu.kernel` over the programs of x, [B, T, H, D]; `ring` names the groups of loads that share barriers, with
+    how many loads each has."""
+    batch, length, heads, _ = x.shape
+    barriers = {
+        f"{group}_full": plgpu.Barrier(num_arrivals=loads, num_barriers=tile.stages) for group, loads in ring.items()
+    } | {f"{group}_empty": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tile.stages) for group in ring}
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=scratch | barriers,
+        grid=(heads // tile.heads, length // PROGRAM_ROWS, batch),  # the first index varies fastest
+        grid_names=("heads", "rows", "sequence"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,  # the sums along a row stay within a warp
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+        ),
+        kernel_name=name,
+    )
+
+
+def swizzled(*shape: int):
+    """Shared memory for bfloat16 tiles, the last two dimensions as the tensor cores read them."""
+    transforms = (plgpu.TilingTransform((8, SWIZZLED)), plgpu.SwizzleTransform(SWIZZLE))
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+
+
+def load_ring(tile: HopperTile, first, steps, head0, groups, *, after_reads: bool = False):
+    """The third warpgroup's part: tiles of columns `first` up to `first + steps`, for one head after the other.
+
+    `groups` are (loads, full, empty); a load is a function (columns, head) -> the source, and the ring it goes to.
+    `after_reads`: threads read the ring, too, not the tensor cores alone; copies must not overtake their reads.
+    """
+    plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+    total = tile.heads * steps
+
+    def wait_until_empty(barrier):
+        plgpu.barrier_wait(barrier)
+        if after_reads:
+            plgpu.commit_smem()
+
+    def load(step, _):
+        slot, head = lax.rem(step, tile.stages), head0 + lax.div(step, steps)
+        columns = pl.ds((first + lax.rem(step, steps)) * tile.columns, tile.columns)
+        for loads, full, empty in groups:
+            pl.when(step >= tile.stages)(functools.partial(wait_until_empty, empty.at[slot]))
+            for source, ring in loads:
+                plgpu.copy_gmem_to_smem(source(columns, head), ring.at[slot], full.at[slot])
+
+    def drain(step, _):
+        for _, _, empty in groups:
+            plgpu.barrier_wait(empty.at[lax.rem(step, tile.stages)])
+
+    lax.fori_loop(0, total, load, None)
+    lax.fori_loop(lax.max(total - tile.stages, 0), total, drain, None)
+
+
+def floor_div(n, size: int):
+    return lax.div(n, jnp.int32(size))  # n >= 0; `//` would also compile the rules for negative numbers
+
+
+def ceil_div(n, size: int):
+    return floor_div(n + (size - 1), size)
+
+
+def iota_of_rows():
+    return plgpu.layout_cast(lax.iota(jnp.int32, ROWS), ROW)
+
+
+def along_rows(x_R, columns: int):
+    """A number for each row, repeated along the row."""
+    return lax.broadcast_in_dim(x_R, (ROWS, columns), [0])
+
+
+def along_columns(x_C):
+    """A number for each column, repeated along the column."""
+    return lax.broadcast_in_dim(x_C, (ROWS, x_C.shape[0]), [1])
+
+
+def hide(score_RC, offset_R, size_R, hidden: float):
+    """Scores, but `hidden` where not 0 <= column + offset < size: in one comparison of unsigned numbers."""
+    columns = score_RC.shape[1]
+    column_RC = plgpu.broadcasted_iota(jnp.int32, score_RC.shape, 1, layout=SCORES)
+    within_RC = (column_RC + along_rows(offset_R, columns)).astype(jnp.uint32)
+    return jnp.where(within_RC < along_rows(size_R.astype(jnp.uint32), columns), score_RC, hidden)
+
+
+def skip(slot, groups, take_turn=lambda: None):
+    """The loop body of a computing warpgroup for a tile that none of its rows sees."""
+
+    def step(j, _):
+        for _, full, empty in groups:
+            plgpu.barrier_wait(full.at[slot(j)])
+            plgpu.barrier_arrive(empty.at[slot(j)])
+            take_turn()
+
+    return step
