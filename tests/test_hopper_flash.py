@@ -1,7 +1,6 @@
 """The Hopper kernels of attention: interpreted, lowered for a GPU, on one, and what they refuse."""
 
 import functools
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +13,22 @@ from test_flash import SCALE, random_inputs, random_tokens, relative_errors, val
 from senano_jax.attention import attend
 from senano_jax.attention.dense import dense_attention
 from senano_jax.attention.flash import flash_attention
-from senano_jax.attention.hopper_flash import fits, hopper_attention, runs_here
+from senano_jax.attention.hopper_flash import hopper_attention, runs_here
 from senano_jax.attention.hopper_tiles import DEFAULT_TILES, HopperTile, HopperTiles
 from senano_jax.attention.intervals import END_OF_TEXT, Intervals, document_start, window_intervals
 
-# The ring goes round, a program goes through two heads, and each choice is made the other way.
+# With the default ones: each choice made both ways, and rings that go round.
 OTHER_TILES = HopperTiles(
-    forward=HopperTile(columns=64, stages=2, heads=2, in_registers=True),
-    dq=HopperTile(columns=64, stages=2, heads=2, in_registers=True),
+    forward=HopperTile(columns=64, stages=2, heads=2),
+    dq=HopperTile(columns=64, stages=3, heads=2),
     dkv=HopperTile(columns=64, stages=2, heads=2),
 )
-WIDE_TILES = HopperTiles(
-    forward=HopperTile(columns=64, stages=3, heads=2, take_turns=True),
-    dq=HopperTile(columns=128, stages=2),
-    dkv=HopperTile(columns=128, stages=2),
+SINGLE_TILES = HopperTiles(
+    forward=HopperTile(columns=64, stages=3, take_turns=True),
+    dq=HopperTile(columns=64, stages=3),
+    dkv=HopperTile(columns=64, stages=3),
 )
-TILES = {"default tiles": DEFAULT_TILES, "other tiles": OTHER_TILES, "wide tiles": WIDE_TILES}
+TILES = {"default tiles": DEFAULT_TILES, "other tiles": OTHER_TILES, "one head a program": SINGLE_TILES}
 
 
 def hopper(tiles=DEFAULT_TILES):
@@ -158,9 +157,15 @@ def test_refuses_what_it_cannot_do(length, heads, width, dtype, scale, match):
         hopper_attention(q, k, v, Intervals(bounds, bounds), scale)
 
 
-def test_fits_whole_groups_of_heads():
-    assert fits(128, 3, 128, jnp.bfloat16)
-    assert not fits(128, 3, 128, jnp.bfloat16, replace(DEFAULT_TILES, dq=HopperTile(columns=64, stages=2, heads=2)))
+@needs_interpreter
+def test_heads_that_are_no_multiple_of_a_program_s(monkeypatch):
+    """Three heads, and a program takes two at most: it takes one."""
+    inputs = random_inputs(np.random.default_rng(8), 1, 128, 3, 64, jnp.bfloat16)
+    intervals = window_intervals(jnp.zeros((1, 128), jnp.int32), 1)
+    with interpreted(monkeypatch):
+        out = hopper_attention(*inputs[:3], intervals, SCALE)
+    exact = [x.astype(jnp.float32) for x in inputs[:3]]
+    assert max(relative_errors([out], [dense_attention(*exact, intervals, SCALE)])) < 4e-3
 
 
 def test_attend_takes_it_only_when_told_to_and_only_on_hopper(monkeypatch):

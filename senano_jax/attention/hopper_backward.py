@@ -1,8 +1,8 @@
 """The backward kernels of attention for Hopper GPUs: dQ, whose rows are queries, and dK with dV, whose rows are keys.
 
-Shared memory at a head width of 128 and 64 columns a step, in KB of 227. dQ: 32 each of queries, cotangents and
-outputs (then dQ), 32 of keys and values for each stage: 224 with four stages. dK and dV: 32 each of keys and values
-(then dK and dV), 32.5 of queries and their cotangents and numbers for each stage: 194 with four. Registers of a thread:
+Shared memory at a head width of 128 and 64 columns a step, in KB of 227. dQ: 32 each of queries, cotangents, outputs
+and dQ, 32 of keys and values for each stage: 224 with three stages. dK and dV: 32 each of keys, values, dK and dV,
+32.5 of queries, cotangents and their numbers for each stage: 225.5 with three. Registers of a thread:
 dQ takes 64, dK and dV 128; scores and their cotangents 32 each; and 16 for each left factor of a product that runs.
 """
 
@@ -34,7 +34,7 @@ def backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale: float, ti
     """dQ, and delta = rowsum(dout * out), float32 [B, H, T], for `backward_keys`: here because dout is at hand."""
     width = q.shape[3]
     kernel = tiles.call(
-        functools.partial(_queries_kernel, scale=scale, tile=tile),
+        functools.partial(_queries_kernel, scale=scale),
         q,
         tile,
         name="flash_backward_queries",
@@ -43,6 +43,7 @@ def backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale: float, ti
             "q_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
             "dout_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
             "out_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
+            "dq_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
             "lse_smem": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
             "delta_smem": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
             "k_smem": tiles.swizzled(tile.stages, tile.columns, width),
@@ -56,7 +57,8 @@ def backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale: float, ti
 
 def _queries_kernel(
     q_gmem, k_gmem, v_gmem, out_gmem, dout_gmem, lse_gmem, key_start_gmem, dq_gmem, delta_gmem, *,
-    q_smem, dout_smem, out_smem, lse_smem, delta_smem, k_smem, v_smem, rows_full, k_full, k_empty, v_full, v_empty,
+    q_smem, dout_smem, out_smem, dq_smem, lse_smem, delta_smem, k_smem, v_smem,
+    rows_full, k_full, k_empty, v_full, v_empty,
     scale: float, tile: HopperTile,
 ):  # fmt: skip
     warpgroup, sequence = lax.axis_index("warpgroup"), lax.axis_index("sequence")
@@ -77,7 +79,7 @@ def _queries_kernel(
         plgpu.set_max_registers(tiles.COMPUTE_REGISTERS, action="increase")
         query0 = program_query0 + warpgroup * ROWS
         queries = pl.ds(query0, ROWS)
-        own_q, own_dout, own_out = (smem.at[warpgroup] for smem in (q_smem, dout_smem, out_smem))
+        own_q, own_dout, own_out, own_dq = (smem.at[warpgroup] for smem in (q_smem, dout_smem, out_smem, dq_smem))
         own_lse, own_delta = (smem.at[warpgroup] for smem in (lse_smem, delta_smem))
 
         def load_rows(item):
@@ -107,21 +109,18 @@ def _queries_kernel(
             dout_QD = plgpu.load(own_dout, layout=SCORES)
             out_QD = plgpu.load(own_out, layout=SCORES)
             delta_Q = jnp.sum(out_QD.astype(jnp.float32) * dout_QD.astype(jnp.float32), axis=1)
-            own_delta[...] = delta_Q
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(own_delta, delta_gmem.at[sequence, head0 + i, queries])
             q_QD = own_q
             if tile.in_registers:
                 q_QD = plgpu.load(own_q, layout=SCORES)
             else:
                 dout_QD = own_dout
+            plgpu.commit_smem()  # before the next rows overwrite what was read
 
             def differentiate(j, multiply_more):
                 """dscore of key tile j; `multiply_more` starts products that may still run, and says how many."""
                 key0 = j * tile.columns
 
                 def multiply(score_ref, dp_ref):
-                    plgpu.barrier_wait(k_full.at[slot(j)])
                     plgpu.wgmma(score_ref, q_QD, k_smem.at[slot(j)].transpose((1, 0)))
                     plgpu.barrier_wait(v_full.at[slot(j)])
                     plgpu.wgmma(dp_ref, dout_QD, v_smem.at[slot(j)].transpose((1, 0)))
@@ -137,7 +136,8 @@ def _queries_kernel(
                     p_QK = jnp.exp2(score_QK * (scale * LOG2_E) - along_rows(lse_Q, tile.columns))
                     dp_QK = plgpu.wgmma_accumulator_load(dp_ref, wait_n=running)
                     plgpu.barrier_arrive(v_empty.at[slot(j)])
-                    return (p_QK * (dp_QK - along_rows(delta_Q, tile.columns))).astype(k_smem.dtype)
+                    dscore_QK = p_QK * (dp_QK - along_rows(delta_Q, tile.columns))
+                    return lax.optimization_barrier(dscore_QK)
 
                 scores = plgpu.ACC((ROWS, tile.columns), jnp.float32)
                 return pl.run_scoped(multiply, scores, scores)
@@ -149,23 +149,29 @@ def _queries_kernel(
 
                 def step(j, last_dscore_QK):
                     dscore_QK = differentiate(j, lambda: add_keys(j - 1, last_dscore_QK))
+                    # A branch, which the compiler does not put dscore off beyond: it overlaps with what still runs.
+                    pl.when(j + 1 < own_stop)(lambda: plgpu.barrier_wait(k_full.at[slot(j + 1)]))
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(k_empty.at[slot(j - 1)])
-                    return dscore_QK
+                    return dscore_QK.astype(k_smem.dtype)
 
-                dscore_QK = differentiate(own_first, lambda: 0)
+                plgpu.barrier_wait(k_full.at[slot(own_first)])
+                dscore_QK = differentiate(own_first, lambda: 0).astype(k_smem.dtype)
+                pl.when(own_first + 1 < own_stop)(lambda: plgpu.barrier_wait(k_full.at[slot(own_first + 1)]))
                 dscore_QK = lax.fori_loop(own_first + 1, own_stop, step, dscore_QK)
+                pl.when(i + 1 < tile.heads)(lambda: load_rows(i + 1))
                 add_keys(own_stop - 1, dscore_QK)
                 dq_QD = dq_ref[...]
                 plgpu.barrier_arrive(k_empty.at[slot(own_stop - 1)])
                 return dq_QD
 
             dq_QD = pl.run_scoped(accumulate, plgpu.ACC((ROWS, width), jnp.float32))
-            own_out[...] = (dq_QD * scale).astype(own_out.dtype)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last head's rows have left shared memory
+            own_delta[...] = delta_Q
+            own_dq[...] = (dq_QD * scale).astype(own_dq.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(own_out, dq_gmem.at[sequence, queries, head0 + i])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            pl.when(i + 1 < tile.heads)(lambda: load_rows(i + 1))
+            plgpu.copy_smem_to_gmem(own_delta, delta_gmem.at[sequence, head0 + i, queries])
+            plgpu.copy_smem_to_gmem(own_dq, dq_gmem.at[sequence, queries, head0 + i])
             lax.fori_loop(own_stop, first + steps, skip, None)
 
         lax.fori_loop(0, tile.heads, item, None)
@@ -177,7 +183,7 @@ def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float,
     """dK and dV."""
     width = k.shape[3]
     kernel = tiles.call(
-        functools.partial(_keys_kernel, scale=scale, tile=tile),
+        functools.partial(_keys_kernel, scale=scale),
         k,
         tile,
         name="flash_backward_keys",
@@ -185,6 +191,8 @@ def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float,
         scratch={
             "k_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
             "v_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
+            "dk_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
+            "dv_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
             "q_smem": tiles.swizzled(tile.stages, tile.columns, width),
             "dout_smem": tiles.swizzled(tile.stages, tile.columns, width),
             "lse_smem": plgpu.SMEM((tile.stages, tile.columns), jnp.float32),
@@ -198,7 +206,8 @@ def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float,
 
 def _keys_kernel(
     q_gmem, k_gmem, v_gmem, dout_gmem, lse_gmem, delta_gmem, query_end_gmem, dk_gmem, dv_gmem, *,
-    k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem, rows_full, q_full, q_empty, dout_full, dout_empty,
+    k_smem, v_smem, dk_smem, dv_smem, q_smem, dout_smem, lse_smem, delta_smem,
+    rows_full, q_full, q_empty, dout_full, dout_empty,
     scale: float, tile: HopperTile,
 ):  # fmt: skip
     """On transposed tiles: probabilities come out of one product as the left factor of the next."""
@@ -227,7 +236,7 @@ def _keys_kernel(
         plgpu.set_max_registers(tiles.COMPUTE_REGISTERS, action="increase")
         key0 = program_key0 + warpgroup * ROWS
         keys = pl.ds(key0, ROWS)
-        own_k, own_v = k_smem.at[warpgroup], v_smem.at[warpgroup]
+        own_k, own_v, own_dk, own_dv = (smem.at[warpgroup] for smem in (k_smem, v_smem, dk_smem, dv_smem))
 
         def load_rows(item):
             for gmem, smem in ((k_gmem, own_k), (v_gmem, own_v)):
@@ -288,13 +297,13 @@ def _keys_kernel(
 
             sums = plgpu.ACC((ROWS, width), jnp.float32)
             dk_KD, dv_KD = pl.run_scoped(accumulate, sums, sums)
-            own_k[...] = (dk_KD * scale).astype(own_k.dtype)
-            own_v[...] = dv_KD.astype(own_v.dtype)
-            plgpu.commit_smem()
-            for smem, gmem in ((own_k, dk_gmem), (own_v, dv_gmem)):
-                plgpu.copy_smem_to_gmem(smem, gmem.at[sequence, keys, head0 + i])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             pl.when(i + 1 < tile.heads)(lambda: load_rows(i + 1))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last head's rows have left shared memory
+            own_dk[...] = (dk_KD * scale).astype(own_dk.dtype)
+            own_dv[...] = dv_KD.astype(own_dv.dtype)
+            plgpu.commit_smem()
+            for smem, gmem in ((own_dk, dk_gmem), (own_dv, dv_gmem)):
+                plgpu.copy_smem_to_gmem(smem, gmem.at[sequence, keys, head0 + i])
             lax.fori_loop(own_stop, first + steps, skip, None)
 
         lax.fori_loop(0, tile.heads, item, None)

@@ -24,7 +24,7 @@ def forward(q, k, v, key_start_BT, scale: float, tile: HopperTile):
     """out, like q, and the log-sum-exp of its scores, float32 [B, H, T] in units of log2."""
     batch, length, heads, width = q.shape
     kernel = tiles.call(
-        functools.partial(_kernel, scale=scale, tile=tile),
+        functools.partial(_kernel, scale=scale),
         q,
         tile,
         name="flash_forward",
@@ -104,7 +104,6 @@ def _kernel(
                 """Weights of key tile j; `multiply_more` starts products that may still run, and says how many."""
 
                 def multiply(score_ref):
-                    plgpu.barrier_wait(k_full.at[slot(j)])
                     plgpu.wgmma(score_ref, q_QD, k_smem.at[slot(j)].transpose((1, 0)))
                     running = multiply_more()
                     take_turn()
@@ -124,9 +123,11 @@ def _kernel(
                 p_QK = jnp.exp2(score_QK * (scale * LOG2_E) - along_rows(new_max_Q, tile.columns))
                 decay_Q = jnp.exp2(max_Q - new_max_Q)
                 sum_Q = sum_Q * decay_Q + jnp.sum(p_QK, axis=1)
-                p_QK = p_QK.astype(v_smem.dtype)
+                weights = lax.optimization_barrier((p_QK, decay_Q, new_max_Q, sum_Q))
                 take_turn()
-                return p_QK, decay_Q, new_max_Q, sum_Q
+                # A branch, which the compiler does not put the weights off beyond: they overlap with what still runs.
+                pl.when(j + 1 < own_stop)(lambda: plgpu.barrier_wait(k_full.at[slot(j + 1)]))
+                return weights
 
             def attend(out_ref):
                 def add_values(j, p_QK):
@@ -140,19 +141,21 @@ def _kernel(
                     out_QD = out_ref[...]  # waits for the values
                     plgpu.barrier_arrive(v_empty.at[slot(j - 1)])
                     out_ref[...] = out_QD * along_rows(decay_Q, width)
-                    return p_QK, max_Q, sum_Q
+                    return p_QK.astype(v_smem.dtype), max_Q, sum_Q
 
                 zero_Q = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
+                plgpu.barrier_wait(k_full.at[slot(own_first)])
                 p_QK, _, max_Q, sum_Q = weigh(own_first, zero_Q + LOWEST, zero_Q, lambda: 0)
-                p_QK, max_Q, sum_Q = lax.fori_loop(own_first + 1, own_stop, step, (p_QK, max_Q, sum_Q))
+                start = p_QK.astype(v_smem.dtype), max_Q, sum_Q
+                p_QK, max_Q, sum_Q = lax.fori_loop(own_first + 1, own_stop, step, start)
+                if not tile.in_registers:
+                    pl.when(i + 1 < tile.heads)(lambda: load_queries(i + 1))
                 add_values(own_stop - 1, p_QK)
                 out_QD = out_ref[...]
                 plgpu.barrier_arrive(v_empty.at[slot(own_stop - 1)])
                 return out_QD, max_Q, sum_Q
 
             out_QD, max_Q, sum_Q = pl.run_scoped(attend, plgpu.ACC((ROWS, width), jnp.float32))
-            if not tile.in_registers:
-                pl.when(i + 1 < tile.heads)(lambda: load_queries(i + 1))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last head's rows have left shared memory
             own_out[...] = (out_QD * along_rows(1 / sum_Q, width)).astype(own_out.dtype)
             own_lse[...] = max_Q + jnp.log2(sum_Q)

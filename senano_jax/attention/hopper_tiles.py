@@ -6,7 +6,8 @@ shared memory. Each of the two takes those tiles that its own rows see, and wait
 """
 
 import functools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 from jax import lax
@@ -32,7 +33,7 @@ class HopperTile:
 
     columns: int  # of a step: keys, or queries for dK and dV
     stages: int  # of loads in flight
-    heads: int = 1  # that a program goes through, one after the other: the next one's loads do not wait for its end
+    heads: int = 1  # that a program goes through, at most: it loads for the next one while it ends the last
     in_registers: bool = False  # whether the rows' factors of the scores are kept there; not for dK and dV
     take_turns: bool = False  # whether one warpgroup multiplies while the other one weighs; forward only
 
@@ -41,23 +42,28 @@ class HopperTile:
 class HopperTiles:
     """The three kernels: forward and dQ loop over tiles of keys, dK/dV over tiles of queries."""
 
-    forward: HopperTile = HopperTile(columns=128, stages=2, take_turns=True)
-    dq: HopperTile = HopperTile(columns=64, stages=4)
-    dkv: HopperTile = HopperTile(columns=64, stages=4)
+    forward: HopperTile = HopperTile(columns=128, stages=2, heads=2, in_registers=True, take_turns=True)
+    dq: HopperTile = HopperTile(columns=64, stages=3, heads=2, in_registers=True)
+    dkv: HopperTile = HopperTile(columns=64, stages=3, heads=2)
+
+    def __post_init__(self):
+        # A step waits for the next keys before it releases the last values, or in dQ the last keys.
+        assert self.forward.stages >= 2 and self.dq.stages >= 3, "too few stages: the kernel would wait for itself"
 
 
 DEFAULT_TILES = HopperTiles()
 
 
 def call(kernel, x, tile: HopperTile, *, name: str, out_type, scratch: dict, ring: dict):
-    """`plgpu.kernel` over the programs of x, [B, T, H, D]; `ring` names the groups of loads that share barriers, with
-    how many loads each has."""
+    """`plgpu.kernel` of kernel(..., tile) over the programs of x, [B, T, H, D]; `ring` names the groups of loads that
+    share barriers, with how many loads each has."""
     batch, length, heads, _ = x.shape
+    tile = replace(tile, heads=math.gcd(tile.heads, heads))
     barriers = {
         f"{group}_full": plgpu.Barrier(num_arrivals=loads, num_barriers=tile.stages) for group, loads in ring.items()
     } | {f"{group}_empty": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tile.stages) for group in ring}
     return plgpu.kernel(
-        kernel,
+        functools.partial(kernel, tile=tile),
         out_type=out_type,
         scratch_types=scratch | barriers,
         grid=(heads // tile.heads, length // PROGRAM_ROWS, batch),  # the first index varies fastest
