@@ -16,6 +16,7 @@ from senano_jax.attention.flash import flash_attention
 from senano_jax.attention.hopper_flash import hopper_attention, runs_here
 from senano_jax.attention.hopper_tiles import DEFAULT_TILES, HopperTile, HopperTiles
 from senano_jax.attention.intervals import END_OF_TEXT, Intervals, document_start, window_intervals
+from senano_jax.errors import UserError
 
 # With the default ones: each choice made both ways, and rings that go round.
 OTHER_TILES = HopperTiles(
@@ -168,16 +169,28 @@ def test_heads_that_are_no_multiple_of_a_program_s(monkeypatch):
     assert max(relative_errors([out], [dense_attention(*exact, intervals, SCALE)])) < 4e-3
 
 
-def test_attend_takes_it_only_when_told_to_and_only_on_hopper(monkeypatch):
+def test_attend_takes_it_only_when_told_to(monkeypatch):
     q, k, v, _ = random_inputs(np.random.default_rng(8), 1, 128, 1, 64, jnp.bfloat16)
     intervals = window_intervals(jnp.zeros((1, 128), jnp.int32), 1)
-    if not runs_here():
-        with pytest.raises(ValueError, match="Hopper GPU"):
-            attend(q, k, v, intervals, SCALE, "hopper")
     monkeypatch.setattr("senano_jax.attention.hopper_flash.runs_here", lambda: True)
     monkeypatch.setattr("senano_jax.attention.hopper_flash.hopper_attention", lambda *_: "hopper")
     assert attend(q, k, v, intervals, SCALE, "hopper") == "hopper"
     assert not isinstance(attend(q, k, v, intervals, SCALE), str)
+
+
+@pytest.mark.parametrize(
+    ("here", "width", "dtype", "match"),
+    [
+        (False, 64, jnp.bfloat16, "needs a Hopper GPU"),
+        (True, 32, jnp.bfloat16, "64 or 128 wide, not bfloat16 of 32"),
+        (True, 64, jnp.float32, "not float32 of 64"),
+    ],
+)
+def test_attend_says_what_it_lacks(monkeypatch, here, width, dtype, match):
+    q, k, v, _ = random_inputs(np.random.default_rng(8), 1, 128, 1, width, dtype)
+    monkeypatch.setattr("senano_jax.attention.hopper_flash.runs_here", lambda: here)
+    with pytest.raises(UserError, match=match):
+        attend(q, k, v, window_intervals(jnp.zeros((1, 128), jnp.int32), 1), SCALE, "hopper")
 
 
 on_hopper = pytest.mark.skipif(not runs_here(), reason="needs a Hopper GPU")

@@ -9,6 +9,7 @@ from senano_jax.attention.banded import banded_attention
 from senano_jax.attention.dense import dense_attention
 from senano_jax.attention.flash import flash_attention
 from senano_jax.attention.intervals import BLOCK, END_OF_TEXT, Intervals, document_start, window_intervals
+from senano_jax.errors import UserError
 from senano_jax.kernels import triton
 from senano_jax.kernels.choice import on_gpu
 
@@ -29,7 +30,8 @@ def attend(
 
     Scores, softmax and sums are float32 whatever the type of q, k and v; the result has q's type. T is a multiple of
     128, ValueError otherwise. `dense` needs O(T^2) memory and is the reference for the others; `hopper` needs a Hopper
-    GPU and bfloat16; `auto` takes the fastest one that runs, but for `hopper`, which has not been timed yet.
+    GPU, bfloat16 and heads of 64 or 128, UserError otherwise; `auto` takes the fastest one that runs, but never
+    `hopper`, which has not been timed yet.
     """
     if q.shape[1] % BLOCK:
         raise ValueError(
@@ -39,7 +41,11 @@ def attend(
         implementation = "flash" if on_gpu() and triton.fits(q.shape[-1]) else "banded"
     if implementation == "hopper":
         if not hopper_flash.runs_here():
-            raise ValueError("hopper attention needs a Hopper GPU and JAX 0.11; choose flash, or banded without a GPU")
+            raise UserError("attention hopper needs a Hopper GPU and JAX 0.11; use flash, or banded without a GPU")
+        if not hopper_flash.fits(q.shape[1], q.shape[3], q.dtype):
+            raise UserError(
+                f"attention hopper takes bfloat16 heads 64 or 128 wide, not {q.dtype} of {q.shape[3]}; use flash"
+            )
         return hopper_flash.hopper_attention(q, k, v, intervals, scale)
     attention = {"flash": flash_attention, "banded": banded_attention, "dense": dense_attention}[implementation]
     return attention(q, k, v, intervals, scale)
