@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 from mosaic_interpreter import interpreted, needs_interpreter
 from oracles import softmax_attention, visible_pairs
 from test_flash import SCALE, random_inputs, random_tokens, relative_errors, value_and_gradients
@@ -112,7 +113,7 @@ def test_hidden_keys_cannot_be_felt_even_as_infinities_of_scores(monkeypatch):
 
 
 def lowered(function, *arguments) -> str:
-    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return function.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="JAX 0.10 has no stores into accumulators")
@@ -126,19 +127,30 @@ def test_lowers_for_cuda_once_for_all_windows(tiles, width):
     def run(q, k, v, dout, starts, window):
         return value_and_gradients(hopper(tiles), q, k, v, dout, window_intervals(starts, window))
 
-    assert lowered(run, x, x, x, x, starts, window).count("mosaic_gpu_v2") == 3
+    assert lowered(jax.jit(run), x, x, x, x, starts, window).count("mosaic_gpu_v2") == 3
+
+
+def loss_of_layers(attention, x, key_start, query_end):
+    """As the model uses it: layers scanned and rematerialised."""
+    layer = jax.checkpoint(
+        lambda x: attention(x, x, x, Intervals(key_start, query_end), SCALE),
+        policy=jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+    )
+    x, _ = jax.lax.scan(lambda x, _: (x + layer(x), None), x, length=2)
+    return jnp.sum(x.astype(jnp.float32) ** 2)
+
+
+def sharded_gradient(attention):
+    mesh, rows = Mesh(np.array(jax.devices()[:2]), "d"), PartitionSpec("d")
+    gradient = jax.grad(functools.partial(loss_of_layers, attention))
+    return jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False))
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="JAX 0.10 has no stores into accumulators")
-def test_remat_policy_keeps_the_named_residuals(capsys):
-    q, k, v, _ = random_inputs(np.random.default_rng(6), 1, 128, 1, 64, jnp.bfloat16)
-    bounds = jnp.zeros((1, 128), jnp.int32)
-    policy = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
-    layer = jax.checkpoint(lambda *qkv: hopper_attention(*qkv, Intervals(bounds, bounds), SCALE), policy=policy)
-    jax.ad_checkpoint.print_saved_residuals(layer, q, k, v)
-    saved = capsys.readouterr().out
-    assert "named 'attention_out'" in saved
-    assert "named 'attention_lse'" in saved
+def test_lowers_inside_scan_remat_and_shard_map():
+    """Three kernels: what is named is kept, so the backward pass does not run the forward kernel again."""
+    x, bounds = jax.ShapeDtypeStruct((4, 256, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((4, 256), jnp.int32)
+    assert lowered(sharded_gradient(hopper_attention), x, bounds, bounds).count("mosaic_gpu_v2") == 3
 
 
 @pytest.mark.parametrize(
@@ -226,6 +238,15 @@ def test_agrees_with_flash_at_the_record_s_sizes(length):
         intervals = window_intervals(starts, window_blocks)
         errors = relative_errors(run(*inputs, intervals), flash(*inputs, intervals))
         assert max(errors) < 1e-2, (window_blocks, errors)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_inside_scan_remat_and_shard_map_on_gpu():
+    x, *_ = random_inputs(np.random.default_rng(12), 4, 512, 2, 64, jnp.bfloat16)
+    intervals = window_intervals(document_start(random_tokens(np.random.default_rng(12), 4, 512, 0.01)), 2)
+    results = [sharded_gradient(attention)(x, *intervals) for attention in (hopper_attention, flash_attention)]
+    assert relative_errors(results[:1], results[1:])[0] < 1e-2
 
 
 @pytest.mark.gpu

@@ -175,7 +175,7 @@ def _queries_kernel(
             lax.fori_loop(own_stop, first + steps, skip, None)
 
         lax.fori_loop(0, tile.heads, item, None)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the writes themselves end before the kernel does
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "tile"))  # lowered once for all layers
@@ -307,4 +307,4 @@ def _keys_kernel(
             lax.fori_loop(own_stop, first + steps, skip, None)
 
         lax.fori_loop(0, tile.heads, item, None)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the writes themselves end before the kernel does

@@ -167,4 +167,4 @@ def _kernel(
         pl.when(warpgroup == 1)(take_turn)
         lax.fori_loop(0, tile.heads, item, None)
         pl.when(warpgroup == 0)(take_turn)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the writes themselves end before the kernel does
