@@ -116,14 +116,17 @@ def load_ring(tile: HopperTile, first, steps, head0, groups, *, after_reads: boo
 
 
 def floor_div(n, size: int):
-    return lax.div(n, jnp.int32(size))  # n >= 0; `//` would also compile the rules for negative numbers
+    """n / size rounded down, for n >= 0: `//` would also compile the rules for negative numbers."""
+    return lax.div(n, jnp.int32(size))
 
 
 def ceil_div(n, size: int):
+    """n / size rounded up, for n >= 0."""
     return floor_div(n + (size - 1), size)
 
 
 def iota_of_rows():
+    """0 to 63, one for each row."""
     return plgpu.layout_cast(lax.iota(jnp.int32, ROWS), ROW)
 
 
