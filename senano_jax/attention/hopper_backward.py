@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from senano_jax.attention import hopper_tiles as tiles
-from senano_jax.attention.flash import LOG2_E, MASKED
+from senano_jax.attention.flash import LOG2_E
 from senano_jax.attention.hopper_tiles import (
     COLUMN,
     PROGRAM_ROWS,
@@ -92,11 +92,7 @@ def _queries_kernel(
 
         load_rows(0)
         width = own_q.shape[1]
-        own_first = tiles.floor_div(key_start_gmem[sequence, query0], tile.columns)
-        own_stop = tiles.ceil_div(query0 + ROWS, tile.columns)
-        last_query_sees = key_start_gmem[sequence, query0 + (ROWS - 1)]
-        key_start_Q = plgpu.load(key_start_gmem.at[sequence, queries], layout=ROW, optimized=False)
-        size_Q = query0 + 1 + tiles.iota_of_rows() - key_start_Q
+        own_first, own_stop, masked = tiles.visible_keys(key_start_gmem, sequence, query0, tile.columns)
 
         def item(i, _):
             def slot(j):
@@ -118,7 +114,6 @@ def _queries_kernel(
 
             def differentiate(j, multiply_more):
                 """dscore of key tile j; `multiply_more` starts products that may still run, and says how many."""
-                key0 = j * tile.columns
 
                 def multiply(score_ref, dp_ref):
                     plgpu.wgmma(score_ref, q_QD, k_smem.at[slot(j)].transpose((1, 0)))
@@ -126,13 +121,7 @@ def _queries_kernel(
                     plgpu.wgmma(dp_ref, dout_QD, v_smem.at[slot(j)].transpose((1, 0)))
                     running = multiply_more()
                     score_QK = plgpu.wgmma_accumulator_load(score_ref, wait_n=1 + running)
-                    some_hidden = (key0 + (tile.columns - 1) > query0) | (key0 < last_query_sees)
-                    score_QK = lax.cond(
-                        some_hidden,
-                        lambda score_QK: tiles.hide(score_QK, key0 - key_start_Q, size_Q, MASKED),
-                        lambda score_QK: score_QK,
-                        score_QK,
-                    )
+                    score_QK = masked(score_QK, j)
                     p_QK = jnp.exp2(score_QK * (scale * LOG2_E) - along_rows(lse_Q, tile.columns))
                     dp_QK = plgpu.wgmma_accumulator_load(dp_ref, wait_n=running)
                     plgpu.barrier_arrive(v_empty.at[slot(j)])
@@ -244,12 +233,7 @@ def _keys_kernel(
 
         load_rows(0)
         width = own_k.shape[1]
-        own_first = tiles.floor_div(key0, tile.columns)
-        own_stop = tiles.ceil_div(query_end_gmem[sequence, key0 + (ROWS - 1)], tile.columns)
-        first_key_until = query_end_gmem[sequence, key0]
-        key_K = key0 + tiles.iota_of_rows()
-        query_end_K = plgpu.load(query_end_gmem.at[sequence, keys], layout=ROW, optimized=False)
-        size_K = query_end_K - key_K
+        own_first, own_stop, masked = tiles.visible_queries(query_end_gmem, sequence, key0, tile.columns)
 
         def item(i, _):
             def slot(j):
@@ -262,7 +246,6 @@ def _keys_kernel(
             def accumulate(dk_ref, dv_ref):
                 def step(j, _):
                     queries, cotangents = q_smem.at[slot(j)], dout_smem.at[slot(j)]
-                    query0 = j * tile.columns
 
                     def differentiate(score_ref, dp_ref):
                         plgpu.barrier_wait(q_full.at[slot(j)])
@@ -270,13 +253,7 @@ def _keys_kernel(
                         plgpu.barrier_wait(dout_full.at[slot(j)])
                         plgpu.wgmma(dp_ref, own_v, cotangents.transpose((1, 0)))
                         score_KQ = plgpu.wgmma_accumulator_load(score_ref, wait_n=1)
-                        some_hidden = (query0 < key0 + (ROWS - 1)) | (query0 + tile.columns > first_key_until)
-                        score_KQ = lax.cond(
-                            some_hidden,
-                            lambda score_KQ: tiles.hide(score_KQ, query0 - key_K, size_K, MASKED),
-                            lambda score_KQ: score_KQ,
-                            score_KQ,
-                        )
+                        score_KQ = masked(score_KQ, j)
                         lse_Q = plgpu.load(lse_smem.at[slot(j)], layout=COLUMN)
                         p_KQ = jnp.exp2(score_KQ * (scale * LOG2_E) - along_columns(lse_Q))
                         plgpu.wgmma(dv_ref, p_KQ.astype(dout_smem.dtype), cotangents)

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from senano_jax.attention import hopper_tiles as tiles
-from senano_jax.attention.flash import LOG2_E, LOWEST, MASKED
+from senano_jax.attention.flash import LOG2_E, LOWEST
 from senano_jax.attention.hopper_tiles import PROGRAM_ROWS, ROW, ROWS, SCORES, WARPGROUPS, HopperTile, along_rows
 
 
@@ -76,11 +76,7 @@ def _kernel(
 
         load_queries(0)
         width = own_q.shape[1]
-        own_first = tiles.floor_div(key_start_gmem[sequence, query0], tile.columns)
-        own_stop = tiles.ceil_div(query0 + ROWS, tile.columns)
-        last_query_sees = key_start_gmem[sequence, query0 + (ROWS - 1)]
-        key_start_Q = plgpu.load(key_start_gmem.at[sequence, queries], layout=ROW, optimized=False)
-        size_Q = query0 + 1 + tiles.iota_of_rows() - key_start_Q
+        own_first, own_stop, masked = tiles.visible_keys(key_start_gmem, sequence, query0, tile.columns)
 
         def take_turn():
             if tile.take_turns:
@@ -111,14 +107,7 @@ def _kernel(
 
                 score_QK = pl.run_scoped(multiply, plgpu.ACC((ROWS, tile.columns), jnp.float32))
                 plgpu.barrier_arrive(k_empty.at[slot(j)])
-                key0 = j * tile.columns
-                some_hidden = (key0 + (tile.columns - 1) > query0) | (key0 < last_query_sees)
-                score_QK = lax.cond(
-                    some_hidden,
-                    lambda score_QK: tiles.hide(score_QK, key0 - key_start_Q, size_Q, MASKED),
-                    lambda score_QK: score_QK,
-                    score_QK,
-                )
+                score_QK = masked(score_QK, j)
                 new_max_Q = jnp.maximum(max_Q, jnp.max(score_QK, axis=1) * (scale * LOG2_E))
                 p_QK = jnp.exp2(score_QK * (scale * LOG2_E) - along_rows(new_max_Q, tile.columns))
                 decay_Q = jnp.exp2(max_Q - new_max_Q)

@@ -14,6 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from senano_jax.attention.flash import MASKED
+
 WARPGROUPS = 2  # that compute
 ROWS = 64  # of a warpgroup
 PROGRAM_ROWS = WARPGROUPS * ROWS
@@ -140,12 +142,48 @@ def along_columns(x_C):
     return lax.broadcast_in_dim(x_C, (ROWS, x_C.shape[0]), [1])
 
 
-def hide(score_RC, offset_R, size_R, hidden: float):
-    """Scores, but `hidden` where not 0 <= column + offset < size: in one comparison of unsigned numbers."""
-    columns = score_RC.shape[1]
-    column_RC = plgpu.broadcasted_iota(jnp.int32, score_RC.shape, 1, layout=SCORES)
-    within_RC = (column_RC + along_rows(offset_R, columns)).astype(jnp.uint32)
-    return jnp.where(within_RC < along_rows(size_R.astype(jnp.uint32), columns), score_RC, hidden)
+def visible_keys(key_start_gmem, sequence, query0, columns: int):
+    """For 64 queries from query0: their range of key tiles, and the function (scores, key tile) -> scores, MASKED where
+    the key is hidden."""
+    key_start_Q = plgpu.load(key_start_gmem.at[sequence, pl.ds(query0, ROWS)], layout=ROW, optimized=False)
+    size_Q = query0 + 1 + iota_of_rows() - key_start_Q
+    last_query_sees = key_start_gmem[sequence, query0 + (ROWS - 1)]
+
+    def masked(score_QK, j):
+        key0 = j * columns
+        some_hidden = (key0 + (columns - 1) > query0) | (key0 < last_query_sees)
+        return _hide_if(some_hidden, score_QK, key0 - key_start_Q, size_Q)
+
+    first = floor_div(key_start_gmem[sequence, query0], columns)
+    return first, ceil_div(query0 + ROWS, columns), masked
+
+
+def visible_queries(query_end_gmem, sequence, key0, columns: int):
+    """For 64 keys from key0: their range of query tiles, and the function (scores, query tile) -> scores, MASKED where
+    the key is hidden from the query."""
+    key_K = key0 + iota_of_rows()
+    size_K = plgpu.load(query_end_gmem.at[sequence, pl.ds(key0, ROWS)], layout=ROW, optimized=False) - key_K
+    first_key_until = query_end_gmem[sequence, key0]
+
+    def masked(score_KQ, i):
+        query0 = i * columns
+        some_hidden = (query0 < key0 + (ROWS - 1)) | (query0 + columns > first_key_until)
+        return _hide_if(some_hidden, score_KQ, query0 - key_K, size_K)
+
+    stop = ceil_div(query_end_gmem[sequence, key0 + (ROWS - 1)], columns)
+    return floor_div(key0, columns), stop, masked
+
+
+def _hide_if(some_hidden, score_RC, offset_R, size_R):
+    """Scores, MASKED where not 0 <= column + offset < size: one comparison of unsigned numbers, as in flash.py."""
+
+    def hide(score_RC):
+        columns = score_RC.shape[1]
+        column_RC = plgpu.broadcasted_iota(jnp.int32, score_RC.shape, 1, layout=SCORES)
+        within_RC = (column_RC + along_rows(offset_R, columns)).astype(jnp.uint32)
+        return jnp.where(within_RC < along_rows(size_R.astype(jnp.uint32), columns), score_RC, MASKED)
+
+    return lax.cond(some_hidden, hide, lambda score_RC: score_RC, score_RC)
 
 
 def skip(slot, groups, take_turn=lambda: None):
