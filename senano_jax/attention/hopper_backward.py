@@ -63,8 +63,11 @@ def _queries_kernel(
 ):  # fmt: skip
     warpgroup, sequence = lax.axis_index("warpgroup"), lax.axis_index("sequence")
     program_query0, head0 = lax.axis_index("rows") * PROGRAM_ROWS, lax.axis_index("heads") * tile.heads
-    first = tiles.floor_div(key_start_gmem[sequence, program_query0], tile.columns)
-    steps = tiles.ceil_div(program_query0 + PROGRAM_ROWS, tile.columns) - first
+    nearest = tiles.ceil_div(program_query0 + PROGRAM_ROWS, tile.columns) - 1
+
+    def count_steps():
+        return nearest + 1 - tiles.floor_div(key_start_gmem[sequence, program_query0], tile.columns)
+
     groups = (
         ([(lambda keys, head: k_gmem.at[sequence, keys, head], k_smem)], k_full, k_empty),
         ([(lambda keys, head: v_gmem.at[sequence, keys, head], v_smem)], v_full, v_empty),
@@ -72,7 +75,7 @@ def _queries_kernel(
 
     @pl.when(warpgroup == WARPGROUPS)
     def load():
-        tiles.load_ring(tile, first, steps, head0, groups)
+        tiles.load_ring(tile, lambda n: nearest - n, count_steps, head0, groups)
 
     @pl.when(warpgroup < WARPGROUPS)
     def compute():
@@ -92,14 +95,15 @@ def _queries_kernel(
 
         load_rows(0)
         width = own_q.shape[1]
-        own_first, own_stop, masked = tiles.visible_keys(key_start_gmem, sequence, query0, tile.columns)
+        steps = count_steps()
+        begin, end, masked = tiles.visible_keys(key_start_gmem, sequence, query0, nearest, tile.columns)
 
         def item(i, _):
-            def slot(j):
-                return lax.rem(i * steps + j - first, tile.stages)
+            def slot(n):
+                return lax.rem(i * steps + n, tile.stages)
 
             skip = tiles.skip(slot, groups)
-            lax.fori_loop(first, own_first, skip, None)
+            lax.fori_loop(0, begin, skip, None)
             plgpu.barrier_wait(rows_full.at[warpgroup])
             lse_Q = plgpu.load(own_lse, layout=ROW)
             dout_QD = plgpu.load(own_dout, layout=SCORES)
@@ -111,20 +115,22 @@ def _queries_kernel(
             else:
                 dout_QD = own_dout
             plgpu.commit_smem()  # before the next rows overwrite what was read
+            if tile.in_registers:
+                pl.when(i + 1 < tile.heads)(lambda: load_rows(i + 1))
 
-            def differentiate(j, multiply_more):
-                """dscore of key tile j; `multiply_more` starts products that may still run, and says how many."""
+            def differentiate(n, multiply_more):
+                """dscore of step n; `multiply_more` starts products that may still run, and says how many."""
 
                 def multiply(score_ref, dp_ref):
-                    plgpu.wgmma(score_ref, q_QD, k_smem.at[slot(j)].transpose((1, 0)))
-                    plgpu.barrier_wait(v_full.at[slot(j)])
-                    plgpu.wgmma(dp_ref, dout_QD, v_smem.at[slot(j)].transpose((1, 0)))
+                    plgpu.wgmma(score_ref, q_QD, k_smem.at[slot(n)].transpose((1, 0)))
+                    plgpu.barrier_wait(v_full.at[slot(n)])
+                    plgpu.wgmma(dp_ref, dout_QD, v_smem.at[slot(n)].transpose((1, 0)))
                     running = multiply_more()
                     score_QK = plgpu.wgmma_accumulator_load(score_ref, wait_n=1 + running)
-                    score_QK = masked(score_QK, j)
+                    score_QK = masked(score_QK, n)
                     p_QK = jnp.exp2(score_QK * (scale * LOG2_E) - along_rows(lse_Q, tile.columns))
                     dp_QK = plgpu.wgmma_accumulator_load(dp_ref, wait_n=running)
-                    plgpu.barrier_arrive(v_empty.at[slot(j)])
+                    plgpu.barrier_arrive(v_empty.at[slot(n)])
                     dscore_QK = p_QK * (dp_QK - along_rows(delta_Q, tile.columns))
                     return lax.optimization_barrier(dscore_QK)
 
@@ -132,26 +138,27 @@ def _queries_kernel(
                 return pl.run_scoped(multiply, scores, scores)
 
             def accumulate(dq_ref):
-                def add_keys(j, dscore_QK):
-                    plgpu.wgmma(dq_ref, dscore_QK, k_smem.at[slot(j)])
+                def add_keys(n, dscore_QK):
+                    plgpu.wgmma(dq_ref, dscore_QK, k_smem.at[slot(n)])
                     return 1
 
-                def step(j, last_dscore_QK):
-                    dscore_QK = differentiate(j, lambda: add_keys(j - 1, last_dscore_QK))
+                def step(n, last_dscore_QK):
+                    dscore_QK = differentiate(n, lambda: add_keys(n - 1, last_dscore_QK))
                     # A branch, which the compiler does not put dscore off beyond: it overlaps with what still runs.
-                    pl.when(j + 1 < own_stop)(lambda: plgpu.barrier_wait(k_full.at[slot(j + 1)]))
+                    pl.when(n + 1 < end)(lambda: plgpu.barrier_wait(k_full.at[slot(n + 1)]))
                     plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(k_empty.at[slot(j - 1)])
+                    plgpu.barrier_arrive(k_empty.at[slot(n - 1)])
                     return dscore_QK.astype(k_smem.dtype)
 
-                plgpu.barrier_wait(k_full.at[slot(own_first)])
-                dscore_QK = differentiate(own_first, lambda: 0).astype(k_smem.dtype)
-                pl.when(own_first + 1 < own_stop)(lambda: plgpu.barrier_wait(k_full.at[slot(own_first + 1)]))
-                dscore_QK = lax.fori_loop(own_first + 1, own_stop, step, dscore_QK)
-                pl.when(i + 1 < tile.heads)(lambda: load_rows(i + 1))
-                add_keys(own_stop - 1, dscore_QK)
+                plgpu.barrier_wait(k_full.at[slot(begin)])
+                dscore_QK = differentiate(begin, lambda: 0).astype(k_smem.dtype)
+                pl.when(begin + 1 < end)(lambda: plgpu.barrier_wait(k_full.at[slot(begin + 1)]))
+                dscore_QK = lax.fori_loop(begin + 1, end, step, dscore_QK)
+                if not tile.in_registers:
+                    pl.when(i + 1 < tile.heads)(lambda: load_rows(i + 1))
+                add_keys(end - 1, dscore_QK)
                 dq_QD = dq_ref[...]
-                plgpu.barrier_arrive(k_empty.at[slot(own_stop - 1)])
+                plgpu.barrier_arrive(k_empty.at[slot(end - 1)])
                 return dq_QD
 
             dq_QD = pl.run_scoped(accumulate, plgpu.ACC((ROWS, width), jnp.float32))
@@ -161,7 +168,7 @@ def _queries_kernel(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_delta, delta_gmem.at[sequence, head0 + i, queries])
             plgpu.copy_smem_to_gmem(own_dq, dq_gmem.at[sequence, queries, head0 + i])
-            lax.fori_loop(own_stop, first + steps, skip, None)
+            lax.fori_loop(end, steps, skip, None)
 
         lax.fori_loop(0, tile.heads, item, None)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the writes themselves end before the kernel does
@@ -202,8 +209,11 @@ def _keys_kernel(
     """On transposed tiles: probabilities come out of one product as the left factor of the next."""
     warpgroup, sequence = lax.axis_index("warpgroup"), lax.axis_index("sequence")
     program_key0, head0 = lax.axis_index("rows") * PROGRAM_ROWS, lax.axis_index("heads") * tile.heads
-    first = tiles.floor_div(program_key0, tile.columns)
-    steps = tiles.ceil_div(query_end_gmem[sequence, program_key0 + (PROGRAM_ROWS - 1)], tile.columns) - first
+    nearest = tiles.floor_div(program_key0, tile.columns)
+
+    def count_steps():
+        last_key_until = query_end_gmem[sequence, program_key0 + (PROGRAM_ROWS - 1)]
+        return tiles.ceil_div(last_key_until, tile.columns) - nearest
 
     def matrix(gmem):
         return lambda queries, head: gmem.at[sequence, queries, head]
@@ -218,7 +228,7 @@ def _keys_kernel(
 
     @pl.when(warpgroup == WARPGROUPS)
     def load():
-        tiles.load_ring(tile, first, steps, head0, groups, after_reads=True)
+        tiles.load_ring(tile, lambda n: nearest + n, count_steps, head0, groups, after_reads=True)
 
     @pl.when(warpgroup < WARPGROUPS)
     def compute():
@@ -233,43 +243,44 @@ def _keys_kernel(
 
         load_rows(0)
         width = own_k.shape[1]
-        own_first, own_stop, masked = tiles.visible_queries(query_end_gmem, sequence, key0, tile.columns)
+        steps = count_steps()
+        begin, end, masked = tiles.visible_queries(query_end_gmem, sequence, key0, nearest, tile.columns)
 
         def item(i, _):
-            def slot(j):
-                return lax.rem(i * steps + j - first, tile.stages)
+            def slot(n):
+                return lax.rem(i * steps + n, tile.stages)
 
             skip = tiles.skip(slot, groups)
-            lax.fori_loop(first, own_first, skip, None)
+            lax.fori_loop(0, begin, skip, None)
             plgpu.barrier_wait(rows_full.at[warpgroup])
 
             def accumulate(dk_ref, dv_ref):
-                def step(j, _):
-                    queries, cotangents = q_smem.at[slot(j)], dout_smem.at[slot(j)]
+                def step(n, _):
+                    queries, cotangents = q_smem.at[slot(n)], dout_smem.at[slot(n)]
 
                     def differentiate(score_ref, dp_ref):
-                        plgpu.barrier_wait(q_full.at[slot(j)])
+                        plgpu.barrier_wait(q_full.at[slot(n)])
                         plgpu.wgmma(score_ref, own_k, queries.transpose((1, 0)))
-                        plgpu.barrier_wait(dout_full.at[slot(j)])
+                        plgpu.barrier_wait(dout_full.at[slot(n)])
                         plgpu.wgmma(dp_ref, own_v, cotangents.transpose((1, 0)))
                         score_KQ = plgpu.wgmma_accumulator_load(score_ref, wait_n=1)
-                        score_KQ = masked(score_KQ, j)
-                        lse_Q = plgpu.load(lse_smem.at[slot(j)], layout=COLUMN)
+                        score_KQ = masked(score_KQ, n)
+                        lse_Q = plgpu.load(lse_smem.at[slot(n)], layout=COLUMN)
                         p_KQ = jnp.exp2(score_KQ * (scale * LOG2_E) - along_columns(lse_Q))
                         plgpu.wgmma(dv_ref, p_KQ.astype(dout_smem.dtype), cotangents)
                         dp_KQ = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
-                        delta_Q = plgpu.load(delta_smem.at[slot(j)], layout=COLUMN)
+                        delta_Q = plgpu.load(delta_smem.at[slot(n)], layout=COLUMN)
                         return (p_KQ * (dp_KQ - along_columns(delta_Q))).astype(q_smem.dtype)
 
                     scores = plgpu.ACC((ROWS, tile.columns), jnp.float32)
                     dscore_KQ = pl.run_scoped(differentiate, scores, scores)
                     plgpu.wgmma(dk_ref, dscore_KQ, queries)
                     plgpu.wgmma_wait(1)  # dV's product is done
-                    plgpu.barrier_arrive(dout_empty.at[slot(j)])
+                    plgpu.barrier_arrive(dout_empty.at[slot(n)])
                     plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(q_empty.at[slot(j)])
+                    plgpu.barrier_arrive(q_empty.at[slot(n)])
 
-                lax.fori_loop(own_first, own_stop, step, None)
+                lax.fori_loop(begin, end, step, None)
                 return dk_ref[...], dv_ref[...]
 
             sums = plgpu.ACC((ROWS, width), jnp.float32)
@@ -281,7 +292,7 @@ def _keys_kernel(
             plgpu.commit_smem()
             for smem, gmem in ((own_dk, dk_gmem), (own_dv, dv_gmem)):
                 plgpu.copy_smem_to_gmem(smem, gmem.at[sequence, keys, head0 + i])
-            lax.fori_loop(own_stop, first + steps, skip, None)
+            lax.fori_loop(end, steps, skip, None)
 
         lax.fori_loop(0, tile.heads, item, None)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the writes themselves end before the kernel does

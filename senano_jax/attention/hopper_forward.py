@@ -53,8 +53,11 @@ def _kernel(
 ):  # fmt: skip
     warpgroup, sequence = lax.axis_index("warpgroup"), lax.axis_index("sequence")
     program_query0, head0 = lax.axis_index("rows") * PROGRAM_ROWS, lax.axis_index("heads") * tile.heads
-    first = tiles.floor_div(key_start_gmem[sequence, program_query0], tile.columns)
-    steps = tiles.ceil_div(program_query0 + PROGRAM_ROWS, tile.columns) - first
+    nearest = tiles.ceil_div(program_query0 + PROGRAM_ROWS, tile.columns) - 1
+
+    def count_steps():
+        return nearest + 1 - tiles.floor_div(key_start_gmem[sequence, program_query0], tile.columns)
+
     groups = (
         ([(lambda keys, head: k_gmem.at[sequence, keys, head], k_smem)], k_full, k_empty),
         ([(lambda keys, head: v_gmem.at[sequence, keys, head], v_smem)], v_full, v_empty),
@@ -62,7 +65,7 @@ def _kernel(
 
     @pl.when(warpgroup == WARPGROUPS)
     def load():
-        tiles.load_ring(tile, first, steps, head0, groups)
+        tiles.load_ring(tile, lambda n: nearest - n, count_steps, head0, groups)
 
     @pl.when(warpgroup < WARPGROUPS)
     def compute():
@@ -76,7 +79,8 @@ def _kernel(
 
         load_queries(0)
         width = own_q.shape[1]
-        own_first, own_stop, masked = tiles.visible_keys(key_start_gmem, sequence, query0, tile.columns)
+        steps = count_steps()
+        begin, end, masked = tiles.visible_keys(key_start_gmem, sequence, query0, nearest, tile.columns)
 
         def take_turn():
             if tile.take_turns:
@@ -84,11 +88,11 @@ def _kernel(
                 plgpu.barrier_wait(turn)
 
         def item(i, _):
-            def slot(j):
-                return lax.rem(i * steps + j - first, tile.stages)
+            def slot(n):
+                return lax.rem(i * steps + n, tile.stages)
 
             skip = tiles.skip(slot, groups, take_turn)
-            lax.fori_loop(first, own_first, skip, None)
+            lax.fori_loop(0, begin, skip, None)
             plgpu.barrier_wait(q_full.at[warpgroup])
             q_QD = own_q
             if tile.in_registers:
@@ -96,18 +100,18 @@ def _kernel(
                 plgpu.commit_smem()  # before the next queries overwrite what was read
                 pl.when(i + 1 < tile.heads)(lambda: load_queries(i + 1))
 
-            def weigh(j, max_Q, sum_Q, multiply_more):
-                """Weights of key tile j; `multiply_more` starts products that may still run, and says how many."""
+            def weigh(n, max_Q, sum_Q, multiply_more):
+                """Weights of step n; `multiply_more` starts products that may still run, and says how many."""
 
                 def multiply(score_ref):
-                    plgpu.wgmma(score_ref, q_QD, k_smem.at[slot(j)].transpose((1, 0)))
+                    plgpu.wgmma(score_ref, q_QD, k_smem.at[slot(n)].transpose((1, 0)))
                     running = multiply_more()
                     take_turn()
                     return plgpu.wgmma_accumulator_load(score_ref, wait_n=running)
 
                 score_QK = pl.run_scoped(multiply, plgpu.ACC((ROWS, tile.columns), jnp.float32))
-                plgpu.barrier_arrive(k_empty.at[slot(j)])
-                score_QK = masked(score_QK, j)
+                plgpu.barrier_arrive(k_empty.at[slot(n)])
+                score_QK = masked(score_QK, n)
                 new_max_Q = jnp.maximum(max_Q, jnp.max(score_QK, axis=1) * (scale * LOG2_E))
                 p_QK = jnp.exp2(score_QK * (scale * LOG2_E) - along_rows(new_max_Q, tile.columns))
                 decay_Q = jnp.exp2(max_Q - new_max_Q)
@@ -115,33 +119,33 @@ def _kernel(
                 weights = lax.optimization_barrier((p_QK, decay_Q, new_max_Q, sum_Q))
                 take_turn()
                 # A branch, which the compiler does not put the weights off beyond: they overlap with what still runs.
-                pl.when(j + 1 < own_stop)(lambda: plgpu.barrier_wait(k_full.at[slot(j + 1)]))
+                pl.when(n + 1 < end)(lambda: plgpu.barrier_wait(k_full.at[slot(n + 1)]))
                 return weights
 
             def attend(out_ref):
-                def add_values(j, p_QK):
-                    plgpu.barrier_wait(v_full.at[slot(j)])
-                    plgpu.wgmma(out_ref, p_QK, v_smem.at[slot(j)])
+                def add_values(n, p_QK):
+                    plgpu.barrier_wait(v_full.at[slot(n)])
+                    plgpu.wgmma(out_ref, p_QK, v_smem.at[slot(n)])
                     return 1
 
-                def step(j, carry):
+                def step(n, carry):
                     last_p_QK, max_Q, sum_Q = carry
-                    p_QK, decay_Q, max_Q, sum_Q = weigh(j, max_Q, sum_Q, lambda: add_values(j - 1, last_p_QK))
+                    p_QK, decay_Q, max_Q, sum_Q = weigh(n, max_Q, sum_Q, lambda: add_values(n - 1, last_p_QK))
                     out_QD = out_ref[...]  # waits for the values
-                    plgpu.barrier_arrive(v_empty.at[slot(j - 1)])
+                    plgpu.barrier_arrive(v_empty.at[slot(n - 1)])
                     out_ref[...] = out_QD * along_rows(decay_Q, width)
                     return p_QK.astype(v_smem.dtype), max_Q, sum_Q
 
                 zero_Q = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
-                plgpu.barrier_wait(k_full.at[slot(own_first)])
-                p_QK, _, max_Q, sum_Q = weigh(own_first, zero_Q + LOWEST, zero_Q, lambda: 0)
+                plgpu.barrier_wait(k_full.at[slot(begin)])
+                p_QK, _, max_Q, sum_Q = weigh(begin, zero_Q + LOWEST, zero_Q, lambda: 0)
                 start = p_QK.astype(v_smem.dtype), max_Q, sum_Q
-                p_QK, max_Q, sum_Q = lax.fori_loop(own_first + 1, own_stop, step, start)
+                p_QK, max_Q, sum_Q = lax.fori_loop(begin + 1, end, step, start)
                 if not tile.in_registers:
                     pl.when(i + 1 < tile.heads)(lambda: load_queries(i + 1))
-                add_values(own_stop - 1, p_QK)
+                add_values(end - 1, p_QK)
                 out_QD = out_ref[...]
-                plgpu.barrier_arrive(v_empty.at[slot(own_stop - 1)])
+                plgpu.barrier_arrive(v_empty.at[slot(end - 1)])
                 return out_QD, max_Q, sum_Q
 
             out_QD, max_Q, sum_Q = pl.run_scoped(attend, plgpu.ACC((ROWS, width), jnp.float32))
@@ -151,7 +155,7 @@ def _kernel(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_out, out_gmem.at[sequence, queries, head0 + i])
             plgpu.copy_smem_to_gmem(own_lse, lse_gmem.at[sequence, head0 + i, queries])
-            lax.fori_loop(own_stop, first + steps, skip, None)
+            lax.fori_loop(end, steps, skip, None)
 
         pl.when(warpgroup == 1)(take_turn)
         lax.fori_loop(0, tile.heads, item, None)

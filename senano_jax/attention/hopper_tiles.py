@@ -7,8 +7,11 @@ shared memory. Each of the two takes those tiles that its own rows see, and wait
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -87,33 +90,35 @@ def swizzled(*shape: int):
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 
-def load_ring(tile: HopperTile, first, steps, head0, groups, *, after_reads: bool = False):
-    """The third warpgroup's part: tiles of columns `first` up to `first + steps`, for one head after the other.
+def load_ring(tile: HopperTile, tile_at, count_steps, head0, groups, *, after_reads: bool = False):
+    """The third warpgroup's part: for one head after the other, the tiles of columns tile_at(0), tile_at(1), and so on.
 
     `groups` are (loads, full, empty); a load is a function (columns, head) -> the source, and the ring it goes to.
     `after_reads`: threads read the ring, too, not the tensor cores alone; copies must not overtake their reads.
     """
     plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
-    total = tile.heads * steps
 
     def wait_until_empty(barrier):
         plgpu.barrier_wait(barrier)
         if after_reads:
             plgpu.commit_smem()
 
-    def load(step, _):
-        slot, head = lax.rem(step, tile.stages), head0 + lax.div(step, steps)
-        columns = pl.ds((first + lax.rem(step, steps)) * tile.columns, tile.columns)
+    def load(n, of_head, head):
+        slot, columns = lax.rem(n, tile.stages), pl.ds(tile_at(of_head) * tile.columns, tile.columns)
         for loads, full, empty in groups:
-            pl.when(step >= tile.stages)(functools.partial(wait_until_empty, empty.at[slot]))
+            pl.when(n >= tile.stages)(functools.partial(wait_until_empty, empty.at[slot]))
             for source, ring in loads:
                 plgpu.copy_gmem_to_smem(source(columns, head), ring.at[slot], full.at[slot])
 
-    def drain(step, _):
-        for _, _, empty in groups:
-            plgpu.barrier_wait(empty.at[lax.rem(step, tile.stages)])
+    load(jnp.int32(0), jnp.int32(0), head0)  # is on its way while the bounds are read
+    steps = count_steps()
+    total = tile.heads * steps
+    lax.fori_loop(1, total, lambda n, _: load(n, lax.rem(n, steps), head0 + lax.div(n, steps)), None)
 
-    lax.fori_loop(0, total, load, None)
+    def drain(n, _):
+        for _, _, empty in groups:
+            plgpu.barrier_wait(empty.at[lax.rem(n, tile.stages)])
+
     lax.fori_loop(lax.max(total - tile.stages, 0), total, drain, None)
 
 
@@ -142,36 +147,42 @@ def along_columns(x_C):
     return lax.broadcast_in_dim(x_C, (ROWS, x_C.shape[0]), [1])
 
 
-def visible_keys(key_start_gmem, sequence, query0, columns: int):
-    """For 64 queries from query0: their range of key tiles, and the function (scores, key tile) -> scores, MASKED where
-    the key is hidden."""
+class Visible(NamedTuple):
+    """What 64 rows see of the tiles that their program goes through."""
+
+    begin: jax.Array  # of the program's steps, the first whose tile holds a visible column
+    end: jax.Array  # one past the last
+    masked: Callable  # (scores, step) -> scores, MASKED where hidden
+
+
+def visible_keys(key_start_gmem, sequence, query0, nearest, columns: int) -> Visible:
+    """For queries from query0; key tile nearest - n is step n, so that the first one depends on no bounds."""
     key_start_Q = plgpu.load(key_start_gmem.at[sequence, pl.ds(query0, ROWS)], layout=ROW, optimized=False)
     size_Q = query0 + 1 + iota_of_rows() - key_start_Q
     last_query_sees = key_start_gmem[sequence, query0 + (ROWS - 1)]
 
-    def masked(score_QK, j):
-        key0 = j * columns
+    def masked(score_QK, n):
+        key0 = (nearest - n) * columns
         some_hidden = (key0 + (columns - 1) > query0) | (key0 < last_query_sees)
         return _hide_if(some_hidden, score_QK, key0 - key_start_Q, size_Q)
 
-    first = floor_div(key_start_gmem[sequence, query0], columns)
-    return first, ceil_div(query0 + ROWS, columns), masked
+    begin = nearest + 1 - ceil_div(query0 + ROWS, columns)
+    return Visible(begin, nearest + 1 - floor_div(key_start_gmem[sequence, query0], columns), masked)
 
 
-def visible_queries(query_end_gmem, sequence, key0, columns: int):
-    """For 64 keys from key0: their range of query tiles, and the function (scores, query tile) -> scores, MASKED where
-    the key is hidden from the query."""
+def visible_queries(query_end_gmem, sequence, key0, nearest, columns: int) -> Visible:
+    """For keys from key0; query tile nearest + n is step n."""
     key_K = key0 + iota_of_rows()
     size_K = plgpu.load(query_end_gmem.at[sequence, pl.ds(key0, ROWS)], layout=ROW, optimized=False) - key_K
     first_key_until = query_end_gmem[sequence, key0]
 
-    def masked(score_KQ, i):
-        query0 = i * columns
+    def masked(score_KQ, n):
+        query0 = (nearest + n) * columns
         some_hidden = (query0 < key0 + (ROWS - 1)) | (query0 + columns > first_key_until)
         return _hide_if(some_hidden, score_KQ, query0 - key_K, size_K)
 
-    stop = ceil_div(query_end_gmem[sequence, key0 + (ROWS - 1)], columns)
-    return floor_div(key0, columns), stop, masked
+    end = ceil_div(query_end_gmem[sequence, key0 + (ROWS - 1)], columns) - nearest
+    return Visible(floor_div(key0, columns) - nearest, end, masked)
 
 
 def _hide_if(some_hidden, score_RC, offset_R, size_R):
@@ -189,10 +200,10 @@ def _hide_if(some_hidden, score_RC, offset_R, size_R):
 def skip(slot, groups, take_turn=lambda: None):
     """The loop body of a computing warpgroup for a tile that none of its rows sees."""
 
-    def step(j, _):
+    def step(n, _):
         for _, full, empty in groups:
-            plgpu.barrier_wait(full.at[slot(j)])
-            plgpu.barrier_arrive(empty.at[slot(j)])
+            plgpu.barrier_wait(full.at[slot(n)])
+            plgpu.barrier_arrive(empty.at[slot(n)])
             take_turn()
 
     return step
