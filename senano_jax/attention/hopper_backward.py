@@ -2,8 +2,10 @@
 
 Shared memory at a head width of 128 and 64 columns a step, in KB of 227. dQ: 32 each of queries, cotangents, outputs
 and dQ, 32 of keys and values for each stage: 224 with three stages. dK and dV: 32 each of keys, values, dK and dV,
-32.5 of queries, cotangents and their numbers for each stage: 225.5 with three. Registers of a thread:
-dQ takes 64, dK and dV 128; scores and their cotangents 32 each; and 16 for each left factor of a product that runs.
+32.5 of queries, cotangents and their numbers for each stage: 225.5 with three. Registers of a thread, of 240: dQ takes
+64, dK and dV 128; scores and their cotangents 32 each; the left factor of a product that runs 16; and queries and
+cotangents that are kept in registers 32 each: with 64 columns, products of two factors in shared memory read it as
+fast as it can be read. Wider tiles of scores leave no room for the sums.
 """
 
 import functools

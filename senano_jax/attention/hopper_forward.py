@@ -3,7 +3,8 @@
 Each warpgroup multiplies the scores of its next tile of keys, then adds up the values of the last one; it weighs the
 scores while the values are still being added (FlashAttention-3, arXiv 2407.08608). Shared memory at a head width of 128
 and 128 keys a step: 32 KB of queries, 32 of output, 64 of keys and values for each stage: 192 KB with two stages, of
-227. Registers of a thread: 64 for the output, 64 for scores, and 32 each for the weights of this and the last tile.
+227. Registers of a thread, of 240: 64 for the output, 64 for scores that become weights, 32 for the last weights, and
+32 for queries that are kept in registers, which halves what the scores read of shared memory.
 """
 
 import functools
