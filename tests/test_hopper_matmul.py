@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from tune_matmul import LAUNCHES, parse_launch
 
 from senano_jax.kernels import hopper_matmul
 from senano_jax.kernels.hopper_tile import DEFAULT_TILE, SHARED_MEMORY, Tile
@@ -20,16 +21,14 @@ def identity(product):
     return product
 
 
-COOPERATIVE = Tile(stages=3, form="cooperative", shared="b", piece=64, buffers=2)
 OVERLAPPED = Tile(columns=256, stages=4, form="overlapped", shared="b", piece=64, buffers=2)
-TILES = {
-    "default": DEFAULT_TILE,
+SMALL_TILES = {
     "wide, b shared": Tile(rows=64, columns=256, stages=4, shared="b", piece=64, buffers=2),
-    "cooperative, a shared": Tile(rows=256, stages=3, form="cooperative", piece=64),
-    "cooperative, b shared": COOPERATIVE,
-    "overlapped, a shared": Tile(rows=256, stages=4, form="overlapped", piece=64),
-    "overlapped, b shared": OVERLAPPED,
-    "overlapped, room for all pieces": Tile(columns=256, stages=3, form="overlapped", shared="b", piece=64, buffers=4),
+    "cooperative, a shared": Tile(rows=256, columns=64, stages=3, form="cooperative", piece=64),
+    "cooperative, b shared": Tile(stages=3, form="cooperative", shared="b", piece=64, buffers=2),
+    "overlapped, a shared": Tile(rows=256, columns=64, stages=4, form="overlapped", piece=64),
+    "overlapped, b shared": Tile(stages=4, form="overlapped", shared="b", piece=64),
+    "overlapped, room for all pieces": Tile(stages=3, form="overlapped", shared="b", piece=64, buffers=2),
 }
 
 
@@ -142,25 +141,25 @@ def test_products_interpreted(interpreted, rows, depth, columns):
     interpreted(rows, depth, columns, clusters=3)
 
 
-@pytest.mark.parametrize("name", [name for name in TILES if name != "default"])
+@pytest.mark.parametrize("name", SMALL_TILES)
 def test_forms_interpreted(interpreted, name):
     """One tile, of as few products as the form takes, and a cluster without; three tiles for one, two for the other."""
-    tile = TILES[name]
+    tile = SMALL_TILES[name]
     depth = tile.depth * 2 * tile.pieces if tile.form == "overlapped" else tile.depth
     interpreted(tile.cluster_rows, depth, tile.cluster_columns, tile, clusters=2)
     interpreted(5 * tile.cluster_rows, depth + tile.depth, tile.cluster_columns, tile, clusters=2)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", TILES)
-# One tile; fewer tiles than clusters; as few products as all forms take; tiles that are left over at the end.
+@pytest.mark.parametrize("name", LAUNCHES)
+# One tile or few; as few products as all forms take; tiles that are left over at the end.
 @pytest.mark.parametrize(
-    ("rows", "depth", "columns"), [(256, 512, 256), (1024, 768, 512), (40960, 512, 256), (256 * 77, 768, 3072)]
+    ("rows", "depth", "columns"), [(256, 512, 768), (1024, 768, 768), (40960, 512, 768), (256 * 77, 768, 3072)]
 )
-def test_forms(name, rows, depth, columns):
+def test_launches(name, rows, depth, columns):
     if not hopper_matmul.runs_here():
         pytest.skip("needs a Hopper GPU")
-    check_products(rows, depth, columns, TILES[name])
+    check_products(rows, depth, columns, parse_launch(name))
 
 
 @pytest.mark.gpu

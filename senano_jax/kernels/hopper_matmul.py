@@ -86,10 +86,13 @@ def _kernel(
     cluster_tiles = lax.div(row_tiles * column_tiles - cluster + clusters - 1, clusters)
     ping_pong = tile.form == "ping-pong"
 
-    def place(t):
-        """First row and first column of the block's t-th tile."""
-        row, column = _grouped(cluster + t * clusters, row_tiles, column_tiles, tile.group)
-        row, column = row * tile.cluster_rows, column * tile.cluster_columns
+    def nth(t):
+        """The cluster's t-th tile: which one of the rows of tiles, and of the columns."""
+        return _grouped(cluster + t * clusters, row_tiles, column_tiles, tile.group)
+
+    def place(at):
+        """First row and first column of the block's part of a tile."""
+        row, column = at[0] * tile.cluster_rows, at[1] * tile.cluster_columns
         return (row, column + block * tile.columns) if tile.shared == "a" else (row + block * tile.rows, column)
 
     def full_barrier(t, slot):
@@ -101,7 +104,7 @@ def _kernel(
         a_axes, b_axes = ("block", None) if tile.shared == "a" else (None, "block")
 
         def load_tile(t, _):
-            row, column = place(t)
+            row, column = place(nth(t))
             rows, columns = pl.ds(row, tile.rows), pl.ds(column, tile.columns)
 
             def load_step(k, _):
@@ -138,19 +141,19 @@ def _kernel(
             a = a_smem.at[slot] if ping_pong else a_smem.at[slot, pl.ds(first_row, tile.own_rows)]
             return a, b_smem.at[slot]
 
-        def in_gmem(t, piece):
-            row, column = place(t)
+        def in_gmem(at, piece):
+            row, column = place(at)
             return pl.ds(row + first_row, tile.own_rows), pl.ds(column + piece * tile.piece, tile.piece)
 
-        def prefetch(t, piece):
+        def prefetch(at, piece):
             """Loads a piece of the side operand to where the result will be; those after it in a round come next."""
             slot = piece % tile.buffers
             plgpu.wait_smem_to_gmem(tile.buffers - 1 - slot, wait_read_only=True)  # what lay here has left
             barrier = side_full.at[warpgroup * tile.buffers + slot]
-            plgpu.copy_gmem_to_smem(side_gmem.at[in_gmem(t, piece)], piece_smem.at[warpgroup, slot], barrier)
+            plgpu.copy_gmem_to_smem(side_gmem.at[in_gmem(at, piece)], piece_smem.at[warpgroup, slot], barrier)
 
-        def finish(t, piece, product):
-            """Applies the epilogue to a piece of the block's t-th tile and stores it."""
+        def finish(at, piece, product):
+            """Applies the epilogue to a piece of a tile and stores it."""
             slot = piece % tile.buffers
             own = piece_smem.at[warpgroup, slot]
             if has_side:
@@ -163,19 +166,19 @@ def _kernel(
                 first = piece * tile.piece + c
                 part[...] = epilogue(product[:, first : first + SWIZZLED].astype(part.dtype), *side)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(own, out_gmem.at[in_gmem(t, piece)])
+            plgpu.copy_smem_to_gmem(own, out_gmem.at[in_gmem(at, piece)])
 
         rounds = [range(first, first + tile.buffers) for first in range(0, tile.pieces, tile.buffers)]
 
-        def prefetch_all(t, pieces):
+        def prefetch_all(at, pieces):
             for piece in pieces if has_side else ():
-                prefetch(t, piece)
+                prefetch(at, piece)
 
-        def finish_all(t, product):
+        def finish_all(at, product):
             for pieces, after in zip(rounds, [*rounds[1:], ()]):
                 for piece in pieces:
-                    finish(t, piece, product)
-                prefetch_all(t, after)
+                    finish(at, piece, product)
+                prefetch_all(at, after)
 
         def products(t, between=lambda k: None):
             """The block's t-th tile, or the warpgroup's part of it; between(k) runs during the k-th product."""
@@ -203,33 +206,34 @@ def _kernel(
 
         def multiply_own(i, _):
             t = i * WARPGROUPS + warpgroup
-            prefetch_all(t, rounds[0])
-            finish_all(t, products(t))
+            prefetch_all(nth(t), rounds[0])
+            finish_all(nth(t), products(t))
 
         def multiply_shared(t, _):
-            finish_all(t, products(t, lambda k: pl.when(k == 0)(lambda: prefetch_all(t, rounds[0]))))
+            finish_all(nth(t), products(t, lambda k: pl.when(k == 0)(lambda: prefetch_all(nth(t), rounds[0]))))
 
-        def multiply_overlapped(t, kept):
+        def multiply_overlapped(t, before):
             apart = depth_steps // len(rounds)  # products from one round of pieces to the next
+            at, kept = before
 
             def between(k):
                 for i, pieces in enumerate(rounds):
                     for j, piece in enumerate(pieces):
-                        pl.when((t > 0) & (k == i * apart + j))(functools.partial(finish, t - 1, piece, kept))
+                        pl.when((t > 0) & (k == i * apart + j))(functools.partial(finish, at, piece, kept))
                     last = i == len(rounds) - 1
                     for j, piece in enumerate(rounds[0] if last else rounds[i + 1]) if has_side else ():
                         due = k == i * apart + tile.buffers + j
                         if last:
-                            pl.when(due)(functools.partial(prefetch, t, piece))
+                            pl.when(due)(functools.partial(prefetch, nth(t), piece))
                         else:
-                            pl.when((t > 0) & due)(functools.partial(prefetch, t - 1, piece))
+                            pl.when((t > 0) & due)(functools.partial(prefetch, at, piece))
 
-            return products(t, between).astype(jnp.bfloat16)
+            return nth(t), products(t, between).astype(jnp.bfloat16)
 
         if tile.form == "overlapped":
             nothing = plgpu.layout_cast(jnp.zeros((tile.own_rows, tile.columns), jnp.bfloat16), plgpu.Layout.WGMMA)
-            kept = lax.fori_loop(0, cluster_tiles, multiply_overlapped, nothing)
-            pl.when(cluster_tiles > 0)(lambda: finish_all(cluster_tiles - 1, kept))
+            last = lax.fori_loop(0, cluster_tiles, multiply_overlapped, (nth(0), nothing))
+            pl.when(cluster_tiles > 0)(lambda: finish_all(*last))
         elif tile.form == "cooperative":
             lax.fori_loop(0, cluster_tiles, multiply_shared, None)
         else:
