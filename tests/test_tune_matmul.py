@@ -2,7 +2,7 @@
 
 import time
 
-import jax
+import jax.numpy as jnp
 import pytest
 import tune_matmul
 from tune_matmul import LAUNCHES, Shape, Timing, Tuner, fastest, parse_launch, table, verdict
@@ -100,4 +100,12 @@ def test_programs_run_do_not_fit_or_fail():
     assert dot.us > 0 and unfused.us > 0 and unfused.wrong == 0
     assert failed.us is None and failed.note.startswith("failed: ")
     assert tuner.time(other, "backward", names)[2].note == "does not divide this shape"
-    assert int(tune_matmul._count_wrong(jax.numpy.array([1.0, 2.0, 3.1]), jax.numpy.array([1.0, 2.0, 3.0]))) == 1
+    late = Tuner(runs=1, repetitions=1, deadline=time.monotonic() - 1)
+    late.compile([(shape, "backward", name) for name in names])
+    assert {t.note for t in late.time(shape, "backward", names)} == {"no unfused result: no time left"}
+
+
+def test_numbers_further_than_roundings_are_counted():
+    expected = jnp.array([1.0, 2.0, 3.0, 0.0], jnp.bfloat16)
+    assert tune_matmul._count_wrong(expected * (1 + 2.0**-7), expected) == 0
+    assert tune_matmul._count_wrong(jnp.array([1.0, 2.1, jnp.nan, 0.0], jnp.bfloat16), expected) == 2

@@ -109,4 +109,4 @@ class Tile:
         )
 
 
-DEFAULT_TILE = Tile()
+DEFAULT_TILE = Tile()  # scripts/tune_matmul.py times others
