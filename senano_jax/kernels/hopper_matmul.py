@@ -217,16 +217,15 @@ def _kernel(
             at, kept = before
 
             def between(k):
-                for i, pieces in enumerate(rounds):
-                    for j, piece in enumerate(pieces):
-                        pl.when((t > 0) & (k == i * apart + j))(functools.partial(finish, at, piece, kept))
-                    last = i == len(rounds) - 1
-                    for j, piece in enumerate(rounds[0] if last else rounds[i + 1]) if has_side else ():
-                        due = k == i * apart + tile.buffers + j
-                        if last:
-                            pl.when(due)(functools.partial(prefetch, nth(t), piece))
-                        else:
-                            pl.when((t > 0) & due)(functools.partial(prefetch, at, piece))
+                for piece in range(tile.pieces):
+                    turn, slot = divmod(piece, tile.buffers)
+                    due = turn * apart + slot
+                    pl.when((t > 0) & (k == due))(functools.partial(finish, at, piece, kept))
+                    after = piece + tile.buffers  # what comes to the same place, or the first one of this tile
+                    if has_side and after < tile.pieces:
+                        pl.when((t > 0) & (k == due + tile.buffers))(functools.partial(prefetch, at, after))
+                    elif has_side:
+                        pl.when(k == due + tile.buffers)(functools.partial(prefetch, nth(t), slot))
 
             return nth(t), products(t, between).astype(jnp.bfloat16)
 
