@@ -28,18 +28,19 @@ from senano_jax.kernels import hopper_matmul
 from senano_jax.kernels.hopper_tile import Tile
 from senano_jax.model.squared_relu import gradient_of_square_of_relu, square_of_relu
 
-FIELDS = ("rows", "columns", "stages", "group", "shared", "piece", "buffers")
+FIELDS = ("rows", "columns", "stages", "group", "shared", "piece", "buffers", "lead")
 LAUNCHES = (
-    "ping-pong:128,128,5,8,a,128,1",  # the default
-    "ping-pong:64,256,4,8,b,256,1",  # the same loads, instructions of twice the columns
-    "ping-pong:128,192,4,8,b,64,1",
-    "cooperative:256,128,4,8,a,64,1",  # as cuBLAS has it
-    "cooperative:128,256,4,8,b,64,2",
-    "overlapped:256,128,4,8,a,64,1",
-    "overlapped:128,256,4,8,b,64,2",
-    "overlapped:128,256,3,8,b,64,4",
-    "overlapped:128,256,4,4,b,64,2",
-    "overlapped:128,256,4,16,b,64,2",
+    "ping-pong:128,128,5,8,a,128,1,0",  # the default
+    "ping-pong:64,256,4,8,b,256,1,0",  # the same loads, instructions of twice the columns
+    "ping-pong:128,192,4,8,b,64,1,0",
+    "cooperative:256,128,4,8,a,64,1,0",  # as cuBLAS has it
+    "cooperative:128,256,4,8,b,64,2,2",
+    "overlapped:256,128,4,8,a,64,1,1",
+    "overlapped:128,256,4,8,b,64,2,1",
+    "overlapped:128,256,4,8,b,64,2,0",
+    "overlapped:128,256,3,8,b,64,4,1",
+    "overlapped:128,256,4,4,b,64,2,1",
+    "overlapped:128,256,4,16,b,64,2,1",
 )
 REFERENCES = ("dot", "unfused")
 CHAIN = 4  # calls of a program; a longer one takes as much longer to compile

@@ -25,9 +25,9 @@ OVERLAPPED = Tile(columns=256, stages=4, form="overlapped", shared="b", piece=64
 SMALL_TILES = {
     "wide, b shared": Tile(rows=64, columns=256, stages=4, shared="b", piece=64, buffers=2),
     "cooperative, a shared": Tile(rows=256, columns=64, stages=3, form="cooperative", piece=64),
-    "cooperative, b shared": Tile(stages=3, form="cooperative", shared="b", piece=64, buffers=2),
+    "cooperative, b shared": Tile(stages=3, form="cooperative", shared="b", piece=64, buffers=2, lead=2),
     "overlapped, a shared": Tile(rows=256, columns=64, stages=4, form="overlapped", piece=64),
-    "overlapped, b shared": Tile(stages=4, form="overlapped", shared="b", piece=64),
+    "overlapped, b shared": Tile(stages=4, form="overlapped", shared="b", piece=64, lead=1),
     "overlapped, room for all pieces": Tile(stages=3, form="overlapped", shared="b", piece=64, buffers=2),
 }
 
@@ -68,6 +68,12 @@ def test_runs_on_hopper_with_a_jax_that_can_compile_it(monkeypatch, version, cap
     ("sizes", "message"),
     [
         ({"stages": 0}, "stages of a tile is 0; it must be at least 1"),
+        ({"lead": -1}, "lead of a tile is -1; it must be at least 0"),
+        ({"lead": 1}, "lead of a ping-pong tile of 5 stages is 1; it can be 0 at most"),
+        (
+            {"lead": 3, "stages": 3, "form": "cooperative"},
+            "lead of a cooperative tile of 3 stages is 3; it can be 2 at most",
+        ),
         ({"form": "pong"}, "form of a tile is 'pong'; it must be one of ping-pong, cooperative, overlapped"),
         ({"shared": "c"}, "shared of a tile is 'c'; it must be a or b"),
         ({"rows": 96}, "rows of a ping-pong tile are 96; a warpgroup takes a multiple of 64"),

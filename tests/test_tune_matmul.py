@@ -22,8 +22,8 @@ def times(shape, direction, **microseconds):
 
 def test_launches_are_what_their_names_say():
     assert parse_launch(LAUNCHES[0]) == DEFAULT_TILE
-    expected = Tile(128, 256, stages=4, group=16, form="overlapped", shared="b", piece=64, buffers=2)
-    assert parse_launch("overlapped:128,256,4,16,b,64,2") == expected
+    expected = Tile(128, 256, stages=4, group=16, form="overlapped", shared="b", piece=64, buffers=2, lead=1)
+    assert parse_launch("overlapped:128,256,4,16,b,64,2,1") == expected
     assert len({parse_launch(name) for name in LAUNCHES}) == len(LAUNCHES)
 
 
@@ -31,8 +31,8 @@ def test_launches_are_what_their_names_say():
     ("text", "message"),
     [
         ("overlapped:128,256", "--launches overlapped:128,256: give FORM:ROWS,COLUMNS,STAGES"),
-        ("ping-pong:128,128,five,8,a,128,1", "--launches ping-pong:128,128,five,8,a,128,1: invalid literal"),
-        ("ping-pong:128,128,9,8,a,128,1", "--launches ping-pong:128,128,9,8,a,128,1: a tile takes 360448 bytes"),
+        ("ping-pong:128,128,five,8,a,128,1,0", "--launches ping-pong:128,128,five,8,a,128,1,0: invalid literal"),
+        ("ping-pong:128,128,9,8,a,128,1,0", "--launches ping-pong:128,128,9,8,a,128,1,0: a tile takes 360448 bytes"),
     ],
 )
 def test_a_launch_that_cannot_be_is_named(text, message):

@@ -58,6 +58,7 @@ def matmul(
             collective_axes=("block",), num_arrivals=1 if ping_pong else WARPGROUPS, num_barriers=tile.stages
         ),
         "side_full": plgpu.Barrier(num_barriers=WARPGROUPS * tile.buffers),
+        "ahead": plgpu.Barrier(),
     }
     kernel = plgpu.kernel(
         functools.partial(_kernel, epilogue=epilogue, tile=tile, has_side=side_MN is not None),
@@ -75,7 +76,7 @@ def matmul(
 
 
 def _kernel(
-    a_gmem, b_gmem, *refs, a_smem, b_smem, piece_smem, full, empty, side_full, epilogue, tile: Tile, has_side: bool
+    a_gmem, b_gmem, *refs, a_smem, b_smem, piece_smem, full, empty, side_full, ahead, epilogue, tile: Tile, has_side
 ):
     side_gmem, out_gmem = refs if has_side else (None, *refs)
     warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
@@ -195,6 +196,9 @@ def _kernel(
                     def _():
                         plgpu.barrier_arrive(empty.at[lax.rem(first + k - 1, tile.stages)])
 
+                    if tile.lead:
+                        far = (t == 0) & (k == min(tile.lead, depth_steps - 1))
+                        pl.when((warpgroup == 0) & far)(lambda: plgpu.barrier_arrive(ahead))
                     between(k)
 
                 lax.fori_loop(0, depth_steps, step, None)
@@ -229,6 +233,8 @@ def _kernel(
 
             return nth(t), products(t, between).astype(jnp.bfloat16)
 
+        if tile.lead:
+            pl.when((warpgroup == 1) & (cluster_tiles > 0))(lambda: plgpu.barrier_wait(ahead))
         if tile.form == "overlapped":
             nothing = plgpu.layout_cast(jnp.zeros((tile.own_rows, tile.columns), jnp.bfloat16), plgpu.Layout.WGMMA)
             last = lax.fori_loop(0, cluster_tiles, multiply_overlapped, (nth(0), nothing))
@@ -244,6 +250,6 @@ def _kernel(
 def _grouped(i, rows: int, columns: int, group: int):
     """The i-th tile of an order that finishes `group` rows of tiles, column by column, before the next ones."""
     first = lax.div(i, group * columns) * group
-    size = lax.min(rows - first, group)
+    size = lax.min(rows - first, group) if rows % group else group  # to divide by a constant takes less time
     i -= first * columns
     return first + lax.rem(i, size), lax.div(i, size)

@@ -36,12 +36,16 @@ class Tile:
     shared: Literal["a", "b"] = "a"  # the operand that both blocks of a cluster multiply with
     piece: int = 128  # columns that one store writes
     buffers: int = 1  # pieces of a warpgroup in shared memory
+    lead: int = (
+        0  # products by which one of two warpgroups on a tile is ahead, to go on while the other turns to the next
+    )
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and value < 1:
-                raise ValueError(f"{field.name} of a tile is {value}; it must be at least 1")
+            least = 0 if field.name == "lead" else 1
+            if field.type is int and value < least:
+                raise ValueError(f"{field.name} of a tile is {value}; it must be at least {least}")
         if self.form not in FORMS:
             raise ValueError(f"form of a tile is {self.form!r}; it must be one of {', '.join(FORMS)}")
         if self.shared not in ("a", "b"):
@@ -58,6 +62,11 @@ class Tile:
         if self.columns % (self.piece * self.buffers):
             raise ValueError(
                 f"columns of a tile are {self.columns}; they must be a multiple of {self.buffers} x {self.piece}"
+            )
+        most = 0 if self.form == "ping-pong" else self.stages - 1
+        if self.lead > most:
+            raise ValueError(
+                f"lead of a {self.form} tile of {self.stages} stages is {self.lead}; it can be {most} at most"
             )
         if self.shared_memory > SHARED_MEMORY:
             raise ValueError(f"a tile takes {self.shared_memory} bytes of shared memory; a block has {SHARED_MEMORY}")
