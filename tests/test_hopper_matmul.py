@@ -69,17 +69,17 @@ def test_runs_on_hopper_with_a_jax_that_can_compile_it(monkeypatch, version, cap
     [
         ({"stages": 0}, "stages of a tile is 0; it must be at least 1"),
         ({"lead": -1}, "lead of a tile is -1; it must be at least 0"),
-        ({"lead": 1}, "lead of a ping-pong tile of 5 stages is 1; it can be 0 at most"),
+        ({"lead": 1}, "lead of a tile is 1; ping-pong with 5 stages takes 0 at most"),
         (
             {"lead": 3, "stages": 3, "form": "cooperative"},
-            "lead of a cooperative tile of 3 stages is 3; it can be 2 at most",
+            "lead of a tile is 3; cooperative with 3 stages takes 2 at most",
         ),
         ({"form": "pong"}, "form of a tile is 'pong'; it must be one of ping-pong, cooperative, overlapped"),
         ({"shared": "c"}, "shared of a tile is 'c'; it must be a or b"),
-        ({"rows": 96}, "rows of a ping-pong tile are 96; a warpgroup takes a multiple of 64"),
+        ({"rows": 96}, "rows of a tile are 96; ping-pong needs a multiple of 64"),
         (
             {"rows": 64, "form": "cooperative"},
-            "rows of a cooperative tile are 64; a warpgroup takes a multiple of 64",
+            "rows of a tile are 64; cooperative needs a multiple of 128",
         ),
         ({"piece": 32}, "piece of a tile is 32; it must be a multiple of 64"),
         ({"columns": 320, "piece": 64}, "columns of a tile are 320; one instruction multiplies 256 at most"),

@@ -1,10 +1,9 @@
 """How hopper_matmul cuts a product up among the warpgroups of a cluster, and what a multiprocessor has room for."""
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 Form = Literal["ping-pong", "cooperative", "overlapped"]
-FORMS = ("ping-pong", "cooperative", "overlapped")
 WARPGROUPS = 2  # that multiply
 THREADS = 128  # of a warpgroup
 CLUSTER = 2  # blocks that share the tiles of one operand
@@ -46,14 +45,14 @@ class Tile:
             least = 0 if field.name == "lead" else 1
             if field.type is int and value < least:
                 raise ValueError(f"{field.name} of a tile is {value}; it must be at least {least}")
-        if self.form not in FORMS:
-            raise ValueError(f"form of a tile is {self.form!r}; it must be one of {', '.join(FORMS)}")
+        forms = get_args(Form)
+        if self.form not in forms:
+            raise ValueError(f"form of a tile is {self.form!r}; it must be one of {', '.join(forms)}")
         if self.shared not in ("a", "b"):
             raise ValueError(f"shared of a tile is {self.shared!r}; it must be a or b")
-        if self.rows % (WGMMA_ROWS * (1 if self.form == "ping-pong" else WARPGROUPS)):
-            raise ValueError(
-                f"rows of a {self.form} tile are {self.rows}; a warpgroup takes a multiple of {WGMMA_ROWS}"
-            )
+        multiple = WGMMA_ROWS * (1 if self.form == "ping-pong" else WARPGROUPS)
+        if self.rows % multiple:
+            raise ValueError(f"rows of a tile are {self.rows}; {self.form} needs a multiple of {multiple}")
         for name in ("columns", "depth", "piece"):
             if getattr(self, name) % SWIZZLED:
                 raise ValueError(f"{name} of a tile is {getattr(self, name)}; it must be a multiple of {SWIZZLED}")
@@ -66,7 +65,7 @@ class Tile:
         most = 0 if self.form == "ping-pong" else self.stages - 1
         if self.lead > most:
             raise ValueError(
-                f"lead of a {self.form} tile of {self.stages} stages is {self.lead}; it can be {most} at most"
+                f"lead of a tile is {self.lead}; {self.form} with {self.stages} stages takes {most} at most"
             )
         if self.shared_memory > SHARED_MEMORY:
             raise ValueError(f"a tile takes {self.shared_memory} bytes of shared memory; a block has {SHARED_MEMORY}")
