@@ -21,7 +21,7 @@ class Tile:
     `ping-pong`: each warpgroup has tiles of its own; one multiplies while the other applies the epilogue and stores.
     `cooperative`: each has half of the rows of the same tile, so that what is loaded serves more products; the epilogue
     runs while nothing multiplies. `overlapped`: the same, but a tile waits in registers, as bfloat16, and its epilogue
-    goes piece by piece between the next tile's products.
+    goes piece by piece between the next tile's products. With a `lead` the two do not turn to the next tile at once.
 
     Raises ValueError for sizes that the instructions or a multiprocessor do not allow.
     """
@@ -35,9 +35,7 @@ class Tile:
     shared: Literal["a", "b"] = "a"  # the operand that both blocks of a cluster multiply with
     piece: int = 128  # columns that one store writes
     buffers: int = 1  # pieces of a warpgroup in shared memory
-    lead: int = (
-        0  # products by which one of two warpgroups on a tile is ahead, to go on while the other turns to the next
-    )
+    lead: int = 0  # products by which one of the two warpgroups on a tile is ahead of the other
 
     def __post_init__(self):
         for field in fields(self):
