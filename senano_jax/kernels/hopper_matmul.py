@@ -2,14 +2,12 @@
 
 cuBLAS has no such function for relu(x)^2, so XLA would read and write the result once more.
 
-A third warpgroup loads what the other two multiply. These take turns: while one applies the function to its tile and
-stores it, the other one multiplies for the next tile. A cluster of two blocks works on tiles side by side, so that one
-load of the left operand serves both.
+A third warpgroup loads what the other two multiply; Tile says how these share the work. A cluster of two blocks works
+on tiles side by side or one above the other, so that one load of the operand that they share serves both.
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -18,24 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-WARPGROUPS = 2  # that multiply
-CLUSTER = 2  # blocks that share the left operand's tiles
-SWIZZLE = 128  # bytes
-SWIZZLED = SWIZZLE // 2  # bfloat16 numbers
+from senano_jax.kernels.hopper_tile import CLUSTER, DEFAULT_TILE, SWIZZLE, SWIZZLED, WARPGROUPS, Tile
 
-
-@dataclass(frozen=True)
-class Tile:
-    """How a product is cut up: sizes in elements of the block that one cluster works on."""
-
-    rows: int = 128
-    columns: int = 128
-    depth: int = 64
-    stages: int = 5  # of loads in flight
-    group: int = 8  # rows of tiles that clusters go through together, so that both operands stay in the L2 cache
-
-
-DEFAULT_TILE = Tile()
 FIRST_JAX = (0, 11)  # before it, Mosaic GPU had no square root, which the gradient of relu(x)^2 takes
 
 
@@ -48,12 +30,7 @@ def runs_here() -> bool:
 
 def fits(rows: int, depth: int, columns: int, dtype, tile: Tile = DEFAULT_TILE) -> bool:
     """Whether the kernel takes [rows, depth] x [depth, columns] of this dtype."""
-    return (
-        dtype == jnp.bfloat16
-        and rows % tile.rows == 0
-        and columns % (CLUSTER * tile.columns) == 0
-        and depth % tile.depth == 0
-    )
+    return dtype == jnp.bfloat16 and tile.divides(rows, depth, columns)
 
 
 @functools.partial(jax.jit, static_argnames=("epilogue", "tile"))  # lowered once for all layers
@@ -69,14 +46,19 @@ def matmul(
     if not fits(rows, depth, columns, a_MK.dtype, tile):
         raise ValueError(f"no kernel for a product of {a_MK.shape} and {b_KN.shape} in {a_MK.dtype}")
     swizzled = (plgpu.TilingTransform((8, SWIZZLED)), plgpu.SwizzleTransform(SWIZZLE))
+    pieces = (WARPGROUPS, tile.buffers, tile.own_rows, tile.piece)
+    ping_pong = tile.form == "ping-pong"
     scratch = {
         "a_smem": plgpu.SMEM((tile.stages, tile.rows, tile.depth), a_MK.dtype, transforms=swizzled),
         "b_smem": plgpu.SMEM((tile.stages, tile.depth, tile.columns), a_MK.dtype, transforms=swizzled),
-        "tile_smem": plgpu.SMEM((WARPGROUPS, tile.rows, tile.columns), a_MK.dtype, transforms=swizzled),
-        # Each warpgroup waits for its own loads only, so that it sees every phase of its barriers.
-        "full": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS * tile.stages),
-        "empty": plgpu.ClusterBarrier(collective_axes=("block",), num_barriers=tile.stages),
-        "side_full": plgpu.Barrier(num_barriers=WARPGROUPS),
+        "piece_smem": plgpu.SMEM(pieces, a_MK.dtype, transforms=swizzled),
+        # A warpgroup with tiles of its own waits for its own loads only, so that it sees every phase of its barriers.
+        "full": plgpu.Barrier(num_arrivals=2, num_barriers=(WARPGROUPS if ping_pong else 1) * tile.stages),
+        "empty": plgpu.ClusterBarrier(
+            collective_axes=("block",), num_arrivals=1 if ping_pong else WARPGROUPS, num_barriers=tile.stages
+        ),
+        "side_full": plgpu.Barrier(num_barriers=WARPGROUPS * tile.buffers),
+        "ahead": plgpu.Barrier(),
     }
     kernel = plgpu.kernel(
         functools.partial(_kernel, epilogue=epilogue, tile=tile, has_side=side_MN is not None),
@@ -94,27 +76,37 @@ def matmul(
 
 
 def _kernel(
-    a_gmem, b_gmem, *refs, a_smem, b_smem, tile_smem, full, empty, side_full, epilogue, tile: Tile, has_side: bool
+    a_gmem, b_gmem, *refs, a_smem, b_smem, piece_smem, full, empty, side_full, ahead, epilogue, tile: Tile, has_side
 ):
     side_gmem, out_gmem = refs if has_side else (None, *refs)
     warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
     cluster, clusters = lax.axis_index("cluster"), lax.axis_size("cluster")
-    row_tiles = a_gmem.shape[0] // tile.rows
-    column_tiles = b_gmem.shape[1] // (CLUSTER * tile.columns)
+    row_tiles = a_gmem.shape[0] // tile.cluster_rows
+    column_tiles = b_gmem.shape[1] // tile.cluster_columns
     depth_steps = a_gmem.shape[1] // tile.depth
-    own_tiles = lax.div(row_tiles * column_tiles - cluster + clusters - 1, clusters)
+    cluster_tiles = lax.div(row_tiles * column_tiles - cluster + clusters - 1, clusters)
+    ping_pong = tile.form == "ping-pong"
 
-    def place(t):
-        """Rows and columns of the block's t-th tile."""
-        row, column = _grouped(cluster + t * clusters, row_tiles, column_tiles, tile.group)
-        return pl.ds(row * tile.rows, tile.rows), pl.ds((column * CLUSTER + block) * tile.columns, tile.columns)
+    def nth(t):
+        """The cluster's t-th tile: which one of the rows of tiles, and of the columns."""
+        return _grouped(cluster + t * clusters, row_tiles, column_tiles, tile.group)
+
+    def place(at):
+        """First row and first column of the block's part of a tile."""
+        row, column = at[0] * tile.cluster_rows, at[1] * tile.cluster_columns
+        return (row, column + block * tile.columns) if tile.shared == "a" else (row + block * tile.rows, column)
+
+    def full_barrier(t, slot):
+        return full.at[lax.rem(t, WARPGROUPS) * tile.stages + slot] if ping_pong else full.at[slot]
 
     @pl.when(warpgroup == WARPGROUPS)
     def load():
         plgpu.set_max_registers(40, action="decrease")
+        a_axes, b_axes = ("block", None) if tile.shared == "a" else (None, "block")
 
         def load_tile(t, _):
-            rows, columns = place(t)
+            row, column = place(nth(t))
+            rows, columns = pl.ds(row, tile.rows), pl.ds(column, tile.columns)
 
             def load_step(k, _):
                 step = t * depth_steps + k
@@ -124,70 +116,140 @@ def _kernel(
                 def _():
                     plgpu.barrier_wait(empty.at[slot])
 
-                loaded = full.at[lax.rem(t, WARPGROUPS) * tile.stages + slot]
+                loaded = full_barrier(t, slot)
                 depth = pl.ds(k * tile.depth, tile.depth)
-                plgpu.copy_gmem_to_smem(a_gmem.at[rows, depth], a_smem.at[slot], loaded, collective_axes="block")
-                plgpu.copy_gmem_to_smem(b_gmem.at[depth, columns], b_smem.at[slot], loaded)
+                plgpu.copy_gmem_to_smem(a_gmem.at[rows, depth], a_smem.at[slot], loaded, collective_axes=a_axes)
+                plgpu.copy_gmem_to_smem(b_gmem.at[depth, columns], b_smem.at[slot], loaded, collective_axes=b_axes)
 
             lax.fori_loop(0, depth_steps, load_step, None)
 
-        lax.fori_loop(0, own_tiles, load_tile, None)
+        lax.fori_loop(0, cluster_tiles, load_tile, None)
 
         # Neither block of a cluster may end while the other one still signals to it. A barrier that no load used gets
         # no signal.
         def drain(step, _):
             plgpu.barrier_wait(empty.at[lax.rem(step, tile.stages)])
 
-        steps = own_tiles * depth_steps
+        steps = cluster_tiles * depth_steps
         lax.fori_loop(lax.max(steps - tile.stages, 0), steps, drain, None)
 
     @pl.when(warpgroup < WARPGROUPS)
     def multiply():
         plgpu.set_max_registers(232, action="increase")
-        own_tile = tile_smem.at[warpgroup]
+        first_row = 0 if ping_pong else warpgroup * tile.own_rows
 
-        def multiply_tile(i, _):
-            t = i * WARPGROUPS + warpgroup
-            first = t * depth_steps
-            in_gmem = place(t)
+        def operands(slot):
+            a = a_smem.at[slot] if ping_pong else a_smem.at[slot, pl.ds(first_row, tile.own_rows)]
+            return a, b_smem.at[slot]
 
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile has left shared memory
+        def in_gmem(at, piece):
+            row, column = place(at)
+            return pl.ds(row + first_row, tile.own_rows), pl.ds(column + piece * tile.piece, tile.piece)
+
+        def prefetch(at, piece):
+            """Loads a piece of the side operand to where the result will be; those after it in a round come next."""
+            slot = piece % tile.buffers
+            plgpu.wait_smem_to_gmem(tile.buffers - 1 - slot, wait_read_only=True)  # what lay here has left
+            barrier = side_full.at[warpgroup * tile.buffers + slot]
+            plgpu.copy_gmem_to_smem(side_gmem.at[in_gmem(at, piece)], piece_smem.at[warpgroup, slot], barrier)
+
+        def finish(at, piece, product):
+            """Applies the epilogue to a piece of a tile and stores it."""
+            slot = piece % tile.buffers
+            own = piece_smem.at[warpgroup, slot]
             if has_side:
-                plgpu.copy_gmem_to_smem(side_gmem.at[in_gmem], own_tile, side_full.at[warpgroup])
+                plgpu.barrier_wait(side_full.at[warpgroup * tile.buffers + slot])
+            else:
+                plgpu.wait_smem_to_gmem(tile.buffers - 1, wait_read_only=True)
+            for c in range(0, tile.piece, SWIZZLED):
+                part = own.at[:, pl.ds(c, SWIZZLED)]
+                side = (part[...],) if has_side else ()
+                first = piece * tile.piece + c
+                part[...] = epilogue(product[:, first : first + SWIZZLED].astype(part.dtype), *side)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(own, out_gmem.at[in_gmem(at, piece)])
+
+        rounds = [range(first, first + tile.buffers) for first in range(0, tile.pieces, tile.buffers)]
+
+        def prefetch_all(at, pieces):
+            for piece in pieces if has_side else ():
+                prefetch(at, piece)
+
+        def finish_all(at, product):
+            for pieces, after in zip(rounds, [*rounds[1:], ()]):
+                for piece in pieces:
+                    finish(at, piece, product)
+                prefetch_all(at, after)
+
+        def products(t, between=lambda k: None):
+            """The block's t-th tile, or the warpgroup's part of it; between(k) runs during the k-th product."""
+            first = t * depth_steps
 
             def accumulate(acc_ref):
-                def product(k, _):
+                def step(k, _):
                     slot = lax.rem(first + k, tile.stages)
-                    plgpu.barrier_wait(full.at[warpgroup * tile.stages + slot])
-                    plgpu.wgmma(acc_ref, a_smem.at[slot], b_smem.at[slot])
+                    plgpu.barrier_wait(full_barrier(t, slot))
+                    plgpu.wgmma(acc_ref, *operands(slot))
                     plgpu.wgmma_wait(1)  # the product before this one is done
 
                     @pl.when(k > 0)
                     def _():
                         plgpu.barrier_arrive(empty.at[lax.rem(first + k - 1, tile.stages)])
 
-                lax.fori_loop(0, depth_steps, product, None)
+                    if tile.lead:
+                        far = (t == 0) & (k == min(tile.lead, depth_steps - 1))
+                        pl.when((warpgroup == 0) & far)(lambda: plgpu.barrier_arrive(ahead))
+                    between(k)
+
+                lax.fori_loop(0, depth_steps, step, None)
                 result = acc_ref[...]
                 plgpu.barrier_arrive(empty.at[lax.rem(first + depth_steps - 1, tile.stages)])
                 return result
 
-            acc = pl.run_scoped(accumulate, plgpu.ACC((tile.rows, tile.columns), jnp.float32))
-            if has_side:
-                plgpu.barrier_wait(side_full.at[warpgroup])
-            for c in range(0, tile.columns, SWIZZLED):
-                part = own_tile.at[:, pl.ds(c, SWIZZLED)]
-                side = (part[...],) if has_side else ()
-                part[...] = epilogue(acc[:, c : c + SWIZZLED].astype(part.dtype), *side)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(own_tile, out_gmem.at[in_gmem])
+            return pl.run_scoped(accumulate, plgpu.ACC((tile.own_rows, tile.columns), jnp.float32))
 
-        lax.fori_loop(0, lax.div(own_tiles - warpgroup + WARPGROUPS - 1, WARPGROUPS), multiply_tile, None)
+        def multiply_own(i, _):
+            t = i * WARPGROUPS + warpgroup
+            prefetch_all(nth(t), rounds[0])
+            finish_all(nth(t), products(t))
+
+        def multiply_shared(t, _):
+            finish_all(nth(t), products(t, lambda k: pl.when(k == 0)(lambda: prefetch_all(nth(t), rounds[0]))))
+
+        def multiply_overlapped(t, before):
+            apart = depth_steps // len(rounds)  # products from one round of pieces to the next
+            at, kept = before
+
+            def between(k):
+                for piece in range(tile.pieces):
+                    turn, slot = divmod(piece, tile.buffers)
+                    due = turn * apart + slot
+                    pl.when((t > 0) & (k == due))(functools.partial(finish, at, piece, kept))
+                    after = piece + tile.buffers  # what comes to the same place, or the first one of this tile
+                    if has_side and after < tile.pieces:
+                        pl.when((t > 0) & (k == due + tile.buffers))(functools.partial(prefetch, at, after))
+                    elif has_side:
+                        pl.when(k == due + tile.buffers)(functools.partial(prefetch, nth(t), slot))
+
+            return nth(t), products(t, between).astype(jnp.bfloat16)
+
+        if tile.lead:
+            pl.when((warpgroup == 1) & (cluster_tiles > 0))(lambda: plgpu.barrier_wait(ahead))
+        if tile.form == "overlapped":
+            nothing = plgpu.layout_cast(jnp.zeros((tile.own_rows, tile.columns), jnp.bfloat16), plgpu.Layout.WGMMA)
+            last = lax.fori_loop(0, cluster_tiles, multiply_overlapped, (nth(0), nothing))
+            pl.when(cluster_tiles > 0)(lambda: finish_all(*last))
+        elif tile.form == "cooperative":
+            lax.fori_loop(0, cluster_tiles, multiply_shared, None)
+        else:
+            own_tiles = lax.div(cluster_tiles - warpgroup + WARPGROUPS - 1, WARPGROUPS)
+            lax.fori_loop(0, own_tiles, multiply_own, None)
         plgpu.wait_smem_to_gmem(0)
 
 
 def _grouped(i, rows: int, columns: int, group: int):
     """The i-th tile of an order that finishes `group` rows of tiles, column by column, before the next ones."""
     first = lax.div(i, group * columns) * group
-    size = lax.min(rows - first, group)
+    size = lax.min(rows - first, group) if rows % group else group  # to divide by a constant takes less time
     i -= first * columns
     return first + lax.rem(i, size), lax.div(i, size)
