@@ -22,6 +22,7 @@ from senano_jax.errors import UserError
 from senano_jax.files import plainly_named, write_atomically
 from senano_jax.model.build import Params, abstract_params, make_model
 from senano_jax.training.mesh import replicated
+from senano_jax.training.orbax_leftovers import ignore_leftovers
 from senano_jax.training.processes import of_first_process, together
 from senano_jax.training.state import TrainState, state_shardings
 
@@ -181,10 +182,13 @@ class Checkpoints:
 
     def _read(self, step: int, **items) -> Any:
         self._guarded(self._manager.wait_until_finished)
+        ignore_leftovers()
         try:
             return self._reader.restore(self._orbax_folder / str(step), args=ocp.args.Composite(**items))
         except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
-            raise UserError(f"checkpoint {step} in {self._folder} cannot be read: {_short(error)}") from None
+            # Orbax says which part of which array, its cause what is wrong with which file.
+            reason = _short(error.__cause__ or error)
+            raise UserError(f"checkpoint {step} in {self._folder} cannot be read: {reason}") from None
 
     def _checked(
         self, step: int, record: Any, tree: Any, name: str = "checksums", part: slice = slice(None)
