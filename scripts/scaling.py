@@ -14,13 +14,12 @@ Nothing is overlapped, and a GPU is as fast with few tokens as with many, which 
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import re
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -36,6 +35,7 @@ WINDOW = 14  # blocks, of all figures
 GPUS = (1, 2, 4, 8, 16, 64)
 OF_A_MACHINE = 8
 BATCHES = (393_216, 131_072, 65_536)
+CASE = ("system", "GPUs", "tokens a step", "matrices")  # columns that say what was measured
 
 # Of `recurrent` on H100s, by senano_jax.profile (logs/profile-recurrent-{1,2}xh100.txt): the optimiser takes 8.76 ms on
 # one GPU and 5.76 on two, communication 3.81 on two.
@@ -138,7 +138,7 @@ def fitted(points: list[Measured]) -> dict[Measured, System]:
         known = System(base.system, *sizes(base.system), 0.0, base.gpu)
         rest = base.ms - step_ms(known, base.batch_tokens, base.gpus)
         token_us = 1000 * rest * base.gpus / base.batch_tokens
-        systems[point] = dataclasses.replace(known, token_us=token_us)
+        systems[point] = replace(known, token_us=token_us)
     return systems
 
 
@@ -148,12 +148,9 @@ def document(root: Path) -> str:
     if not fits:
         raise UserError(f"{root} holds no measured steps; give --logs the folder of the repository's logs")
     checks = [
-        [
-            f"`{p.system}`", f"{p.gpus} x {p.gpu}", f"{p.batch_tokens:,}", "shared" if p.shared else "replicated",
-            f"{p.ms:,.1f}", f"{step_ms(fits[p], p.batch_tokens, p.gpus, p.shared):,.1f}", f"`{p.source}`",
-        ]
+        [*_case(p), f"{p.ms:,.1f}", f"{step_ms(fits[p], p.batch_tokens, p.gpus, p.shared):,.1f}", f"`{p.source}`"]
         for p in points
-    ]  # fmt: skip
+    ]
     systems: dict[str, System] = {}  # of the first GPU of its kind that was measured
     for point in points:
         systems.setdefault(point.system, fits[point])
@@ -181,15 +178,12 @@ def document(root: Path) -> str:
     )  # fmt: skip
     alone_ms = {(p.source, p.system, p.batch_tokens): p.ms for p in points if p.gpus == 1}
     together = [
-        [
-            f"`{p.system}`", f"{p.gpus} x {p.gpu}", f"{p.batch_tokens:,}", "shared" if p.shared else "replicated",
-            f"{speedup:.2f}x", f"{speedup / p.gpus:.1%}",
-        ]
+        [*_case(p), f"{speedup:.2f}x", f"{speedup / p.gpus:.1%}"]
         for p in points
         if p.gpus > 1 and (ms := alone_ms.get((p.source, p.system, p.batch_tokens))) and (speedup := ms / p.ms)
-    ]  # fmt: skip
-    speedups = _table(["system", "GPUs", "tokens a step", "matrices", "speed", "efficiency"], together)
-    against = _table(["system", "GPUs", "tokens a step", "matrices", "measured ms", "model", "source"], checks)
+    ]
+    speedups = _table([*CASE, "speed", "efficiency"], together)
+    against = _table([*CASE, "measured ms", "model", "source"], checks)
     return TEXT.format(
         window=WINDOW,
         bandwidth=sent(*sizes("recurrent"), 2) / COMMUNICATION_MS / 1e6,
@@ -198,6 +192,12 @@ def document(root: Path) -> str:
         table=table,
         systems="; ".join(f"`{s.name}`: {s.token_us:.2f} us a token on one {s.gpu}" for s in systems.values()),
     )
+
+
+def _case(point: Measured) -> list[str]:
+    """Cells of the columns CASE."""
+    matrices = "shared" if point.shared else "replicated"
+    return [f"`{point.system}`", f"{point.gpus} x {point.gpu}", f"{point.batch_tokens:,}", matrices]
 
 
 def _number(text: str) -> int | float:
@@ -221,11 +221,10 @@ machine; nothing is overlapped. All figures are of the full window, {window} blo
 
 {checks}
 
-A row's time a token is that of one GPU in the same file, because machines differ: those H100s of `logs/gpus/` take
-5.7% longer for a token than the one of `logs/profile-recurrent-1xh100.txt`. Where a file has no such row, it is that of
-the first row of the system on this kind of GPU.
+A row's time a token is that of one GPU in the same file, because machines differ by some per cent. Where a file has no
+such row, it is that of the first row of the system on this kind of GPU.
 
-Against one GPU of the same machine:
+Against one GPU of the same machine, by `scripts/bench_gpus.py` (JAX 0.11.2, 2026-11-27; each file has its command):
 
 {speedups}
 

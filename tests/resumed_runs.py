@@ -1,9 +1,11 @@
 """Small runs that are stopped and resumed, for tests of checkpoints: how to make one, and what must be the same."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
+import pytest
 from event_files import shown_scalars
 
 from senano_jax import train
@@ -24,9 +26,15 @@ SMALL = [
 TIMES = ("step_ms", "tokens_per_s", "train_time_ms")
 
 
-def undisturbed_run(folder):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
     """A run that nothing happened to, with checkpoints of steps 2, 4 and 6."""
-    return train.main([*SMALL, f"--run-dir={folder / 'run'}"])
+    return train.main([*SMALL, f"--run-dir={tmp_path_factory.mktemp('runs') / 'run'}"])
+
+
+@pytest.fixture
+def copy(undisturbed, tmp_path):
+    return shutil.copytree(undisturbed, tmp_path / "run")
 
 
 def resume(run_dir, *flags):

@@ -4,6 +4,7 @@ import os
 import shutil
 
 import pytest
+import resumed_runs
 from resumed_runs import (
     STEPS,
     abstract_of,
@@ -13,7 +14,6 @@ from resumed_runs import (
     resume,
     state_of,
     steps_of,
-    undisturbed_run,
 )
 
 from senano_jax import evaluate
@@ -22,15 +22,7 @@ from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.mesh import make_mesh
 from senano_jax.training.resume import restore
 
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    return undisturbed_run(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture
-def copy(undisturbed, tmp_path):
-    return shutil.copytree(undisturbed, tmp_path / "run")
+undisturbed, copy = resumed_runs.undisturbed, resumed_runs.copy  # fixtures
 
 
 def damage(run_dir, step, how):

@@ -10,6 +10,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from tiny_flags import SMALL
 
 from senano_jax import train
 from senano_jax.config_file import read_config, write_config
@@ -21,12 +22,6 @@ from senano_jax.interop.torch_checkpoint import read_torch_checkpoint
 from senano_jax.presets import demo
 from senano_jax.runlog.writer import RunFolder
 from senano_jax.training.checkpoint import Checkpoints
-
-SMALL = [
-    "demo", "--model.dim=16", "--model.num-heads=2", "--model.layers.loop=0", "--model.layers.visits=0",
-    "--steps=12", "--batch-tokens=256", "--seq-len=256", "--final-window-tokens=256",
-    "--data.val-tokens=256", "--data.val-seq-len=256", "--val-every=0", "--devices=1", "--checkpoint-every=1",
-]  # fmt: skip
 
 
 @pytest.fixture

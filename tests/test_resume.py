@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import resumed_runs
 from resumed_runs import (
     SMALL,
     STEPS,
@@ -20,7 +21,6 @@ from resumed_runs import (
     resume,
     state_of,
     steps_of,
-    undisturbed_run,
 )
 
 from senano_jax import evaluate, train
@@ -31,15 +31,7 @@ from senano_jax.runlog.writer import RunFolder
 from senano_jax.training import loop
 from senano_jax.training.checkpoint import Checkpoints
 
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    return undisturbed_run(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture
-def copy(undisturbed, tmp_path):
-    return shutil.copytree(undisturbed, tmp_path / "run")
+undisturbed, copy = resumed_runs.undisturbed, resumed_runs.copy  # fixtures
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from tiny_flags import SMALL
 
 from senano_jax import train
 from senano_jax.config import LayerSchedule
@@ -16,13 +17,6 @@ from senano_jax.presets import demo
 from senano_jax.training import loop
 from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.stop import StopRequest
-
-SMALL = [
-    "demo", "--model.dim=16", "--model.num-heads=2", "--model.layers.loop=0", "--model.layers.visits=0",
-    "--steps=12", "--batch-tokens=256", "--seq-len=256", "--final-window-tokens=256",
-    "--data.val-tokens=256", "--data.val-seq-len=256", "--val-every=0", "--devices=1", "--checkpoint-every=1",
-]  # fmt: skip
-
 
 SLOW_STEP = """
 import os, sys, time

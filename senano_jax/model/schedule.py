@@ -45,9 +45,13 @@ class LayerSchedule:
         first, end = self.prelude, self.prelude + self.loop
         return (*range(first), *(*range(first, end),) * self.visits, *range(end, self.layers))
 
+    def in_loop(self, layer: int) -> bool:
+        """Whether a layer is one of the loop's."""
+        return self.prelude <= layer < self.prelude + self.loop
+
     def visits_of(self, layer: int) -> int:
         """Times that a layer is applied."""
-        return self.visits if self.prelude <= layer < self.prelude + self.loop else 1
+        return self.visits if self.in_loop(layer) else 1
 
     def has_long_window(self, layer: int) -> bool:
         """Whether a layer attends over the long window."""

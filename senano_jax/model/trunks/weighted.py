@@ -65,8 +65,7 @@ class WeightedLayer(Layer):
     @property
     def normalises_mlp(self) -> bool:
         """As a layer of the loop, whose matrix of outputs serves several visits (parameter-golf, pull request 855)."""
-        layers = self.config.layers
-        return self.config.trunk.mlp_output_norm and layers.prelude <= self.layer < layers.prelude + layers.loop
+        return self.config.trunk.mlp_output_norm and self.config.layers.in_loop(self.layer)
 
 
 def apply_layer(layer: WeightedLayer, x: Float[Array, "B T D"], weights: Weights, context: Context, visit, read=None):
