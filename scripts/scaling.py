@@ -109,10 +109,11 @@ def measured(root: Path) -> Iterator[Measured]:
         tokens, gpus, gpu = re.search(r"of ([\d,]+) tokens on (\d+) x NVIDIA (\S+)", text).groups()
         ms = re.search(r"^back to back +([\d,.]+)", text, re.MULTILINE)[1]
         yield Measured(name, gpu, int(gpus), _number(tokens), False, _number(ms), f"logs/{file.name}")
-    folder = root / "recurrent-4xh100-full"
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    times = [record["step_ms"] for record in records if record.get("window") == WINDOW and "step_ms" in record]
-    yield Measured("recurrent", "H100", 4, 393_216, False, statistics.median(times), f"logs/{folder.name}")
+    for file in root.glob("recurrent-4xh100-full/metrics.jsonl"):
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        times = [record["step_ms"] for record in records if record.get("window") == WINDOW and "step_ms" in record]
+        source = f"logs/{file.parent.name}"
+        yield Measured("recurrent", "H100", 4, 393_216, False, statistics.median(times), source)
     for file in sorted((root / "gpus").glob("*.json")):
         document = json.loads(file.read_text())
         gpu = document["environment"]["devices"][0]["kind"].split()[1]

@@ -6,6 +6,8 @@ import pytest
 import scaling
 from scaling import System, communication_ms, optimiser_ms, sent, step_ms
 
+from senano_jax.errors import UserError
+
 DOCUMENT = Path(scaling.ROOT) / "docs" / "scaling.md"
 
 
@@ -34,6 +36,11 @@ def test_the_record_s_optimiser_and_communication_are_those_profiled():
     assert (optimiser_ms(record, 1), optimiser_ms(record, 2)) == pytest.approx((8.76, 5.76))
     assert (communication_ms(record, 1), communication_ms(record, 2)) == pytest.approx((0, 3.81))
     assert step_ms(record, 1000, 2) == pytest.approx(2.0 + 5.76 + 3.81)
+
+
+def test_a_folder_without_measurements_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no measured steps; give --logs"):
+        scaling.document(tmp_path)
 
 
 def test_the_document_is_what_the_script_writes():
