@@ -21,7 +21,7 @@ from senano_jax.kernels.choice import Implementation, on_gpu, takes_fused
 from senano_jax.model.elementwise import NORM_EPSILON, norm, weighted_sum
 from senano_jax.model.squared_relu import squared_relu_mlp
 
-DEFAULT_LAUNCH = triton.RowLaunch(rows=4, warps=4)
+DEFAULT_LAUNCH = triton.RowLaunch(rows=2, warps=2)
 
 
 class StreamWeights(NamedTuple):

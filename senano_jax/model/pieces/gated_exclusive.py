@@ -21,7 +21,7 @@ from senano_jax.model.pieces.exclusive import SMALLEST, Exclusive, without_own_v
 from senano_jax.model.pieces.head_gate import HeadGate
 
 DEFAULT_LAUNCHES = HeadLaunches(
-    forward=HeadLaunch(tokens=16, heads=3, warps=4), backward=HeadLaunch(tokens=8, heads=6, warps=2)
+    forward=HeadLaunch(tokens=8, heads=6, warps=2), backward=HeadLaunch(tokens=16, heads=3, warps=4)
 )
 
 
