@@ -2,8 +2,9 @@
 
 cuBLAS has no such function for relu(x)^2, so XLA would read and write the result once more.
 
-A third warpgroup loads what the other two multiply; Tile says how these share the work. A cluster of two blocks works
-on tiles side by side or one above the other, so that one load of the operand that they share serves both.
+A third warpgroup loads what the other two multiply. These take turns: while one applies the function to its tile and
+stores it, the other one multiplies for the next tile. A cluster of two blocks works on tiles side by side or one above
+the other, so that one load of the operand that they share serves both.
 """
 
 import functools
@@ -16,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from senano_jax.kernels.hopper_tile import CLUSTER, DEFAULT_TILE, SWIZZLE, SWIZZLED, WARPGROUPS, Tile
+from senano_jax.kernels.hopper_tile import CLUSTER, SWIZZLE, SWIZZLED, WARPGROUPS, Tile, tile_for
 
 FIRST_JAX = (0, 11)  # before it, Mosaic GPU had no square root, which the gradient of relu(x)^2 takes
 
@@ -28,9 +29,9 @@ def runs_here() -> bool:
     return jax.local_devices()[0].compute_capability == "9.0"
 
 
-def fits(rows: int, depth: int, columns: int, dtype, tile: Tile = DEFAULT_TILE) -> bool:
+def fits(rows: int, depth: int, columns: int, dtype) -> bool:
     """Whether the kernel takes [rows, depth] x [depth, columns] of this dtype."""
-    return dtype == jnp.bfloat16 and tile.divides(rows, depth, columns)
+    return dtype == jnp.bfloat16 and tile_for(rows, depth, columns) is not None
 
 
 @functools.partial(jax.jit, static_argnames=("epilogue", "tile"))  # lowered once for all layers
@@ -39,26 +40,22 @@ def matmul(
     b_KN: Float[Array, "K N"],
     epilogue: Callable[..., jax.Array],
     side_MN: Float[Array, "M N"] | None = None,
-    tile: Tile = DEFAULT_TILE,
+    tile: Tile | None = None,
 ) -> Float[Array, "M N"]:
-    """epilogue(a b) or epilogue(a b, side); `epilogue` takes and returns bfloat16."""
+    """epilogue(a b) or epilogue(a b, side); `epilogue` takes and returns bfloat16. Without a tile, that of tile_for."""
     (rows, depth), columns = a_MK.shape, b_KN.shape[1]
-    if not fits(rows, depth, columns, a_MK.dtype, tile):
+    tile = tile or tile_for(rows, depth, columns)
+    if a_MK.dtype != jnp.bfloat16 or tile is None or not tile.divides(rows, depth, columns):
         raise ValueError(f"no kernel for a product of {a_MK.shape} and {b_KN.shape} in {a_MK.dtype}")
     swizzled = (plgpu.TilingTransform((8, SWIZZLED)), plgpu.SwizzleTransform(SWIZZLE))
-    pieces = (WARPGROUPS, tile.buffers, tile.own_rows, tile.piece)
-    ping_pong = tile.form == "ping-pong"
     scratch = {
         "a_smem": plgpu.SMEM((tile.stages, tile.rows, tile.depth), a_MK.dtype, transforms=swizzled),
         "b_smem": plgpu.SMEM((tile.stages, tile.depth, tile.columns), a_MK.dtype, transforms=swizzled),
-        "piece_smem": plgpu.SMEM(pieces, a_MK.dtype, transforms=swizzled),
-        # A warpgroup with tiles of its own waits for its own loads only, so that it sees every phase of its barriers.
-        "full": plgpu.Barrier(num_arrivals=2, num_barriers=(WARPGROUPS if ping_pong else 1) * tile.stages),
-        "empty": plgpu.ClusterBarrier(
-            collective_axes=("block",), num_arrivals=1 if ping_pong else WARPGROUPS, num_barriers=tile.stages
-        ),
-        "side_full": plgpu.Barrier(num_barriers=WARPGROUPS * tile.buffers),
-        "ahead": plgpu.Barrier(),
+        "piece_smem": plgpu.SMEM((WARPGROUPS, tile.rows, tile.piece), a_MK.dtype, transforms=swizzled),
+        # Each warpgroup waits for its own loads only, so that it sees every phase of its barriers.
+        "full": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS * tile.stages),
+        "empty": plgpu.ClusterBarrier(collective_axes=("block",), num_barriers=tile.stages),
+        "side_full": plgpu.Barrier(num_barriers=WARPGROUPS),
     }
     kernel = plgpu.kernel(
         functools.partial(_kernel, epilogue=epilogue, tile=tile, has_side=side_MN is not None),
@@ -76,7 +73,7 @@ def matmul(
 
 
 def _kernel(
-    a_gmem, b_gmem, *refs, a_smem, b_smem, piece_smem, full, empty, side_full, ahead, epilogue, tile: Tile, has_side
+    a_gmem, b_gmem, *refs, a_smem, b_smem, piece_smem, full, empty, side_full, epilogue, tile: Tile, has_side: bool
 ):
     side_gmem, out_gmem = refs if has_side else (None, *refs)
     warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
@@ -85,7 +82,6 @@ def _kernel(
     column_tiles = b_gmem.shape[1] // tile.cluster_columns
     depth_steps = a_gmem.shape[1] // tile.depth
     cluster_tiles = lax.div(row_tiles * column_tiles - cluster + clusters - 1, clusters)
-    ping_pong = tile.form == "ping-pong"
 
     def nth(t):
         """The cluster's t-th tile: which one of the rows of tiles, and of the columns."""
@@ -97,7 +93,7 @@ def _kernel(
         return (row, column + block * tile.columns) if tile.shared == "a" else (row + block * tile.rows, column)
 
     def full_barrier(t, slot):
-        return full.at[lax.rem(t, WARPGROUPS) * tile.stages + slot] if ping_pong else full.at[slot]
+        return full.at[lax.rem(t, WARPGROUPS) * tile.stages + slot]
 
     @pl.when(warpgroup == WARPGROUPS)
     def load():
@@ -136,114 +132,58 @@ def _kernel(
     @pl.when(warpgroup < WARPGROUPS)
     def multiply():
         plgpu.set_max_registers(232, action="increase")
-        first_row = 0 if ping_pong else warpgroup * tile.own_rows
+        own_smem, loaded = piece_smem.at[warpgroup], side_full.at[warpgroup]
 
-        def operands(slot):
-            a = a_smem.at[slot] if ping_pong else a_smem.at[slot, pl.ds(first_row, tile.own_rows)]
-            return a, b_smem.at[slot]
-
-        def in_gmem(at, piece):
-            row, column = place(at)
-            return pl.ds(row + first_row, tile.own_rows), pl.ds(column + piece * tile.piece, tile.piece)
-
-        def prefetch(at, piece):
-            """Loads a piece of the side operand to where the result will be; those after it in a round come next."""
-            slot = piece % tile.buffers
-            plgpu.wait_smem_to_gmem(tile.buffers - 1 - slot, wait_read_only=True)  # what lay here has left
-            barrier = side_full.at[warpgroup * tile.buffers + slot]
-            plgpu.copy_gmem_to_smem(side_gmem.at[in_gmem(at, piece)], piece_smem.at[warpgroup, slot], barrier)
-
-        def finish(at, piece, product):
-            """Applies the epilogue to a piece of a tile and stores it."""
-            slot = piece % tile.buffers
-            own = piece_smem.at[warpgroup, slot]
-            if has_side:
-                plgpu.barrier_wait(side_full.at[warpgroup * tile.buffers + slot])
-            else:
-                plgpu.wait_smem_to_gmem(tile.buffers - 1, wait_read_only=True)
-            for c in range(0, tile.piece, SWIZZLED):
-                part = own.at[:, pl.ds(c, SWIZZLED)]
-                side = (part[...],) if has_side else ()
-                first = piece * tile.piece + c
-                part[...] = epilogue(product[:, first : first + SWIZZLED].astype(part.dtype), *side)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(own, out_gmem.at[in_gmem(at, piece)])
-
-        rounds = [range(first, first + tile.buffers) for first in range(0, tile.pieces, tile.buffers)]
-
-        def prefetch_all(at, pieces):
-            for piece in pieces if has_side else ():
-                prefetch(at, piece)
-
-        def finish_all(at, product):
-            for pieces, after in zip(rounds, [*rounds[1:], ()]):
-                for piece in pieces:
-                    finish(at, piece, product)
-                prefetch_all(at, after)
-
-        def products(t, between=lambda k: None):
-            """The block's t-th tile, or the warpgroup's part of it; between(k) runs during the k-th product."""
+        def multiply_tile(i, _):
+            t = i * WARPGROUPS + warpgroup
             first = t * depth_steps
+            at = nth(t)
+
+            def in_gmem(piece):
+                row, column = place(at)
+                return pl.ds(row, tile.rows), pl.ds(column + piece * tile.piece, tile.piece)
+
+            def load_side(piece):
+                """To where the result will be."""
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last piece has left shared memory
+                plgpu.copy_gmem_to_smem(side_gmem.at[in_gmem(piece)], own_smem, loaded)
 
             def accumulate(acc_ref):
-                def step(k, _):
+                def product(k, _):
                     slot = lax.rem(first + k, tile.stages)
                     plgpu.barrier_wait(full_barrier(t, slot))
-                    plgpu.wgmma(acc_ref, *operands(slot))
+                    plgpu.wgmma(acc_ref, a_smem.at[slot], b_smem.at[slot])
                     plgpu.wgmma_wait(1)  # the product before this one is done
 
                     @pl.when(k > 0)
                     def _():
                         plgpu.barrier_arrive(empty.at[lax.rem(first + k - 1, tile.stages)])
 
-                    if tile.lead:
-                        far = (t == 0) & (k == min(tile.lead, depth_steps - 1))
-                        pl.when((warpgroup == 0) & far)(lambda: plgpu.barrier_arrive(ahead))
-                    between(k)
-
-                lax.fori_loop(0, depth_steps, step, None)
+                lax.fori_loop(0, depth_steps, product, None)
                 result = acc_ref[...]
                 plgpu.barrier_arrive(empty.at[lax.rem(first + depth_steps - 1, tile.stages)])
                 return result
 
-            return pl.run_scoped(accumulate, plgpu.ACC((tile.own_rows, tile.columns), jnp.float32))
+            if has_side:
+                load_side(0)
+            acc = pl.run_scoped(accumulate, plgpu.ACC((tile.rows, tile.columns), jnp.float32))
+            for piece in range(tile.pieces):
+                if has_side:
+                    plgpu.barrier_wait(loaded)
+                else:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for c in range(0, tile.piece, SWIZZLED):
+                    part = own_smem.at[:, pl.ds(c, SWIZZLED)]
+                    side = (part[...],) if has_side else ()
+                    start = piece * tile.piece + c
+                    part[...] = epilogue(acc[:, start : start + SWIZZLED].astype(part.dtype), *side)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(own_smem, out_gmem.at[in_gmem(piece)])
+                if has_side and piece + 1 < tile.pieces:
+                    load_side(piece + 1)
 
-        def multiply_own(i, _):
-            t = i * WARPGROUPS + warpgroup
-            prefetch_all(nth(t), rounds[0])
-            finish_all(nth(t), products(t))
-
-        def multiply_shared(t, _):
-            finish_all(nth(t), products(t, lambda k: pl.when(k == 0)(lambda: prefetch_all(nth(t), rounds[0]))))
-
-        def multiply_overlapped(t, before):
-            apart = depth_steps // len(rounds)  # products from one round of pieces to the next
-            at, kept = before
-
-            def between(k):
-                for piece in range(tile.pieces):
-                    turn, slot = divmod(piece, tile.buffers)
-                    due = turn * apart + slot
-                    pl.when((t > 0) & (k == due))(functools.partial(finish, at, piece, kept))
-                    after = piece + tile.buffers  # what comes to the same place, or the first one of this tile
-                    if has_side and after < tile.pieces:
-                        pl.when((t > 0) & (k == due + tile.buffers))(functools.partial(prefetch, at, after))
-                    elif has_side:
-                        pl.when(k == due + tile.buffers)(functools.partial(prefetch, nth(t), slot))
-
-            return nth(t), products(t, between).astype(jnp.bfloat16)
-
-        if tile.lead:
-            pl.when((warpgroup == 1) & (cluster_tiles > 0))(lambda: plgpu.barrier_wait(ahead))
-        if tile.form == "overlapped":
-            nothing = plgpu.layout_cast(jnp.zeros((tile.own_rows, tile.columns), jnp.bfloat16), plgpu.Layout.WGMMA)
-            last = lax.fori_loop(0, cluster_tiles, multiply_overlapped, (nth(0), nothing))
-            pl.when(cluster_tiles > 0)(lambda: finish_all(*last))
-        elif tile.form == "cooperative":
-            lax.fori_loop(0, cluster_tiles, multiply_shared, None)
-        else:
-            own_tiles = lax.div(cluster_tiles - warpgroup + WARPGROUPS - 1, WARPGROUPS)
-            lax.fori_loop(0, own_tiles, multiply_own, None)
+        own_tiles = lax.div(cluster_tiles - warpgroup + WARPGROUPS - 1, WARPGROUPS)
+        lax.fori_loop(0, own_tiles, multiply_tile, None)
         plgpu.wait_smem_to_gmem(0)
 
 
