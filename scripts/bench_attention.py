@@ -1,4 +1,4 @@
-"""Attention speed on one GPU: our flash kernels, the banded XLA version, and cuDNN's token window as a ceiling.
+"""Attention speed on one GPU: our kernels, the banded XLA version, and cuDNN's token window as a ceiling.
 
     python scripts/bench_attention.py --shard fineweb_val_000000.bin --out attention.json
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from senano_jax.attention.banded import banded_attention
 from senano_jax.attention.flash import flash_attention
+from senano_jax.attention.hopper_flash import hopper_attention
 from senano_jax.attention.intervals import (
     BLOCK,
     END_OF_TEXT,
@@ -34,6 +35,7 @@ from senano_jax.errors import one_line_errors
 from senano_jax.files import expand_home
 from senano_jax.jax_settings import start_jax
 
+KERNELS = {"hopper": hopper_attention, "flash": flash_attention, "banded": banded_attention}
 COUNTED_TILE = 64  # rows and columns of the tiles whose FLOPs are counted
 MEAN_DOCUMENT = 720  # tokens, FineWeb's mean; the spread below is FineWeb's too
 DOCUMENT_SIGMA = 1.2
@@ -114,7 +116,7 @@ def main():
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--windows", type=int, nargs="+", default=[1, 7, 14], help="blocks of 128 tokens")
     parser.add_argument(
-        "--implementations", nargs="+", default=["flash", "cudnn", "banded"], choices=["flash", "cudnn", "banded"]
+        "--implementations", nargs="+", default=["hopper", "flash", "cudnn", "banded"], choices=[*KERNELS, "cudnn"]
     )
     parser.add_argument("--calls", type=int, default=8, help="length of a chain")
     parser.add_argument("--repetitions", type=int, default=20)
@@ -139,15 +141,14 @@ def main():
                 attention = functools.partial(cudnn_window, scale=scale, window_blocks=window)
             else:
                 pairs = counted_pairs(np.asarray(window_intervals(starts, window).key_start))
-                kernel = {"flash": flash_attention, "banded": banded_attention}[implementation]
-                attention = functools.partial(_with_scale, kernel, scale)
+                attention = functools.partial(_with_scale, KERNELS[implementation], scale)
             intervals = jax.jit(window_intervals)(starts, window)
             try:
                 milliseconds = [
                     _measure(attention, (q, k, v, intervals), args),
                     _measure(forward_and_backward(attention), (q, k, v, intervals, dout), args),
                 ]
-            except Exception as error:  # out of memory, no cuDNN: the other rows still count
+            except Exception as error:  # out of memory, no cuDNN, no Hopper: the other rows still count
                 print(f"{implementation:>14} {window:>3} failed: {str(error).splitlines()[0][:120]}")
                 continue
             tflops = [flop * args.width * args.heads * pairs / ms / 1e9 for flop, ms in zip((4, 14), milliseconds)]

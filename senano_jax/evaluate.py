@@ -49,7 +49,7 @@ class Arguments:
     step, or at the end of the run for a PyTorch checkpoint."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the activations and of the embedding table."""
-    attention: Literal["auto", "flash", "banded", "dense"] = "auto"
+    attention: Literal["auto", "hopper", "flash", "banded", "dense"] = "auto"
     """Implementation of attention."""
     devices: int | None = None
     """Devices to use; all by default."""

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from oracles import norm, rotary
 
-from senano_jax.model.heads import Launch, Launches, prepare_heads
+from senano_jax.kernels.triton import HeadLaunch, HeadLaunches
+from senano_jax.model.heads import prepare_heads
 from senano_jax.model.rotary import rotary_tables
 
 # Different shapes of program for the two directions, both smaller than the default's.
-SMALL = Launches(forward=Launch(tokens=8, heads=2, warps=4), backward=Launch(tokens=32, heads=3, warps=4))
+SMALL = HeadLaunches(forward=HeadLaunch(tokens=8, heads=2, warps=4), backward=HeadLaunch(tokens=32, heads=3, warps=4))
 NAMES = ("q", "k", "v", "dqkv", "dfirst_v", "dvalue_residual")
 
 
@@ -24,7 +25,7 @@ def random_inputs(seed, batch, length, heads, width, mixed=True, dtype=jnp.float
     return qkv, first_v if mixed else None, jnp.float32(0.3), tuple(gradients)
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "launches", "interpret"))
+@functools.partial(jax.jit, static_argnames=("implementation", "launches", "interpret", "offsets_keys"))
 def value_and_gradients(qkv, first_v, value_residual, gradients, implementation, **options):
     """By name: q, k, v and the gradients of qkv, of value_residual and, if there is one, of first_v."""
     _, length, heads, width = gradients[0].shape
@@ -76,6 +77,20 @@ def test_fused_is_plain(batch, length, heads, width, mixed, options):
     assert errors.pop("dvalue_residual", 0) < 1e-5  # a sum whose terms cancel
     assert max(errors.values()) < 1e-6, errors
     assert set(NAMES) - results.keys() == (set() if mixed else {"dfirst_v"})
+
+
+@pytest.mark.parametrize("options", [{}, {"launches": SMALL}])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_fused_keys_with_dimensions_of_the_key_before(mixed, options):
+    """Over the borders of programs, at both ends of two sequences."""
+    inputs = random_inputs(8, 2, 64, 6, 32, mixed)
+    results = value_and_gradients(*inputs, "fused", offsets_keys=True, **options)
+    references = value_and_gradients(*inputs, "plain", offsets_keys=True)
+    errors = relative_errors(results, references)
+    assert errors.pop("dvalue_residual", 0) < 1e-5
+    assert max(errors.values()) < 1e-6, errors
+    without = relative_errors(value_and_gradients(*inputs, "plain"), references)
+    assert min(without["k"], without["dqkv"]) > 0.1
 
 
 def test_bfloat16_is_rounded_once():
@@ -144,29 +159,35 @@ def test_fused_refuses_what_it_cannot_do(length, width):
         prepare_heads(qkv, first_v, value_residual, rotary_tables(length, width), 1, "fused")
 
 
+@pytest.mark.parametrize("offsets_keys", [True, False])
 @pytest.mark.parametrize("mixed", [True, False])
 @pytest.mark.parametrize(("batch", "length", "heads"), [(1, 24_576, 6), (2, 24_576, 6), (1, 131_072, 6), (1, 1024, 1)])
-def test_lowers_for_cuda(batch, length, heads, mixed):
+def test_lowers_for_cuda(batch, length, heads, mixed, offsets_keys):
     """The kernels pass through Pallas into Triton's language; no GPU takes part."""
     if jax.__version_info__ >= (0, 11):
         pytest.skip("from 0.11 Pallas asks a real device for its architecture")
     qkv = jax.ShapeDtypeStruct((batch, length, 3 * heads * 128), jnp.bfloat16)
     part = jax.ShapeDtypeStruct((batch, length, heads, 128), jnp.bfloat16)
     weight = jax.ShapeDtypeStruct((), jnp.float32)
-    traced = value_and_gradients.trace(qkv, part if mixed else None, weight, (part,) * 3, "fused", interpret=False)
+    inputs = qkv, part if mixed else None, weight, (part,) * 3
+    traced = value_and_gradients.trace(*inputs, "fused", interpret=False, offsets_keys=offsets_keys)
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("__gpu$xla.gpu.triton") == 2
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("offsets_keys", [True, False])
 @pytest.mark.parametrize("mixed", [True, False])
 @pytest.mark.parametrize(("heads", "width"), [(6, 128), (1, 16)])
-def test_on_gpu(heads, width, mixed):
+def test_on_gpu(heads, width, mixed, offsets_keys):
     """In bfloat16 against plain float32, and the same bits every time."""
     inputs = random_inputs(7, 2, 4096, heads, width, mixed, jnp.bfloat16)
-    exact = value_and_gradients(*jax.tree.map(lambda x: x.astype(jnp.float32), inputs), "plain")
-    results = value_and_gradients(*inputs, "auto")
+    exact = value_and_gradients(
+        *jax.tree.map(lambda x: x.astype(jnp.float32), inputs), "plain", offsets_keys=offsets_keys
+    )
+    results = value_and_gradients(*inputs, "auto", offsets_keys=offsets_keys)
     errors = relative_errors(results, exact)
     assert max(errors.values()) < 2**-9, errors
     assert errors["dvalue_residual"] < 1e-3
     for _ in range(3):
-        jax.tree.map(np.testing.assert_array_equal, value_and_gradients(*inputs, "fused"), results)
+        again = value_and_gradients(*inputs, "fused", offsets_keys=offsets_keys)
+        jax.tree.map(np.testing.assert_array_equal, again, results)

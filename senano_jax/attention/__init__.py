@@ -4,16 +4,18 @@ from typing import Literal
 
 from jaxtyping import Array, Float
 
+from senano_jax.attention import hopper_flash
 from senano_jax.attention.banded import banded_attention
 from senano_jax.attention.dense import dense_attention
 from senano_jax.attention.flash import flash_attention
 from senano_jax.attention.intervals import BLOCK, END_OF_TEXT, Intervals, document_start, window_intervals
+from senano_jax.errors import UserError
 from senano_jax.kernels import triton
 from senano_jax.kernels.choice import on_gpu
 
 __all__ = ["BLOCK", "END_OF_TEXT", "Intervals", "attend", "document_start", "window_intervals"]
 
-Implementation = Literal["auto", "flash", "banded", "dense"]
+Implementation = Literal["auto", "hopper", "flash", "banded", "dense"]
 
 
 def attend(
@@ -27,8 +29,9 @@ def attend(
     """softmax(scale * q k^T) v, in which query i sees the keys intervals.key_start[i] <= j <= i.
 
     Scores, softmax and sums are float32 whatever the type of q, k and v; the result has q's type. T is a multiple of
-    128, ValueError otherwise. `dense` needs O(T^2) memory and is the reference for the others; `auto` takes the fastest
-    one that runs.
+    128, ValueError otherwise. `dense` needs O(T^2) memory and is the reference for the others; `hopper` needs a Hopper
+    GPU, bfloat16 and heads of 64 or 128, UserError otherwise; `auto` takes the fastest one that runs, but never
+    `hopper`, which has not been timed yet.
     """
     if q.shape[1] % BLOCK:
         raise ValueError(
@@ -36,5 +39,13 @@ def attend(
         )
     if implementation == "auto":
         implementation = "flash" if on_gpu() and triton.fits(q.shape[-1]) else "banded"
+    if implementation == "hopper":
+        if not hopper_flash.runs_here():
+            raise UserError("attention hopper needs a Hopper GPU and JAX 0.11; use flash, or banded without a GPU")
+        if not hopper_flash.fits(q.shape[1], q.shape[3], q.dtype):
+            raise UserError(
+                f"attention hopper takes bfloat16 heads 64 or 128 wide, not {q.dtype} of {q.shape[3]}; use flash"
+            )
+        return hopper_flash.hopper_attention(q, k, v, intervals, scale)
     attention = {"flash": flash_attention, "banded": banded_attention, "dense": dense_attention}[implementation]
     return attention(q, k, v, intervals, scale)

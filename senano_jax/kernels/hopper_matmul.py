@@ -3,13 +3,12 @@
 cuBLAS has no such function for relu(x)^2, so XLA would read and write the result once more.
 
 A third warpgroup loads what the other two multiply. These take turns: while one applies the function to its tile and
-stores it, the other one multiplies for the next tile. A cluster of two blocks works on tiles side by side, so that one
-load of the left operand serves both.
+stores it, the other one multiplies for the next tile. A cluster of two blocks works on tiles side by side or one above
+the other, so that one load of the operand that they share serves both.
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -18,24 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-WARPGROUPS = 2  # that multiply
-CLUSTER = 2  # blocks that share the left operand's tiles
-SWIZZLE = 128  # bytes
-SWIZZLED = SWIZZLE // 2  # bfloat16 numbers
+from senano_jax.kernels.hopper_tile import CLUSTER, SWIZZLE, SWIZZLED, WARPGROUPS, Tile, tile_for
 
-
-@dataclass(frozen=True)
-class Tile:
-    """How a product is cut up: sizes in elements of the block that one cluster works on."""
-
-    rows: int = 128
-    columns: int = 128
-    depth: int = 64
-    stages: int = 5  # of loads in flight
-    group: int = 8  # rows of tiles that clusters go through together, so that both operands stay in the L2 cache
-
-
-DEFAULT_TILE = Tile()
 FIRST_JAX = (0, 11)  # before it, Mosaic GPU had no square root, which the gradient of relu(x)^2 takes
 
 
@@ -46,14 +29,9 @@ def runs_here() -> bool:
     return jax.local_devices()[0].compute_capability == "9.0"
 
 
-def fits(rows: int, depth: int, columns: int, dtype, tile: Tile = DEFAULT_TILE) -> bool:
+def fits(rows: int, depth: int, columns: int, dtype) -> bool:
     """Whether the kernel takes [rows, depth] x [depth, columns] of this dtype."""
-    return (
-        dtype == jnp.bfloat16
-        and rows % tile.rows == 0
-        and columns % (CLUSTER * tile.columns) == 0
-        and depth % tile.depth == 0
-    )
+    return dtype == jnp.bfloat16 and tile_for(rows, depth, columns) is not None
 
 
 @functools.partial(jax.jit, static_argnames=("epilogue", "tile"))  # lowered once for all layers
@@ -62,17 +40,18 @@ def matmul(
     b_KN: Float[Array, "K N"],
     epilogue: Callable[..., jax.Array],
     side_MN: Float[Array, "M N"] | None = None,
-    tile: Tile = DEFAULT_TILE,
+    tile: Tile | None = None,
 ) -> Float[Array, "M N"]:
-    """epilogue(a b) or epilogue(a b, side); `epilogue` takes and returns bfloat16."""
+    """epilogue(a b) or epilogue(a b, side); `epilogue` takes and returns bfloat16. Without a tile, that of tile_for."""
     (rows, depth), columns = a_MK.shape, b_KN.shape[1]
-    if not fits(rows, depth, columns, a_MK.dtype, tile):
+    tile = tile or tile_for(rows, depth, columns)
+    if a_MK.dtype != jnp.bfloat16 or tile is None or not tile.divides(rows, depth, columns):
         raise ValueError(f"no kernel for a product of {a_MK.shape} and {b_KN.shape} in {a_MK.dtype}")
     swizzled = (plgpu.TilingTransform((8, SWIZZLED)), plgpu.SwizzleTransform(SWIZZLE))
     scratch = {
         "a_smem": plgpu.SMEM((tile.stages, tile.rows, tile.depth), a_MK.dtype, transforms=swizzled),
         "b_smem": plgpu.SMEM((tile.stages, tile.depth, tile.columns), a_MK.dtype, transforms=swizzled),
-        "tile_smem": plgpu.SMEM((WARPGROUPS, tile.rows, tile.columns), a_MK.dtype, transforms=swizzled),
+        "piece_smem": plgpu.SMEM((WARPGROUPS, tile.rows, tile.piece), a_MK.dtype, transforms=swizzled),
         # Each warpgroup waits for its own loads only, so that it sees every phase of its barriers.
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS * tile.stages),
         "empty": plgpu.ClusterBarrier(collective_axes=("block",), num_barriers=tile.stages),
@@ -94,27 +73,36 @@ def matmul(
 
 
 def _kernel(
-    a_gmem, b_gmem, *refs, a_smem, b_smem, tile_smem, full, empty, side_full, epilogue, tile: Tile, has_side: bool
+    a_gmem, b_gmem, *refs, a_smem, b_smem, piece_smem, full, empty, side_full, epilogue, tile: Tile, has_side: bool
 ):
     side_gmem, out_gmem = refs if has_side else (None, *refs)
     warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
     cluster, clusters = lax.axis_index("cluster"), lax.axis_size("cluster")
-    row_tiles = a_gmem.shape[0] // tile.rows
-    column_tiles = b_gmem.shape[1] // (CLUSTER * tile.columns)
+    row_tiles = a_gmem.shape[0] // tile.cluster_rows
+    column_tiles = b_gmem.shape[1] // tile.cluster_columns
     depth_steps = a_gmem.shape[1] // tile.depth
-    own_tiles = lax.div(row_tiles * column_tiles - cluster + clusters - 1, clusters)
+    cluster_tiles = lax.div(row_tiles * column_tiles - cluster + clusters - 1, clusters)
 
-    def place(t):
-        """Rows and columns of the block's t-th tile."""
-        row, column = _grouped(cluster + t * clusters, row_tiles, column_tiles, tile.group)
-        return pl.ds(row * tile.rows, tile.rows), pl.ds((column * CLUSTER + block) * tile.columns, tile.columns)
+    def nth(t):
+        """The cluster's t-th tile: which one of the rows of tiles, and of the columns."""
+        return _grouped(cluster + t * clusters, row_tiles, column_tiles, tile.group)
+
+    def place(at):
+        """First row and first column of the block's part of a tile."""
+        row, column = at[0] * tile.cluster_rows, at[1] * tile.cluster_columns
+        return (row, column + block * tile.columns) if tile.shared == "a" else (row + block * tile.rows, column)
+
+    def full_barrier(t, slot):
+        return full.at[lax.rem(t, WARPGROUPS) * tile.stages + slot]
 
     @pl.when(warpgroup == WARPGROUPS)
     def load():
         plgpu.set_max_registers(40, action="decrease")
+        a_axes, b_axes = ("block", None) if tile.shared == "a" else (None, "block")
 
         def load_tile(t, _):
-            rows, columns = place(t)
+            row, column = place(nth(t))
+            rows, columns = pl.ds(row, tile.rows), pl.ds(column, tile.columns)
 
             def load_step(k, _):
                 step = t * depth_steps + k
@@ -124,41 +112,46 @@ def _kernel(
                 def _():
                     plgpu.barrier_wait(empty.at[slot])
 
-                loaded = full.at[lax.rem(t, WARPGROUPS) * tile.stages + slot]
+                loaded = full_barrier(t, slot)
                 depth = pl.ds(k * tile.depth, tile.depth)
-                plgpu.copy_gmem_to_smem(a_gmem.at[rows, depth], a_smem.at[slot], loaded, collective_axes="block")
-                plgpu.copy_gmem_to_smem(b_gmem.at[depth, columns], b_smem.at[slot], loaded)
+                plgpu.copy_gmem_to_smem(a_gmem.at[rows, depth], a_smem.at[slot], loaded, collective_axes=a_axes)
+                plgpu.copy_gmem_to_smem(b_gmem.at[depth, columns], b_smem.at[slot], loaded, collective_axes=b_axes)
 
             lax.fori_loop(0, depth_steps, load_step, None)
 
-        lax.fori_loop(0, own_tiles, load_tile, None)
+        lax.fori_loop(0, cluster_tiles, load_tile, None)
 
         # Neither block of a cluster may end while the other one still signals to it. A barrier that no load used gets
         # no signal.
         def drain(step, _):
             plgpu.barrier_wait(empty.at[lax.rem(step, tile.stages)])
 
-        steps = own_tiles * depth_steps
+        steps = cluster_tiles * depth_steps
         lax.fori_loop(lax.max(steps - tile.stages, 0), steps, drain, None)
 
     @pl.when(warpgroup < WARPGROUPS)
     def multiply():
         plgpu.set_max_registers(232, action="increase")
-        own_tile = tile_smem.at[warpgroup]
+        own_smem, loaded = piece_smem.at[warpgroup], side_full.at[warpgroup]
 
         def multiply_tile(i, _):
             t = i * WARPGROUPS + warpgroup
             first = t * depth_steps
-            in_gmem = place(t)
+            at = nth(t)
 
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile has left shared memory
-            if has_side:
-                plgpu.copy_gmem_to_smem(side_gmem.at[in_gmem], own_tile, side_full.at[warpgroup])
+            def in_gmem(piece):
+                row, column = place(at)
+                return pl.ds(row, tile.rows), pl.ds(column + piece * tile.piece, tile.piece)
+
+            def load_side(piece):
+                """To where the result will be."""
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last piece has left shared memory
+                plgpu.copy_gmem_to_smem(side_gmem.at[in_gmem(piece)], own_smem, loaded)
 
             def accumulate(acc_ref):
                 def product(k, _):
                     slot = lax.rem(first + k, tile.stages)
-                    plgpu.barrier_wait(full.at[warpgroup * tile.stages + slot])
+                    plgpu.barrier_wait(full_barrier(t, slot))
                     plgpu.wgmma(acc_ref, a_smem.at[slot], b_smem.at[slot])
                     plgpu.wgmma_wait(1)  # the product before this one is done
 
@@ -171,23 +164,32 @@ def _kernel(
                 plgpu.barrier_arrive(empty.at[lax.rem(first + depth_steps - 1, tile.stages)])
                 return result
 
-            acc = pl.run_scoped(accumulate, plgpu.ACC((tile.rows, tile.columns), jnp.float32))
             if has_side:
-                plgpu.barrier_wait(side_full.at[warpgroup])
-            for c in range(0, tile.columns, SWIZZLED):
-                part = own_tile.at[:, pl.ds(c, SWIZZLED)]
-                side = (part[...],) if has_side else ()
-                part[...] = epilogue(acc[:, c : c + SWIZZLED].astype(part.dtype), *side)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(own_tile, out_gmem.at[in_gmem])
+                load_side(0)
+            acc = pl.run_scoped(accumulate, plgpu.ACC((tile.rows, tile.columns), jnp.float32))
+            for piece in range(tile.pieces):
+                if has_side:
+                    plgpu.barrier_wait(loaded)
+                else:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for c in range(0, tile.piece, SWIZZLED):
+                    part = own_smem.at[:, pl.ds(c, SWIZZLED)]
+                    side = (part[...],) if has_side else ()
+                    start = piece * tile.piece + c
+                    part[...] = epilogue(acc[:, start : start + SWIZZLED].astype(part.dtype), *side)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(own_smem, out_gmem.at[in_gmem(piece)])
+                if has_side and piece + 1 < tile.pieces:
+                    load_side(piece + 1)
 
-        lax.fori_loop(0, lax.div(own_tiles - warpgroup + WARPGROUPS - 1, WARPGROUPS), multiply_tile, None)
+        own_tiles = lax.div(cluster_tiles - warpgroup + WARPGROUPS - 1, WARPGROUPS)
+        lax.fori_loop(0, own_tiles, multiply_tile, None)
         plgpu.wait_smem_to_gmem(0)
 
 
 def _grouped(i, rows: int, columns: int, group: int):
     """The i-th tile of an order that finishes `group` rows of tiles, column by column, before the next ones."""
     first = lax.div(i, group * columns) * group
-    size = lax.min(rows - first, group)
+    size = lax.min(rows - first, group) if rows % group else group  # to divide by a constant takes less time
     i -= first * columns
     return first + lax.rem(i, size), lax.div(i, size)

@@ -35,6 +35,24 @@ class RowLaunch:
     stages: int = 1
 
 
+@dataclass(frozen=True)
+class HeadLaunch:
+    """A launch whose programs own some heads of some tokens."""
+
+    tokens: int  # of a program
+    heads: int  # of a program, for all of which it reads tables once; fewer if this does not divide the model's
+    warps: int  # of 32 threads
+    stages: int = 1  # nothing to pipeline: other programs on the multiprocessor hide the loads
+
+
+@dataclass(frozen=True)
+class HeadLaunches:
+    """Of a kernel and of that of its gradients."""
+
+    forward: HeadLaunch
+    backward: HeadLaunch
+
+
 def call(kernel, *, name, grid, in_specs, out_specs, out_shape, launch: Launch, interpret: bool):
     """`pallas_call` for Triton, with the warps and stages of `launch`."""
     return pl.pallas_call(

@@ -8,7 +8,6 @@ Names end in their dimensions: R the tokens of a program, E the halves of a head
 
 import functools
 import math
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -18,31 +17,18 @@ from jaxtyping import Array, Float
 
 from senano_jax.kernels import triton
 from senano_jax.kernels.choice import Implementation, on_gpu, takes_fused
+from senano_jax.kernels.triton import HeadLaunch, HeadLaunches
 from senano_jax.model.elementwise import NORM_EPSILON, norm, weighted_sum
-from senano_jax.model.rotary import rotate
+from senano_jax.model.pieces.key_offset import offset_keys
+from senano_jax.model.rotary import rotate, turning_pairs
 
+STATIC = ("num_heads", "offsets_keys", "launch", "interpret")
 RotaryTables = tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel's share of the work and how Triton compiles it."""
-
-    tokens: int  # of a program
-    heads: int  # of a program, for all of which it reads the tables once; fewer if this does not divide the model's
-    warps: int  # of 32 threads
-    stages: int = 1  # nothing to pipeline: other programs on the multiprocessor hide the loads
-
-
-@dataclass(frozen=True)
-class Launches:
-    """Of both kernels."""
-
-    forward: Launch
-    backward: Launch
-
-
-DEFAULT_LAUNCHES = Launches(forward=Launch(tokens=16, heads=3, warps=4), backward=Launch(tokens=4, heads=6, warps=1))
+DEFAULT_LAUNCHES = HeadLaunches(
+    forward=HeadLaunch(tokens=16, heads=3, warps=4), backward=HeadLaunch(tokens=4, heads=6, warps=1)
+)
 
 
 def prepare_heads(
@@ -53,13 +39,15 @@ def prepare_heads(
     num_heads: int,
     implementation: Implementation = "auto",
     *,
-    launches: Launches = DEFAULT_LAUNCHES,
+    offsets_keys: bool = False,
+    launches: HeadLaunches = DEFAULT_LAUNCHES,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"], Float[Array, "B T H K"]]:
     """Queries and keys, normalised and turned by their positions, and values mixed with those of the first layer.
 
     With value_residual w, values are (1 - w) v + w first_v. Without `first_v` they are v itself: the first layer finds
-    here what later layers take as `first_v`.
+    here what later layers take as `first_v`. `offsets_keys` gives keys those dimensions of the key before them that
+    carry no position (pieces/key_offset.py).
 
     `fused` runs two Pallas kernels for NVIDIA GPUs, which round once where `plain` rounds q and k after each step, and
     which give the rotary tables no gradient. It takes lengths that are multiples of its tokens per program and heads
@@ -69,33 +57,34 @@ def prepare_heads(
     length, width = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
     fits = triton.fits(width) and length % launches.forward.tokens == 0 and length % launches.backward.tokens == 0
     if not takes_fused(implementation, on_gpu(), fits, f"a length of {length} and heads of {width}"):
-        return _plain(qkv, first_v, value_residual, rotary, num_heads)
+        return _plain(qkv, first_v, value_residual, rotary, num_heads, offsets_keys)
     interpret = not on_gpu() if interpret is None else interpret
-    return _fused(qkv, first_v, value_residual, rotary, num_heads, launches, interpret)
+    return _fused(qkv, first_v, value_residual, rotary, num_heads, offsets_keys, launches, interpret)
 
 
-def _plain(qkv, first_v, value_residual, rotary, num_heads):
+def _plain(qkv, first_v, value_residual, rotary, num_heads, offsets_keys):
     # A split's gradient is one concatenation, where that of slices would be three padded sums.
     heads = (*qkv.shape[:2], num_heads, -1)
     q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
     if first_v is not None:
         v = weighted_sum((1 - value_residual, v), (value_residual, first_v), dtype=v.dtype)
-    return rotate(norm(q), rotary), rotate(norm(k), rotary), v
+    q, k = (rotate(norm(x), rotary) for x in (q, k))
+    return q, offset_keys(k) if offsets_keys else k, v
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _fused(qkv, first_v, value_residual, rotary, num_heads, launches, interpret):
-    return forward(qkv, first_v, value_residual, rotary, num_heads, launches.forward, interpret)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _fused(qkv, first_v, value_residual, rotary, num_heads, offsets_keys, launches, interpret):
+    return forward(qkv, first_v, value_residual, rotary, num_heads, offsets_keys, launches.forward, interpret)
 
 
-def _fused_fwd(qkv, first_v, value_residual, rotary, num_heads, launches, interpret):
-    out = forward(qkv, first_v, value_residual, rotary, num_heads, launches.forward, interpret)
+def _fused_fwd(qkv, first_v, value_residual, rotary, num_heads, offsets_keys, launches, interpret):
+    out = forward(qkv, first_v, value_residual, rotary, num_heads, offsets_keys, launches.forward, interpret)
     return out, (qkv, first_v, value_residual, rotary)
 
 
-def _fused_bwd(num_heads, launches, interpret, residuals, gradients):
+def _fused_bwd(num_heads, offsets_keys, launches, interpret, residuals, gradients):
     _, first_v, value_residual, _ = residuals
-    d_qkv, d_value_residual = backward(*residuals, *gradients, num_heads, launches.backward, interpret)
+    d_qkv, d_value_residual = backward(*residuals, *gradients, num_heads, offsets_keys, launches.backward, interpret)
     # Left to XLA, which adds those of all layers in one pass.
     d_first_v = None if first_v is None else weighted_sum((value_residual, gradients[2]), dtype=first_v.dtype)
     return d_qkv, d_first_v, d_value_residual, None  # the tables are constants
@@ -107,42 +96,49 @@ _fused.defvjp(_fused_fwd, _fused_bwd)
 # --- launches: one program a group of heads, block of tokens and sequence ---
 
 
-@functools.partial(jax.jit, static_argnames=("num_heads", "launch", "interpret"))  # lowered once for all layers
-def forward(qkv, first_v, value_residual, rotary, num_heads: int, launch: Launch, interpret: bool):
+@functools.partial(jax.jit, static_argnames=STATIC)  # lowered once for all layers
+def forward(
+    qkv, first_v, value_residual, rotary, num_heads: int, offsets_keys: bool, launch: HeadLaunch, interpret: bool
+):
     """q, k and v, each [B, T, H, K]."""
     qkv = _apart(qkv, num_heads)
     grid, scalar, table, part, all_parts, _ = _blocks(qkv.shape, launch)
     mixed = first_v is not None
     heads = jax.ShapeDtypeStruct((*qkv.shape[:2], *qkv.shape[3:]), qkv.dtype)
     return triton.call(
-        functools.partial(_forward_kernel, mixed=mixed),
+        functools.partial(_forward_kernel, mixed=mixed, offsets_keys=offsets_keys),
         name="heads_forward",
         grid=grid,
-        in_specs=[table, table, all_parts] + [part, scalar] * mixed,
+        in_specs=[table, table, all_parts] + [part, scalar] * mixed + [_whole(all_parts, qkv)] * offsets_keys,
         out_specs=[part, part, part],
         out_shape=[heads, heads, heads],
         launch=launch,
         interpret=interpret,
-    )(*rotary, qkv, *([first_v, value_residual.reshape(1)] if mixed else []))
+    )(*rotary, qkv, *([first_v, value_residual.reshape(1)] if mixed else []), *[qkv] * offsets_keys)
 
 
-@functools.partial(jax.jit, static_argnames=("num_heads", "launch", "interpret"))  # lowered once for all layers
-def backward(qkv, first_v, value_residual, rotary, dq, dk, dv, num_heads: int, launch: Launch, interpret: bool):
+@functools.partial(jax.jit, static_argnames=STATIC)  # lowered once for all layers
+def backward(
+    qkv, first_v, value_residual, rotary, dq, dk, dv, num_heads: int, offsets_keys: bool, launch: HeadLaunch,
+    interpret: bool,
+):  # fmt: skip
     """Gradients of qkv and value_residual; the latter is None without first_v."""
     shape, qkv = qkv.shape, _apart(qkv, num_heads)
     grid, scalar, table, part, all_parts, partial_sum = _blocks(qkv.shape, launch)
     mixed = first_v is not None
     partial_sums = jax.ShapeDtypeStruct(grid, jnp.float32)
     dqkv, *rest = triton.call(
-        functools.partial(_backward_kernel, mixed=mixed),
+        functools.partial(_backward_kernel, mixed=mixed, offsets_keys=offsets_keys),
         name="heads_backward",
         grid=grid,
-        in_specs=[table, table, all_parts, part, part, part] + [part, scalar] * mixed,
+        in_specs=[table, table, all_parts, part, part, part]
+        + [part, scalar] * mixed
+        + [_whole(part, dk)] * offsets_keys,
         out_specs=[all_parts] + [partial_sum] * mixed,
         out_shape=[jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)] + [partial_sums] * mixed,
         launch=launch,
         interpret=interpret,
-    )(*rotary, qkv, dq, dk, dv, *([first_v, value_residual.reshape(1)] if mixed else []))
+    )(*rotary, qkv, dq, dk, dv, *([first_v, value_residual.reshape(1)] if mixed else []), *[dk] * offsets_keys)
     return dqkv.reshape(shape), jnp.sum(rest[0]) if mixed else None
 
 
@@ -150,7 +146,7 @@ def _apart(qkv, num_heads: int):
     return qkv.reshape(*qkv.shape[:2], 3, num_heads, -1)
 
 
-def _blocks(shape, launch: Launch):
+def _blocks(shape, launch: HeadLaunch):
     """The grid, and what program (heads, tokens, sequence) sees of a scalar, a table, one of q, k and v, all three,
     and an array of one number a program."""
     batch, length, _, num_heads, width = shape
@@ -165,31 +161,48 @@ def _blocks(shape, launch: Launch):
     )
 
 
+def _whole(part: pl.BlockSpec, x) -> pl.BlockSpec:
+    """A part's heads, of all tokens of its sequence: `x` is [B, T, ...]."""
+    _, _, *rest = part.block_shape
+    return pl.BlockSpec((None, x.shape[1], *rest), lambda h, t, b: (b, 0, *part.index_map(h, 0, b)[2:]))
+
+
 # --- kernels ---
 
 
-def _forward_kernel(cos_ref, sin_ref, qkv_ref, *refs, mixed: bool):
-    first_v_ref, weight_ref, q_ref, k_ref, v_ref = refs if mixed else (None, None, *refs)
+def _forward_kernel(cos_ref, sin_ref, qkv_ref, *refs, mixed: bool, offsets_keys: bool):
+    *refs, q_ref, k_ref, v_ref = refs
+    first_v_ref, weight_ref = refs[:2] if mixed else (None, None)
+    whole_qkv_ref = refs[-1] if offsets_keys else None
     cos_RE, sin_RE = cos_ref[...], sin_ref[...]
     w = weight_ref[0] if mixed else None
+    token_R = _tokens(k_ref) if offsets_keys else None
 
     def prepare(h, carry):
         # All loads come before the stores, which the compiler may not move them across.
         q, k, v = (_halves(qkv_ref, part, h) for part in range(3))
         if mixed:
             v = [(1 - w) * own_RE + w * first_RE for own_RE, first_RE in zip(v, _halves(first_v_ref, h))]
+        if offsets_keys:  # the first token keeps its own
+            before = _halves(whole_qkv_ref, 1, h, tokens=jnp.maximum(token_R - 1, 0))
         _store(q_ref, _turned(*_normalised(*q), cos_RE, sin_RE), h)
-        _store(k_ref, _turned(*_normalised(*k), cos_RE, sin_RE), h)
+        k = _turned(*_normalised(*k), cos_RE, sin_RE)
+        if offsets_keys:
+            k = [jnp.where(_rests(own_RE), before_RE, own_RE) for own_RE, before_RE in zip(k, _normalised(*before))]
+        _store(k_ref, k, h)
         _store(v_ref, v, h)
         return carry
 
     lax.fori_loop(0, q_ref.shape[1], prepare, None)
 
 
-def _backward_kernel(cos_ref, sin_ref, qkv_ref, dq_ref, dk_ref, dv_ref, *refs, mixed: bool):
-    first_v_ref, weight_ref, dqkv_ref, dw_ref = refs if mixed else (None, None, *refs, None)
+def _backward_kernel(cos_ref, sin_ref, qkv_ref, dq_ref, dk_ref, dv_ref, *refs, mixed: bool, offsets_keys: bool):
+    first_v_ref, weight_ref = refs[:2] if mixed else (None, None)
+    whole_dk_ref = refs[2 * mixed] if offsets_keys else None
+    dqkv_ref, dw_ref = refs[-2:] if mixed else (refs[-1], None)
     cos_RE, sin_RE = cos_ref[...], sin_ref[...]
     w = weight_ref[0] if mixed else None
+    token_R = _tokens(dk_ref) if offsets_keys else None
 
     def pull_back(h, dw_RE):
         q, k = (_halves(qkv_ref, part, h) for part in range(2))
@@ -198,6 +211,18 @@ def _backward_kernel(cos_ref, sin_ref, qkv_ref, dq_ref, dk_ref, dv_ref, *refs, m
             for dv_RE, own_RE, first_RE in zip(dv, _halves(qkv_ref, 2, h), _halves(first_v_ref, h)):
                 dw_RE += dv_RE * (first_RE - own_RE)
             dv = [(1 - w) * dv_RE for dv_RE in dv]
+        if offsets_keys:  # what rests went to the next key, and the first token's to its own as well
+            last = whole_dk_ref.shape[0] - 1
+            after = _halves(whole_dk_ref, h, tokens=jnp.minimum(token_R + 1, last))
+            followed_R1, first_R1 = (token_R < last)[:, None], (token_R == 0)[:, None]
+            dk = [
+                jnp.where(
+                    _rests(own_RE),
+                    jnp.where(followed_R1, after_RE, 0.0) + jnp.where(first_R1, own_RE, 0.0),
+                    own_RE,
+                )
+                for own_RE, after_RE in zip(dk, after)
+            ]
         # A rotation's transpose turns the other way.
         _store(dqkv_ref, _normalised_gradient(*q, *_turned(*dq, cos_RE, -sin_RE)), 0, h)
         _store(dqkv_ref, _normalised_gradient(*k, *_turned(*dk, cos_RE, -sin_RE)), 1, h)
@@ -209,10 +234,20 @@ def _backward_kernel(cos_ref, sin_ref, qkv_ref, dq_ref, dk_ref, dv_ref, *refs, m
         dw_ref[0] = jnp.sum(dw_RE)
 
 
-def _halves(ref, *head):
+def _tokens(ref):
+    """int32 [R]: the places in their sequence of the tokens that `ref`, a part, holds."""
+    return pl.program_id(1) * ref.shape[0] + jnp.arange(ref.shape[0], dtype=jnp.int32)
+
+
+def _rests(x_RE):
+    """Which numbers of a half carry no position."""
+    return jnp.broadcast_to(jnp.arange(x_RE.shape[1])[None, :] >= turning_pairs(2 * x_RE.shape[1]), x_RE.shape)
+
+
+def _halves(ref, *head, tokens=slice(None)):
     """The float32 [R, E] halves of one head: a pair (j, K/2 + j) lies at one place, so in one thread."""
     half = ref.shape[-1] // 2
-    return ref[:, *head, :half].astype(jnp.float32), ref[:, *head, half:].astype(jnp.float32)
+    return ref[tokens, *head, :half].astype(jnp.float32), ref[tokens, *head, half:].astype(jnp.float32)
 
 
 def _store(ref, halves, *head):

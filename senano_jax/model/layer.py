@@ -15,7 +15,6 @@ from senano_jax.model.context import Context
 from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.heads import prepare_heads
 from senano_jax.model.pieces import pieces_of
-from senano_jax.model.pieces.key_offset import offset_keys
 from senano_jax.model.pieces.paired_heads import columns_by_slot, in_slots
 from senano_jax.model.pieces.query_gains import with_gains
 from senano_jax.model.schedule import Weighted
@@ -68,9 +67,10 @@ class Attention(nn.Module):
             other_v_BTHK, x0_v_BTHK = (None if v is None else in_slots(v) for v in (other_v_BTHK, x0_v_BTHK))
         else:
             qkv_BTE = x_BTD @ jnp.swapaxes(qkv_3DD, 0, 1).reshape(D, 3 * D)
+        offsets_keys = c.offsets_keys(self.layer)
         if c.value_embeddings:
             lambdas = self.param("value_lambdas", nn.initializers.constant(0.5), (2,))
-            q, k, v = prepare_heads(qkv_BTE, None, jnp.float32(0), rotary, heads)
+            q, k, v = prepare_heads(qkv_BTE, None, jnp.float32(0), rotary, heads, offsets_keys=offsets_keys)
             others = [(lambdas[0], x0_v_BTHK), (lambdas[1], other_v_BTHK)]
             others = [(share, other) for share, other in others if other is not None]
             v = weighted_sum((lambdas[0], v), *others, dtype=v.dtype)
@@ -80,15 +80,13 @@ class Attention(nn.Module):
             value_residual = self.param("value_residual", nn.initializers.constant(0.5), shape)
             if by_visit:
                 value_residual = value_residual[visit]
-            q, k, v = prepare_heads(qkv_BTE, other_v_BTHK, value_residual, rotary, heads)
+            q, k, v = prepare_heads(qkv_BTE, other_v_BTHK, value_residual, rotary, heads, offsets_keys=offsets_keys)
             if x0_v_BTHK is not None:  # added to a sum of which the own values are this share
                 own = 1.0 if other_v_BTHK is None else 1 - value_residual
                 v = weighted_sum((1.0, v), (own, x0_v_BTHK), dtype=v.dtype)
         if c.query_gains:
             gains = self.param("query_gains", nn.initializers.ones, (c.layers.visits_of(self.layer), c.num_heads))
             q = with_gains(q, gains[visit])
-        if c.offsets_keys(self.layer):
-            k = offset_keys(k)
         y_BTHK = attend(q, k, v, intervals, ATTENTION_SCALE, c.attention)
         y_BTHK, v = (z.reshape(B, T, c.num_heads, c.head_dim) for z in (y_BTHK, v))  # of tokens, if they are of slots
         for piece in pieces_of(c, self.layer):
@@ -99,17 +97,21 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two matrices around relu(x)^2."""
 
+    dim: int
     hidden: int
     output_init: float
 
-    @nn.compact
-    def __call__(self, x_BTD, weight=None, gain_D=None):
-        """The output, times `weight` if there is one, of x times `gain_D` if there is one."""
-        D, F = x_BTD.shape[-1], self.hidden
-        up_DF = self.param("up", uniform_fan_in, (D, F))
-        down_FD = self.param("down", output_init(self.output_init, "normal"), (F, D))
-        up_DF, down_FD = by_rows(gain_D, up_DF), times(weight, down_FD)
-        return squared_relu_mlp(x_BTD, up_DF.astype(x_BTD.dtype), down_FD.astype(x_BTD.dtype))
+    def setup(self):
+        self.up = self.param("up", uniform_fan_in, (self.dim, self.hidden))
+        self.down = self.param("down", output_init(self.output_init, "normal"), (self.hidden, self.dim))
+
+    def matrices(self, dtype: jnp.dtype, weight=None, gain_D=None):
+        """Both; the second one times `weight`, the rows of the first one times `gain_D`, if there are these."""
+        return by_rows(gain_D, self.up).astype(dtype), times(weight, self.down).astype(dtype)
+
+    def __call__(self, x_BTD, gain_D=None):
+        """Of x times `gain_D`, if there is one."""
+        return squared_relu_mlp(x_BTD, *self.matrices(x_BTD.dtype, None, gain_D))
 
 
 def times(weight, matrix_FD):
@@ -132,7 +134,7 @@ class Layer(nn.Module):
     def setup(self):
         if self.has_attention:
             self.attention = Attention(self.config, self.layer)
-        self.mlp = Mlp(self.config.mlp_width(self.layer), self.config.output_init)
+        self.mlp = Mlp(self.config.dim, self.config.mlp_width(self.layer), self.config.output_init)
 
     @property
     def has_attention(self) -> bool:

@@ -14,12 +14,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from senano_jax.kernels import triton
+from senano_jax.kernels import triton, whole_rows
 from senano_jax.kernels.choice import Implementation, on_gpu, takes_fused
 from senano_jax.model.elementwise import NORM_EPSILON, norm
-
-MOST_PARTS = 8  # of a row, all of which a program holds
-
 
 DEFAULT_LAUNCH = triton.RowLaunch(rows=4, warps=4)
 
@@ -42,11 +39,9 @@ def norm_fork(
     own rounding would err the same way for all tokens. Widths are a power of two times at most 8. `auto` means `fused`
     on a GPU wherever it can; `interpret` runs it in plain XLA, the default where there is no GPU.
     """
-    rows, width = x.shape[0] * x.shape[1], x.shape[2]
-    part = width & -width  # the largest power of two that divides it
-    fits = triton.fits(part) and width // part <= MOST_PARTS and rows % launch.rows == 0
     terms = (x,) if added is None else (x, added)
-    if not takes_fused(implementation, on_gpu(), fits, f"{rows} rows of {width}"):
+    rows, width = x.shape[0] * x.shape[1], x.shape[2]
+    if not takes_fused(implementation, on_gpu(), whole_rows.fits(x.shape, launch), f"{rows} rows of {width}"):
         return _summed_and_normalised(terms)
     return _fused(terms, launch, not on_gpu() if interpret is None else interpret)
 
@@ -97,18 +92,10 @@ def backward(terms, dx, dy, *, launch: triton.RowLaunch, interpret: bool):
 
 def _backward_kernel(*refs):
     *term_refs, dx_ref, dy_ref, total_ref = refs
-    width = total_ref.shape[1]
-    size = width & -width
-    parts = [pl.ds(start, size) for start in range(0, width, size)]
+    parts = whole_rows.parts_of(total_ref.shape[1])
     *terms, dx, dy = ([ref[:, part].astype(jnp.float32) for part in parts] for ref in (*term_refs, dx_ref, dy_ref))
     x = [sum(of_part) for of_part in zip(*terms)]
-    scale_R1 = lax.rsqrt(_mean(x, x) + NORM_EPSILON)
-    along_R1 = scale_R1 * scale_R1 * _mean(x, dy)
+    scale_R1 = lax.rsqrt(whole_rows.mean(x, x) + NORM_EPSILON)
+    along_R1 = scale_R1 * scale_R1 * whole_rows.mean(x, dy)
     for part, x_RP, dx_RP, dy_RP in zip(parts, x, dx, dy):
         total_ref[:, part] = (dx_RP + scale_R1 * (dy_RP - along_R1 * x_RP)).astype(total_ref.dtype)
-
-
-def _mean(a, b):
-    """[R, 1]: the mean of a b over the parts of each row."""
-    product_RP = sum(a_RP * b_RP for a_RP, b_RP in zip(a, b))
-    return (jnp.sum(product_RP, axis=1) / (len(a) * product_RP.shape[1]))[:, None]

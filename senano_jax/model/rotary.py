@@ -20,9 +20,14 @@ def resting_dimensions(head_dim: int) -> Bool[np.ndarray, "D"]:
     return np.tile(_frequencies(head_dim) == 0, 2)
 
 
+def turning_pairs(head_dim: int) -> int:
+    """How many pairs, the first ones, have a frequency above 0."""
+    return head_dim // 4
+
+
 def _frequencies(head_dim: int) -> Float[np.ndarray, "half"]:
-    turning = (1 / 1024) ** np.linspace(0, 1, head_dim // 4, dtype=np.float32)
-    return np.concatenate([turning, np.zeros(head_dim // 4)]).astype(np.float32)
+    turning = (1 / 1024) ** np.linspace(0, 1, turning_pairs(head_dim), dtype=np.float32)
+    return np.concatenate([turning, np.zeros(head_dim // 2 - len(turning))]).astype(np.float32)
 
 
 def rotate(x: Float[Array, "B T H D"], tables: tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]):

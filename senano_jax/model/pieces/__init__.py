@@ -3,23 +3,25 @@ which.
 
 A piece is a linen module with `after(y_BTHK, v_BTHK, x_BTD, visit)`: attention's output [B, T, H, K] before its last
 product, from what attention gave, the values that it weighed, the layer's normalised input and the number of this visit
-of the layer, an int or a traced one. Parameters that differ between visits have these as their first axis.
+of the layer, an int or a traced one. Parameters that differ between visits have these as their first axis. Two pieces
+that one kernel computes are applied as one (`GatedExclusive`); their parameters stay where they are.
 """
 
 from flax import linen as nn
 
 from senano_jax.model.config import ModelConfig
 from senano_jax.model.pieces.exclusive import Exclusive
+from senano_jax.model.pieces.gated_exclusive import GatedExclusive
 from senano_jax.model.pieces.head_gate import HeadGate
 
 
-def pieces_of(model: ModelConfig, layer: int) -> tuple[nn.Module, ...]:
+def pieces_of(model: ModelConfig, layer: int) -> tuple[nn.Module | GatedExclusive, ...]:
     """The pieces of a layer's attention, in the order in which they are applied; to be called where the module's
     children are made."""
-    visits = model.layers.visits_of(layer)
-    pieces: list[nn.Module] = []
+    visits, heads = model.layers.visits_of(layer), model.num_heads
+    pieces: tuple[nn.Module, ...] = ()
     if model.exclusive_attention and layer not in model.paired_heads:
-        pieces.append(Exclusive(visits, model.num_heads, name="exclusive"))
+        pieces += (Exclusive(visits, heads, name="exclusive"),)
     if model.head_gate:
-        pieces.append(HeadGate(visits, model.num_heads, name="head_gate"))
-    return tuple(pieces)
+        pieces += (HeadGate(visits, heads, name="head_gate"),)
+    return (GatedExclusive(*pieces),) if len(pieces) == 2 else pieces

@@ -20,6 +20,10 @@ class Exclusive(nn.Module):
     def setup(self):
         self.strength = self.param("strength", nn.initializers.zeros, (self.visits, self.heads))
 
+    def shares(self, visit: Int[Array, ""] | int) -> Float[Array, "H"]:
+        """What the heads leave out at a visit."""
+        return jnp.tanh(self.strength[visit])
+
     def after(
         self,
         y_BTHK: Float[Array, "B T H K"],
@@ -28,7 +32,13 @@ class Exclusive(nn.Module):
         visit: Int[Array, ""] | int,
     ) -> Float[Array, "B T H K"]:
         """Computed in float32 and rounded once, to y's type; squared lengths below 1e-8 count as that."""
-        y32, v32 = y_BTHK.astype(jnp.float32), v_BTHK.astype(jnp.float32)
-        along_BTH = (y32 * v32).sum(-1) / jnp.maximum((v32 * v32).sum(-1), SMALLEST)
-        share_BTH = jnp.tanh(self.strength[visit]) * along_BTH
-        return (y32 - share_BTH[..., None] * v32).astype(y_BTHK.dtype)
+        return without_own_value(y_BTHK, v_BTHK, self.shares(visit)).astype(y_BTHK.dtype)
+
+
+def without_own_value(
+    y_BTHK: Float[Array, "B T H K"], v_BTHK: Float[Array, "B T H K"], share_H: Float[Array, "H"]
+) -> Float[Array, "B T H K"]:
+    """y - share (y . v) / |v|^2 v, float32."""
+    y32, v32 = y_BTHK.astype(jnp.float32), v_BTHK.astype(jnp.float32)
+    along_BTH = (y32 * v32).sum(-1) / jnp.maximum((v32 * v32).sum(-1), SMALLEST)
+    return y32 - (share_H * along_BTH)[..., None] * v32

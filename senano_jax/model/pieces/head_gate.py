@@ -20,6 +20,10 @@ class HeadGate(nn.Module):
     def setup(self):
         self.gate = self.param("gate", nn.initializers.zeros, (self.visits, self.heads, GATE_INPUTS))
 
+    def shares(self, x_BTD: Float[Array, "B T D"], visit: Int[Array, ""] | int) -> Float[Array, "B T H"]:
+        """What passes the gate of each head, float32."""
+        return jax.nn.sigmoid(x_BTD[..., :GATE_INPUTS].astype(jnp.float32) @ self.gate[visit].T)
+
     def after(
         self,
         y_BTHK: Float[Array, "B T H K"],
@@ -28,6 +32,4 @@ class HeadGate(nn.Module):
         visit: Int[Array, ""] | int,
     ) -> Float[Array, "B T H K"]:
         """Computed in float32 and rounded once, to y's type."""
-        gate_IH = self.gate[visit].T
-        share_BTH = jax.nn.sigmoid(x_BTD[..., :GATE_INPUTS].astype(jnp.float32) @ gate_IH)
-        return (y_BTHK * share_BTH[..., None]).astype(y_BTHK.dtype)
+        return (y_BTHK * self.shares(x_BTD, visit)[..., None]).astype(y_BTHK.dtype)

@@ -19,6 +19,7 @@ from senano_jax.model.layer import Layer
 from senano_jax.model.norm_fork import norm_fork
 from senano_jax.model.remat import rematerialised
 from senano_jax.model.schedule import LayerSchedule
+from senano_jax.model.stream_mlp import StreamWeights, stream_mlp
 from senano_jax.model.trunks.between import Carried, LaneWeights, begin, enter, finish, lane_weights, leave
 from senano_jax.model.trunks.exits import Exits
 
@@ -46,20 +47,20 @@ class WeightedLayer(Layer):
         Without attention its term is missing. What attention adds is not rounded into the stream. Attention reads the
         normalised stream or, if it is given, `read_BTD`.
         """
-        dtype = context.x0.dtype
         v_BTHK, y_BTD = None, None
         if self.has_attention:
             if read_BTD is None:
                 x_BTD, read_BTD = norm_fork(x_BTD)
             y_BTD, v_BTHK = self.attend(read_BTD, context, visit, weights.added[0], weights.gain(0))
-        x_BTD = weighted_sum((weights.stream[0], x_BTD), (weights.x0, context.x0), dtype=dtype)
-        x_BTD, normed_BTD = norm_fork(x_BTD, y_BTD)
-        weight = weights.added[1]
         if self.normalises_mlp:
-            mlp_BTD = norm(self.mlp(normed_BTD, None, weights.gain(1)))
-        else:
-            mlp_BTD, weight = self.mlp(normed_BTD, weight, weights.gain(1)), 1.0
-        return weighted_sum((weights.stream[1], x_BTD), (weight, mlp_BTD), dtype=jnp.float32), v_BTHK
+            x_BTD = weighted_sum((weights.stream[0], x_BTD), (weights.x0, context.x0), dtype=context.x0.dtype)
+            x_BTD, normed_BTD = norm_fork(x_BTD, y_BTD)
+            mlp_BTD = norm(self.mlp(normed_BTD, weights.gain(1)))
+            return weighted_sum((weights.stream[1], x_BTD), (weights.added[1], mlp_BTD), dtype=jnp.float32), v_BTHK
+        of_sums = StreamWeights(weights.stream[0], weights.x0, weights.stream[1])
+        with jax.named_scope("mlp"):  # Flax's own name is mlp.matrices, which profiles do not know
+            matrices = self.mlp.matrices(context.x0.dtype, weights.added[1], weights.gain(1))
+        return stream_mlp(x_BTD, context.x0, y_BTD, of_sums, *matrices), v_BTHK
 
     @property
     def normalises_mlp(self) -> bool:

@@ -1,0 +1,194 @@
+"""Speed of the kernels between the matrix products on one GPU: XLA's own, and the fused ones at several launches.
+
+    python scripts/bench_row_kernels.py                       # all of them
+    python scripts/bench_row_kernels.py stream-mlp --launches 4,4 2,2 1,1
+
+`heads` is prepare_heads, `offset-heads` the same with key offsets; `gated-exclusive` is what attention gives with both
+pieces; `stream-mlp` the weighted stream beside an MLP, of which the backward pass alone is fused: the MLP is left out.
+
+Time is the median over repetitions of a jitted chain of calls, divided by its length; backward is the difference of
+forward and backward together and forward alone. Bytes count each tensor once, in and out. The ratio is that of the
+plain version's time, forward and backward, to this one's. A launch is TOKENS,HEADS,WARPS, of stream-mlp ROWS,WARPS.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from bench_attention import chain, median_ms
+
+from senano_jax.errors import UserError, one_line_errors
+from senano_jax.jax_settings import start_jax
+from senano_jax.kernels.triton import HeadLaunch, HeadLaunches, RowLaunch
+from senano_jax.model.elementwise import norm, weighted_sum
+from senano_jax.model.heads import prepare_heads
+from senano_jax.model.pieces.gated_exclusive import gated_exclusive
+from senano_jax.model.rotary import rotary_tables
+from senano_jax.model.stream_mlp import StreamWeights, backward
+
+OF_HEADS = ("16,6,4", "16,3,4", "16,1,4", "8,6,2", "8,2,2", "8,1,2", "4,6,1", "32,6,8", "32,1,4")
+OF_ROWS = ("4,4", "2,2", "1,1", "8,8", "4,8")
+PASSES = ("fwd", "bwd", "f+b")
+
+
+class Case(NamedTuple):
+    """One of the kernels: two functions of the arguments for a launch, or None for XLA's version."""
+
+    arguments: Sequence[jax.Array]
+    forward: Callable[[str | None], Callable] | None  # None: only the backward pass is timed
+    both: Callable[[str | None], Callable]
+    megabytes: tuple[float, float]  # forward and backward
+    launches: Sequence[str]
+
+
+def heads(shape: tuple[int, int, int, int], *, offsets_keys: bool = False) -> Case:
+    """qkv, first_v and the rotary tables in, q, k and v out; back these and three gradients in, two gradients out."""
+    batch, length, count, width = shape
+    qkv, first_v, *gradients = random([(batch, length, 3 * count * width), *[shape] * 4])
+    rotary = jax.jit(rotary_tables, static_argnums=(0, 1))(length, width)
+
+    def prepare(launch):
+        options = {"num_heads": count, "offsets_keys": offsets_keys, **_of_heads(launch)}
+        return lambda qkv, first_v, w, *_: prepare_heads(qkv, first_v, w, rotary, **options)
+
+    megabytes = [(parts * first_v.nbytes + 2 * rotary[0].nbytes) / 1e6 for parts in (7, 11)]
+    arguments = (qkv, first_v, jnp.float32(0.5), *gradients)
+    return Case(arguments, prepare, lambda launch: with_gradients(prepare(launch), 3), tuple(megabytes), OF_HEADS)
+
+
+def gated(shape: tuple[int, int, int, int]) -> Case:
+    """y and v in, y out; back these and a gradient in, two gradients out; the gates are small."""
+    y, v, gradient = random([shape] * 3)
+    small = jnp.full(shape[2:3], 0.3), jnp.full(shape[:3], 0.6)
+
+    def apply(launch):
+        return lambda y, v, share, gate, *_: gated_exclusive(y, v, share, gate, **_of_heads(launch))
+
+    megabytes = [parts * y.nbytes / 1e6 for parts in (3, 5)]
+    arguments = (y, v, *small, gradient)
+    return Case(arguments, apply, lambda launch: with_gradients(apply(launch), 4), tuple(megabytes), OF_HEADS)
+
+
+def stream(shape: tuple[int, int, int, int]) -> Case:
+    """x, x0, what is added and two gradients in, two gradients out."""
+    rows = (*shape[:2], shape[2] * shape[3])
+    arrays = random([rows] * 5)
+    weights = StreamWeights(*map(jnp.float32, (0.9, 0.1, 1.0)))
+
+    def plain(x, x0, added, d_out, d_normed):
+        def both(x, x0, added, weights):
+            total = weighted_sum((weights.x, x), (weights.x0, x0), (1.0, added), dtype=jnp.float32)
+            return weights.sum * total, norm(total).astype(x.dtype)
+
+        d_x, _, d_sum, d_weights = jax.vjp(both, x, x0, added, weights)[1]((d_out.astype(jnp.float32), d_normed))
+        return d_sum, d_x, d_weights
+
+    def fused(launch):
+        given = RowLaunch(*_numbers(launch, 2))
+        return lambda x, x0, added, d_out, d_normed: backward(
+            x, x0, added, weights, d_out, d_normed, launch=given, interpret=False
+        )
+
+    megabytes = (0.0, 7 * arrays[0].nbytes / 1e6)
+    return Case(arrays, None, lambda launch: plain if launch is None else fused(launch), megabytes, OF_ROWS)
+
+
+CASES = {
+    "heads": heads,
+    "offset-heads": functools.partial(heads, offsets_keys=True),
+    "gated-exclusive": gated,
+    "stream-mlp": stream,
+}
+
+
+def random(shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+    """Normal numbers, bfloat16."""
+    return [jax.random.normal(jax.random.key(n), shape, jnp.bfloat16) for n, shape in enumerate(shapes)]
+
+
+def with_gradients(function: Callable, inputs: int) -> Callable:
+    """Of its first arguments, so many; the others are the gradients of what comes out."""
+
+    def run(*arguments):
+        out, pull_back = jax.vjp(function, *arguments[:inputs])
+        given = arguments[inputs:]
+        return out, pull_back(given if isinstance(out, tuple) else given[0])
+
+    return run
+
+
+def table(case: Case, launches: Sequence[str], calls: int, repetitions: int) -> None:
+    """Prints it line by line; a launch that does not work has one that says why."""
+    columns = [*(f"{name + ' us':>8}" for name in PASSES), *(f"{name + ' GB/s':>9}" for name in PASSES), " ratio"]
+    print(" " * 12, *columns)
+    plain_us = None
+    for launch in (None, *launches):
+        name = launch or "plain"
+        try:
+            forward_us = 0.0 if case.forward is None else _measure(case.forward(launch), case, calls, repetitions)
+            both_us = _measure(case.both(launch), case, calls, repetitions)
+        except UserError:
+            raise
+        except Exception as error:  # too many registers, no memory: the other rows still count
+            print(f"{name:>12} failed: {str(error).splitlines()[0][:120]}", flush=True)
+            continue
+        plain_us = plain_us or both_us
+        times = (forward_us, both_us - forward_us, both_us)
+        megabytes = (*case.megabytes, sum(case.megabytes))
+        speeds = [f"{1e3 * mb / us:9.0f}" if us else f"{'-':>9}" for mb, us in zip(megabytes, times)]
+        print(f"{name:>12}", *(f"{us:8.1f}" for us in times), *speeds, f"{plain_us / both_us:6.2f}", flush=True)
+
+
+def _of_heads(launch: str | None) -> dict:
+    if launch is None:
+        return {"implementation": "plain"}
+    one = HeadLaunch(*_numbers(launch, 3))
+    return {"implementation": "fused", "launches": HeadLaunches(one, one)}
+
+
+def _numbers(launch: str, count: int) -> list[int]:
+    try:
+        numbers = [int(number) for number in launch.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != count:
+        raise UserError(
+            f"--launches {launch} is not {count} numbers with commas between, such as {'4,4,4'[: 2 * count - 1]}"
+        )
+    return numbers
+
+
+def _measure(function: Callable, case: Case, calls: int, repetitions: int) -> float:
+    """Microseconds of one call."""
+    compiled = jax.jit(chain(function, calls)).lower(*case.arguments).compile()
+    return 1e3 * median_ms(compiled, case.arguments, calls, repetitions)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"of {', '.join(CASES)} (default: all)")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=16_384)
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--launches", nargs="*", metavar="LAUNCH", help="to try instead of some for each kernel")
+    parser.add_argument("--calls", type=int, default=16, help="length of a chain; all its outputs are kept")
+    parser.add_argument("--repetitions", type=int, default=20)
+    args = parser.parse_args()
+    with one_line_errors():
+        if unknown := [name for name in args.kernels if name not in CASES]:
+            raise UserError(f"there is no kernel {unknown[0]}; the kernels are {', '.join(CASES)}")
+        start_jax()
+        shape = (args.batch, args.length, args.heads, args.width)
+        print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, B T H K = {shape}, bfloat16")
+        for name in args.kernels or CASES:
+            case = CASES[name](shape)
+            print(f"\n{name}: {case.megabytes[0]:.0f} MB forward, {case.megabytes[1]:.0f} MB backward")
+            table(case, args.launches or case.launches, args.calls, args.repetitions)
+
+
+if __name__ == "__main__":
+    main()
