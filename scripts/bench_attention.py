@@ -37,6 +37,7 @@ from senano_jax.jax_settings import start_jax
 
 KERNELS = {"hopper": hopper_attention, "flash": flash_attention, "banded": banded_attention}
 COUNTED_TILE = 64  # rows and columns of the tiles whose FLOPs are counted
+FORWARD, FORWARD_AND_BACKWARD = 4, 14  # FLOPs of a counted pair, for each number of a head's width
 MEAN_DOCUMENT = 720  # tokens, FineWeb's mean; the spread below is FineWeb's too
 DOCUMENT_SIGMA = 1.2
 
@@ -59,6 +60,11 @@ def counted_pairs(key_start_BT: np.ndarray, tile: int = COUNTED_TILE) -> int:
     first_tile = key_start_BT[:, ::tile] // tile  # key_start is sorted: a tile's first query sees furthest back
     own_tile = np.arange(first_tile.shape[1])
     return int((own_tile - first_tile + 1).sum()) * tile * tile
+
+
+def tflops(flops: int, ms: float, args, pairs: int) -> float:
+    """TFLOP/s of what runs `ms`; `flops` is FORWARD or FORWARD_AND_BACKWARD."""
+    return flops * args.width * args.heads * pairs / ms / 1e9
 
 
 def chain(function, calls: int):
@@ -151,20 +157,20 @@ def main():
             except Exception as error:  # out of memory, no cuDNN, no Hopper: the other rows still count
                 print(f"{implementation:>14} {window:>3} failed: {str(error).splitlines()[0][:120]}")
                 continue
-            tflops = [flop * args.width * args.heads * pairs / ms / 1e9 for flop, ms in zip((4, 14), milliseconds)]
+            rates = [tflops(*each, args, pairs) for each in zip((FORWARD, FORWARD_AND_BACKWARD), milliseconds)]
             rows.append(
                 {
                     "implementation": implementation,
                     "window_blocks": window,
                     "forward_ms": milliseconds[0],
                     "forward_backward_ms": milliseconds[1],
-                    "forward_tflops": tflops[0],
-                    "forward_backward_tflops": tflops[1],
+                    "forward_tflops": rates[0],
+                    "forward_backward_tflops": rates[1],
                 }
             )
             print(
                 f"{implementation:>14} {window:>3} {milliseconds[0]:8.3f} {milliseconds[1]:8.3f}"
-                f" {tflops[0]:12.0f} {tflops[1]:12.0f}",
+                f" {rates[0]:12.0f} {rates[1]:12.0f}",
                 flush=True,
             )
     if args.out:

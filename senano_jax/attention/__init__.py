@@ -31,7 +31,7 @@ def attend(
     Scores, softmax and sums are float32 whatever the type of q, k and v; the result has q's type. T is a multiple of
     128, ValueError otherwise. `dense` needs O(T^2) memory and is the reference for the others; `hopper` needs a Hopper
     GPU, bfloat16 and heads of 64 or 128, UserError otherwise; `auto` takes the fastest one that runs, but never
-    `hopper`, which has not been timed yet.
+    `hopper`.
     """
     if q.shape[1] % BLOCK:
         raise ValueError(

@@ -1,11 +1,11 @@
 """The backward kernels of attention for Hopper GPUs: dQ, whose rows are queries, and dK with dV, whose rows are keys.
 
-Shared memory at a head width of 128 and 64 columns a step, in KB of 227. dQ: 32 each of queries, cotangents, outputs
-and dQ, 32 of keys and values for each stage: 224 with three stages. dK and dV: 32 each of keys, values, dK and dV,
-32.5 of queries, cotangents and their numbers for each stage: 225.5 with three. Registers of a thread, of 240: dQ takes
-64, dK and dV 128; scores and their cotangents 32 each; the left factor of a product that runs 16; and queries and
-cotangents that are kept in registers 32 each: with 64 columns, products of two factors in shared memory read it as
-fast as it can be read. Wider tiles of scores leave no room for the sums.
+Shared memory at a head width of 128, in KB of 227. dQ: 32 each of queries, cotangents, outputs and dQ, 32 of keys and
+values for each stage: 224 with three stages. dK and dV: 32 each of keys, values, dK and dV, 32.5 of queries, cotangents
+and their numbers for each stage: 225.5 with three. Registers of a thread, of 240: dQ takes 64, dK and dV 128; scores
+and their cotangents 32 each; the left factor of a product that runs 16; and dQ's queries and cotangents, which are kept
+in registers, 32 each: with 64 columns, products of two factors in shared memory read it as fast as it can be read.
+Wider tiles of scores leave no room for the sums.
 """
 
 import functools
@@ -20,25 +20,25 @@ from senano_jax.attention import hopper_tiles as tiles
 from senano_jax.attention.flash import LOG2_E
 from senano_jax.attention.hopper_tiles import (
     COLUMN,
+    COLUMNS,
     PROGRAM_ROWS,
     ROW,
     ROWS,
     SCORES,
     WARPGROUPS,
-    HopperTile,
     along_columns,
     along_rows,
 )
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "tile"))  # lowered once for all layers
-def backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale: float, tile: HopperTile):
+@functools.partial(jax.jit, static_argnames=("scale", "stages"))  # lowered once for all layers
+def backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale: float, stages: int):
     """dQ, and delta = rowsum(dout * out), float32 [B, H, T], for `backward_keys`: here because dout is at hand."""
     width = q.shape[3]
     kernel = tiles.call(
         functools.partial(_queries_kernel, scale=scale),
         q,
-        tile,
+        stages,
         name="flash_backward_queries",
         out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse_BHT.shape, jnp.float32)),
         scratch={
@@ -48,8 +48,8 @@ def backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale: float, ti
             "dq_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
             "lse_smem": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
             "delta_smem": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
-            "k_smem": tiles.swizzled(tile.stages, tile.columns, width),
-            "v_smem": tiles.swizzled(tile.stages, tile.columns, width),
+            "k_smem": tiles.swizzled(stages, COLUMNS, width),
+            "v_smem": tiles.swizzled(stages, COLUMNS, width),
             "rows_full": plgpu.Barrier(num_arrivals=4, num_barriers=WARPGROUPS),
         },
         ring={"k": 1, "v": 1},
@@ -61,23 +61,23 @@ def _queries_kernel(
     q_gmem, k_gmem, v_gmem, out_gmem, dout_gmem, lse_gmem, key_start_gmem, dq_gmem, delta_gmem, *,
     q_smem, dout_smem, out_smem, dq_smem, lse_smem, delta_smem, k_smem, v_smem,
     rows_full, k_full, k_empty, v_full, v_empty,
-    scale: float, tile: HopperTile,
+    scale: float, stages: int,
 ):  # fmt: skip
-    warpgroup, sequence = lax.axis_index("warpgroup"), lax.axis_index("sequence")
-    program_query0, head0 = lax.axis_index("rows") * PROGRAM_ROWS, lax.axis_index("heads") * tile.heads
-    nearest = tiles.ceil_div(program_query0 + PROGRAM_ROWS, tile.columns) - 1
+    warpgroup, sequence, head = lax.axis_index("warpgroup"), lax.axis_index("sequence"), lax.axis_index("head")
+    program_query0 = lax.axis_index("rows") * PROGRAM_ROWS
+    nearest = tiles.ceil_div(program_query0 + PROGRAM_ROWS, COLUMNS) - 1
 
     def count_steps():
-        return nearest + 1 - tiles.floor_div(key_start_gmem[sequence, program_query0], tile.columns)
+        return nearest + 1 - tiles.floor_div(key_start_gmem[sequence, program_query0], COLUMNS)
 
     groups = (
-        ([(lambda keys, head: k_gmem.at[sequence, keys, head], k_smem)], k_full, k_empty),
-        ([(lambda keys, head: v_gmem.at[sequence, keys, head], v_smem)], v_full, v_empty),
+        ([(k_gmem.at[sequence, :, head], k_smem)], k_full, k_empty),
+        ([(v_gmem.at[sequence, :, head], v_smem)], v_full, v_empty),
     )
 
     @pl.when(warpgroup == WARPGROUPS)
     def load():
-        tiles.load_ring(tile, lambda n: nearest - n, count_steps, head0, groups)
+        tiles.load_ring(stages, lambda n: nearest - n, count_steps, groups)
 
     @pl.when(warpgroup < WARPGROUPS)
     def compute():
@@ -86,104 +86,84 @@ def _queries_kernel(
         queries = pl.ds(query0, ROWS)
         own_q, own_dout, own_out, own_dq = (smem.at[warpgroup] for smem in (q_smem, dout_smem, out_smem, dq_smem))
         own_lse, own_delta = (smem.at[warpgroup] for smem in (lse_smem, delta_smem))
-
-        def load_rows(item):
-            matrix, vector = (sequence, queries, head0 + item), (sequence, head0 + item, queries)
-            for gmem, smem, where in (
-                (q_gmem, own_q, matrix), (dout_gmem, own_dout, matrix), (out_gmem, own_out, matrix),
-                (lse_gmem, own_lse, vector),
-            ):  # fmt: skip
-                plgpu.copy_gmem_to_smem(gmem.at[where], smem, rows_full.at[warpgroup])
-
-        load_rows(0)
+        for gmem, smem in ((q_gmem, own_q), (dout_gmem, own_dout), (out_gmem, own_out)):
+            plgpu.copy_gmem_to_smem(gmem.at[sequence, queries, head], smem, rows_full.at[warpgroup])
+        plgpu.copy_gmem_to_smem(lse_gmem.at[sequence, head, queries], own_lse, rows_full.at[warpgroup])
         width = own_q.shape[1]
         steps = count_steps()
-        begin, end, masked = tiles.visible_keys(key_start_gmem, sequence, query0, nearest, tile.columns)
+        begin, end, masked = tiles.visible_keys(key_start_gmem, sequence, query0, nearest)
 
-        def item(i, _):
-            def slot(n):
-                return lax.rem(i * steps + n, tile.stages)
+        def slot(n):
+            return lax.rem(n, stages)
 
-            skip = tiles.skip(slot, groups)
-            lax.fori_loop(0, begin, skip, None)
-            plgpu.barrier_wait(rows_full.at[warpgroup])
-            lse_Q = plgpu.load(own_lse, layout=ROW)
-            dout_QD = plgpu.load(own_dout, layout=SCORES)
-            out_QD = plgpu.load(own_out, layout=SCORES)
-            delta_Q = jnp.sum(out_QD.astype(jnp.float32) * dout_QD.astype(jnp.float32), axis=1)
-            q_QD = own_q
-            if tile.in_registers:
-                q_QD = plgpu.load(own_q, layout=SCORES)
-            else:
-                dout_QD = own_dout
-            plgpu.commit_smem()  # before the next rows overwrite what was read
-            if tile.in_registers:
-                pl.when(i + 1 < tile.heads)(lambda: load_rows(i + 1))
+        skip = tiles.skip(slot, groups)
+        lax.fori_loop(0, begin, skip, None)
+        plgpu.barrier_wait(rows_full.at[warpgroup])
+        lse_Q = plgpu.load(own_lse, layout=ROW)
+        dout_QD = plgpu.load(own_dout, layout=SCORES)
+        out_QD = plgpu.load(own_out, layout=SCORES)
+        delta_Q = jnp.sum(out_QD.astype(jnp.float32) * dout_QD.astype(jnp.float32), axis=1)
+        q_QD = plgpu.load(own_q, layout=SCORES)
 
-            def differentiate(n, multiply_more):
-                """dscore of step n; `multiply_more` starts products that may still run, and says how many."""
+        def differentiate(n, multiply_more):
+            """dscore of step n; `multiply_more` starts products that may still run, and says how many."""
 
-                def multiply(score_ref, dp_ref):
-                    plgpu.wgmma(score_ref, q_QD, k_smem.at[slot(n)].transpose((1, 0)))
-                    plgpu.barrier_wait(v_full.at[slot(n)])
-                    plgpu.wgmma(dp_ref, dout_QD, v_smem.at[slot(n)].transpose((1, 0)))
-                    running = multiply_more()
-                    score_QK = plgpu.wgmma_accumulator_load(score_ref, wait_n=1 + running)
-                    score_QK = masked(score_QK, n)
-                    p_QK = jnp.exp2(score_QK * (scale * LOG2_E) - along_rows(lse_Q, tile.columns))
-                    dp_QK = plgpu.wgmma_accumulator_load(dp_ref, wait_n=running)
-                    plgpu.barrier_arrive(v_empty.at[slot(n)])
-                    dscore_QK = p_QK * (dp_QK - along_rows(delta_Q, tile.columns))
-                    return lax.optimization_barrier(dscore_QK)
+            def multiply(score_ref, dp_ref):
+                plgpu.wgmma(score_ref, q_QD, k_smem.at[slot(n)].transpose((1, 0)))
+                plgpu.barrier_wait(v_full.at[slot(n)])
+                plgpu.wgmma(dp_ref, dout_QD, v_smem.at[slot(n)].transpose((1, 0)))
+                running = multiply_more()
+                score_QK = plgpu.wgmma_accumulator_load(score_ref, wait_n=1 + running)
+                score_QK = masked(score_QK, n)
+                p_QK = jnp.exp2(score_QK * (scale * LOG2_E) - along_rows(lse_Q))
+                dp_QK = plgpu.wgmma_accumulator_load(dp_ref, wait_n=running)
+                plgpu.barrier_arrive(v_empty.at[slot(n)])
+                dscore_QK = p_QK * (dp_QK - along_rows(delta_Q))
+                return lax.optimization_barrier(dscore_QK)
 
-                scores = plgpu.ACC((ROWS, tile.columns), jnp.float32)
-                return pl.run_scoped(multiply, scores, scores)
+            scores = plgpu.ACC((ROWS, COLUMNS), jnp.float32)
+            return pl.run_scoped(multiply, scores, scores)
 
-            def accumulate(dq_ref):
-                def add_keys(n, dscore_QK):
-                    plgpu.wgmma(dq_ref, dscore_QK, k_smem.at[slot(n)])
-                    return 1
+        def accumulate(dq_ref):
+            def add_keys(n, dscore_QK):
+                plgpu.wgmma(dq_ref, dscore_QK, k_smem.at[slot(n)])
+                return 1
 
-                def step(n, last_dscore_QK):
-                    dscore_QK = differentiate(n, lambda: add_keys(n - 1, last_dscore_QK))
-                    # A branch, which the compiler does not put dscore off beyond: it overlaps with what still runs.
-                    pl.when(n + 1 < end)(lambda: plgpu.barrier_wait(k_full.at[slot(n + 1)]))
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(k_empty.at[slot(n - 1)])
-                    return dscore_QK.astype(k_smem.dtype)
+            def step(n, last_dscore_QK):
+                dscore_QK = differentiate(n, lambda: add_keys(n - 1, last_dscore_QK))
+                # A branch, which the compiler does not put dscore off beyond: it overlaps with what still runs.
+                pl.when(n + 1 < end)(lambda: plgpu.barrier_wait(k_full.at[slot(n + 1)]))
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(k_empty.at[slot(n - 1)])
+                return dscore_QK.astype(k_smem.dtype)
 
-                plgpu.barrier_wait(k_full.at[slot(begin)])
-                dscore_QK = differentiate(begin, lambda: 0).astype(k_smem.dtype)
-                pl.when(begin + 1 < end)(lambda: plgpu.barrier_wait(k_full.at[slot(begin + 1)]))
-                dscore_QK = lax.fori_loop(begin + 1, end, step, dscore_QK)
-                if not tile.in_registers:
-                    pl.when(i + 1 < tile.heads)(lambda: load_rows(i + 1))
-                add_keys(end - 1, dscore_QK)
-                dq_QD = dq_ref[...]
-                plgpu.barrier_arrive(k_empty.at[slot(end - 1)])
-                return dq_QD
+            plgpu.barrier_wait(k_full.at[slot(begin)])
+            dscore_QK = differentiate(begin, lambda: 0).astype(k_smem.dtype)
+            pl.when(begin + 1 < end)(lambda: plgpu.barrier_wait(k_full.at[slot(begin + 1)]))
+            dscore_QK = lax.fori_loop(begin + 1, end, step, dscore_QK)
+            add_keys(end - 1, dscore_QK)
+            dq_QD = dq_ref[...]
+            plgpu.barrier_arrive(k_empty.at[slot(end - 1)])
+            return dq_QD
 
-            dq_QD = pl.run_scoped(accumulate, plgpu.ACC((ROWS, width), jnp.float32))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last head's rows have left shared memory
-            own_delta[...] = delta_Q
-            own_dq[...] = (dq_QD * scale).astype(own_dq.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(own_delta, delta_gmem.at[sequence, head0 + i, queries])
-            plgpu.copy_smem_to_gmem(own_dq, dq_gmem.at[sequence, queries, head0 + i])
-            lax.fori_loop(end, steps, skip, None)
-
-        lax.fori_loop(0, tile.heads, item, None)
+        dq_QD = pl.run_scoped(accumulate, plgpu.ACC((ROWS, width), jnp.float32))
+        own_delta[...] = delta_Q
+        own_dq[...] = (dq_QD * scale).astype(own_dq.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(own_delta, delta_gmem.at[sequence, head, queries])
+        plgpu.copy_smem_to_gmem(own_dq, dq_gmem.at[sequence, queries, head])
+        lax.fori_loop(end, steps, skip, None)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the writes themselves end before the kernel does
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "tile"))  # lowered once for all layers
-def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float, tile: HopperTile):
+@functools.partial(jax.jit, static_argnames=("scale", "stages"))  # lowered once for all layers
+def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float, stages: int):
     """dK and dV."""
     width = k.shape[3]
     kernel = tiles.call(
         functools.partial(_keys_kernel, scale=scale),
         k,
-        tile,
+        stages,
         name="flash_backward_keys",
         out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
         scratch={
@@ -191,10 +171,10 @@ def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float,
             "v_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
             "dk_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
             "dv_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
-            "q_smem": tiles.swizzled(tile.stages, tile.columns, width),
-            "dout_smem": tiles.swizzled(tile.stages, tile.columns, width),
-            "lse_smem": plgpu.SMEM((tile.stages, tile.columns), jnp.float32),
-            "delta_smem": plgpu.SMEM((tile.stages, tile.columns), jnp.float32),
+            "q_smem": tiles.swizzled(stages, COLUMNS, width),
+            "dout_smem": tiles.swizzled(stages, COLUMNS, width),
+            "lse_smem": plgpu.SMEM((stages, COLUMNS), jnp.float32),
+            "delta_smem": plgpu.SMEM((stages, COLUMNS), jnp.float32),
             "rows_full": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
         },
         ring={"q": 2, "dout": 2},
@@ -206,31 +186,27 @@ def _keys_kernel(
     q_gmem, k_gmem, v_gmem, dout_gmem, lse_gmem, delta_gmem, query_end_gmem, dk_gmem, dv_gmem, *,
     k_smem, v_smem, dk_smem, dv_smem, q_smem, dout_smem, lse_smem, delta_smem,
     rows_full, q_full, q_empty, dout_full, dout_empty,
-    scale: float, tile: HopperTile,
+    scale: float, stages: int,
 ):  # fmt: skip
     """On transposed tiles: probabilities come out of one product as the left factor of the next."""
-    warpgroup, sequence = lax.axis_index("warpgroup"), lax.axis_index("sequence")
-    program_key0, head0 = lax.axis_index("rows") * PROGRAM_ROWS, lax.axis_index("heads") * tile.heads
-    nearest = tiles.floor_div(program_key0, tile.columns)
+    warpgroup, sequence, head = lax.axis_index("warpgroup"), lax.axis_index("sequence"), lax.axis_index("head")
+    program_key0 = lax.axis_index("rows") * PROGRAM_ROWS
+    nearest = tiles.floor_div(program_key0, COLUMNS)
 
     def count_steps():
         last_key_until = query_end_gmem[sequence, program_key0 + (PROGRAM_ROWS - 1)]
-        return tiles.ceil_div(last_key_until, tile.columns) - nearest
+        return tiles.ceil_div(last_key_until, COLUMNS) - nearest
 
-    def matrix(gmem):
-        return lambda queries, head: gmem.at[sequence, queries, head]
-
-    def vector(gmem):
-        return lambda queries, head: gmem.at[sequence, head, queries]
-
+    all_q, all_dout = (gmem.at[sequence, :, head] for gmem in (q_gmem, dout_gmem))
+    all_lse, all_delta = (gmem.at[sequence, head] for gmem in (lse_gmem, delta_gmem))
     groups = (
-        ([(matrix(q_gmem), q_smem), (vector(lse_gmem), lse_smem)], q_full, q_empty),
-        ([(matrix(dout_gmem), dout_smem), (vector(delta_gmem), delta_smem)], dout_full, dout_empty),
+        ([(all_q, q_smem), (all_lse, lse_smem)], q_full, q_empty),
+        ([(all_dout, dout_smem), (all_delta, delta_smem)], dout_full, dout_empty),
     )
 
     @pl.when(warpgroup == WARPGROUPS)
     def load():
-        tiles.load_ring(tile, lambda n: nearest + n, count_steps, head0, groups, after_reads=True)
+        tiles.load_ring(stages, lambda n: nearest + n, count_steps, groups, after_reads=True)
 
     @pl.when(warpgroup < WARPGROUPS)
     def compute():
@@ -238,63 +214,54 @@ def _keys_kernel(
         key0 = program_key0 + warpgroup * ROWS
         keys = pl.ds(key0, ROWS)
         own_k, own_v, own_dk, own_dv = (smem.at[warpgroup] for smem in (k_smem, v_smem, dk_smem, dv_smem))
-
-        def load_rows(item):
-            for gmem, smem in ((k_gmem, own_k), (v_gmem, own_v)):
-                plgpu.copy_gmem_to_smem(gmem.at[sequence, keys, head0 + item], smem, rows_full.at[warpgroup])
-
-        load_rows(0)
+        for gmem, smem in ((k_gmem, own_k), (v_gmem, own_v)):
+            plgpu.copy_gmem_to_smem(gmem.at[sequence, keys, head], smem, rows_full.at[warpgroup])
         width = own_k.shape[1]
         steps = count_steps()
-        begin, end, masked = tiles.visible_queries(query_end_gmem, sequence, key0, nearest, tile.columns)
+        begin, end, masked = tiles.visible_queries(query_end_gmem, sequence, key0, nearest)
 
-        def item(i, _):
-            def slot(n):
-                return lax.rem(i * steps + n, tile.stages)
+        def slot(n):
+            return lax.rem(n, stages)
 
-            skip = tiles.skip(slot, groups)
-            lax.fori_loop(0, begin, skip, None)
-            plgpu.barrier_wait(rows_full.at[warpgroup])
+        skip = tiles.skip(slot, groups)
+        lax.fori_loop(0, begin, skip, None)
+        plgpu.barrier_wait(rows_full.at[warpgroup])
 
-            def accumulate(dk_ref, dv_ref):
-                def step(n, _):
-                    queries, cotangents = q_smem.at[slot(n)], dout_smem.at[slot(n)]
+        def accumulate(dk_ref, dv_ref):
+            def step(n, _):
+                queries, cotangents = q_smem.at[slot(n)], dout_smem.at[slot(n)]
 
-                    def differentiate(score_ref, dp_ref):
-                        plgpu.barrier_wait(q_full.at[slot(n)])
-                        plgpu.wgmma(score_ref, own_k, queries.transpose((1, 0)))
-                        plgpu.barrier_wait(dout_full.at[slot(n)])
-                        plgpu.wgmma(dp_ref, own_v, cotangents.transpose((1, 0)))
-                        score_KQ = plgpu.wgmma_accumulator_load(score_ref, wait_n=1)
-                        score_KQ = masked(score_KQ, n)
-                        lse_Q = plgpu.load(lse_smem.at[slot(n)], layout=COLUMN)
-                        p_KQ = jnp.exp2(score_KQ * (scale * LOG2_E) - along_columns(lse_Q))
-                        plgpu.wgmma(dv_ref, p_KQ.astype(dout_smem.dtype), cotangents)
-                        dp_KQ = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
-                        delta_Q = plgpu.load(delta_smem.at[slot(n)], layout=COLUMN)
-                        return (p_KQ * (dp_KQ - along_columns(delta_Q))).astype(q_smem.dtype)
+                def differentiate(score_ref, dp_ref):
+                    plgpu.barrier_wait(q_full.at[slot(n)])
+                    plgpu.wgmma(score_ref, own_k, queries.transpose((1, 0)))
+                    plgpu.barrier_wait(dout_full.at[slot(n)])
+                    plgpu.wgmma(dp_ref, own_v, cotangents.transpose((1, 0)))
+                    score_KQ = plgpu.wgmma_accumulator_load(score_ref, wait_n=1)
+                    score_KQ = masked(score_KQ, n)
+                    lse_Q = plgpu.load(lse_smem.at[slot(n)], layout=COLUMN)
+                    p_KQ = jnp.exp2(score_KQ * (scale * LOG2_E) - along_columns(lse_Q))
+                    plgpu.wgmma(dv_ref, p_KQ.astype(dout_smem.dtype), cotangents)
+                    dp_KQ = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
+                    delta_Q = plgpu.load(delta_smem.at[slot(n)], layout=COLUMN)
+                    return (p_KQ * (dp_KQ - along_columns(delta_Q))).astype(q_smem.dtype)
 
-                    scores = plgpu.ACC((ROWS, tile.columns), jnp.float32)
-                    dscore_KQ = pl.run_scoped(differentiate, scores, scores)
-                    plgpu.wgmma(dk_ref, dscore_KQ, queries)
-                    plgpu.wgmma_wait(1)  # dV's product is done
-                    plgpu.barrier_arrive(dout_empty.at[slot(n)])
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(q_empty.at[slot(n)])
+                scores = plgpu.ACC((ROWS, COLUMNS), jnp.float32)
+                dscore_KQ = pl.run_scoped(differentiate, scores, scores)
+                plgpu.wgmma(dk_ref, dscore_KQ, queries)
+                plgpu.wgmma_wait(1)  # dV's product is done
+                plgpu.barrier_arrive(dout_empty.at[slot(n)])
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(q_empty.at[slot(n)])
 
-                lax.fori_loop(begin, end, step, None)
-                return dk_ref[...], dv_ref[...]
+            lax.fori_loop(begin, end, step, None)
+            return dk_ref[...], dv_ref[...]
 
-            sums = plgpu.ACC((ROWS, width), jnp.float32)
-            dk_KD, dv_KD = pl.run_scoped(accumulate, sums, sums)
-            pl.when(i + 1 < tile.heads)(lambda: load_rows(i + 1))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last head's rows have left shared memory
-            own_dk[...] = (dk_KD * scale).astype(own_dk.dtype)
-            own_dv[...] = dv_KD.astype(own_dv.dtype)
-            plgpu.commit_smem()
-            for smem, gmem in ((own_dk, dk_gmem), (own_dv, dv_gmem)):
-                plgpu.copy_smem_to_gmem(smem, gmem.at[sequence, keys, head0 + i])
-            lax.fori_loop(end, steps, skip, None)
-
-        lax.fori_loop(0, tile.heads, item, None)
+        sums = plgpu.ACC((ROWS, width), jnp.float32)
+        dk_KD, dv_KD = pl.run_scoped(accumulate, sums, sums)
+        own_dk[...] = (dk_KD * scale).astype(own_dk.dtype)
+        own_dv[...] = dv_KD.astype(own_dv.dtype)
+        plgpu.commit_smem()
+        for smem, gmem in ((own_dk, dk_gmem), (own_dv, dv_gmem)):
+            plgpu.copy_smem_to_gmem(smem, gmem.at[sequence, keys, head])
+        lax.fori_loop(end, steps, skip, None)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the writes themselves end before the kernel does

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from senano_jax.attention.hopper_backward import backward_keys, backward_queries
 from senano_jax.attention.hopper_forward import forward
-from senano_jax.attention.hopper_tiles import DEFAULT_TILES, SWIZZLED, HopperTiles
+from senano_jax.attention.hopper_tiles import DEFAULT_STAGES, SWIZZLED, Stages
 from senano_jax.attention.intervals import BLOCK, Intervals
 from senano_jax.kernels import hopper_matmul
 
@@ -37,7 +37,7 @@ def hopper_attention(
     intervals: Intervals,
     scale: float,
     *,
-    tiles: HopperTiles = DEFAULT_TILES,
+    stages: Stages = DEFAULT_STAGES,
 ) -> Float[Array, "B T H D"]:
     """Softmax attention of each query over its interval of keys; bfloat16.
 
@@ -51,25 +51,25 @@ def hopper_attention(
         raise ValueError(f"hopper_attention needs bfloat16 heads 64 or 128 wide, got {q.dtype} and {width}")
     if not scale > 0:
         raise ValueError(f"hopper_attention needs a positive scale, got {scale}")
-    return _attention(q, k, v, intervals, float(scale), tiles)
+    return _attention(q, k, v, intervals, float(scale), stages)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q, k, v, intervals, scale, tiles):
-    return forward(q, k, v, intervals.key_start, scale, tiles.forward)[0]
+def _attention(q, k, v, intervals, scale, stages):
+    return forward(q, k, v, intervals.key_start, scale, stages.forward)[0]
 
 
-def _attention_fwd(q, k, v, intervals, scale, tiles):
-    out, lse_BHT = forward(q, k, v, intervals.key_start, scale, tiles.forward)
+def _attention_fwd(q, k, v, intervals, scale, stages):
+    out, lse_BHT = forward(q, k, v, intervals.key_start, scale, stages.forward)
     out = checkpoint_name(out, "attention_out")
     lse_BHT = checkpoint_name(lse_BHT, "attention_lse")
     return out, (q, k, v, intervals, out, lse_BHT)
 
 
-def _attention_bwd(scale, tiles, residuals, dout):
+def _attention_bwd(scale, stages, residuals, dout):
     q, k, v, intervals, out, lse_BHT = residuals
-    dq, delta_BHT = backward_queries(q, k, v, out, dout, lse_BHT, intervals.key_start, scale, tiles.dq)
-    dk, dv = backward_keys(q, k, v, dout, lse_BHT, delta_BHT, intervals.query_end, scale, tiles.dkv)
+    dq, delta_BHT = backward_queries(q, k, v, out, dout, lse_BHT, intervals.key_start, scale, stages.dq)
+    dk, dv = backward_keys(q, k, v, dout, lse_BHT, delta_BHT, intervals.query_end, scale, stages.dkv)
     return dq, dk, dv, None  # the bounds are integers
 
 
