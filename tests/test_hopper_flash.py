@@ -177,13 +177,28 @@ def test_fewer_tiles_than_stages_in_two_sequences(monkeypatch):
     assert max(relative_errors(results, references)) < 4e-3
 
 
-def test_attend_takes_it_only_when_told_to(monkeypatch):
-    q, k, v, _ = random_inputs(np.random.default_rng(8), 1, 128, 1, 64, jnp.bfloat16)
-    intervals = window_intervals(jnp.zeros((1, 128), jnp.int32), 1)
-    monkeypatch.setattr("senano_jax.attention.hopper_flash.runs_here", lambda: True)
+@pytest.mark.parametrize(
+    ("implementation", "here", "on_gpu", "width", "dtype", "taken"),
+    [
+        ("auto", True, True, 64, jnp.bfloat16, "hopper"),
+        ("auto", True, True, 32, jnp.bfloat16, "flash"),
+        ("auto", True, True, 64, jnp.float32, "flash"),
+        ("auto", False, True, 64, jnp.bfloat16, "flash"),
+        ("auto", False, True, 24, jnp.bfloat16, "banded"),
+        ("auto", False, False, 64, jnp.bfloat16, "banded"),
+        ("flash", True, True, 64, jnp.bfloat16, "flash"),
+        ("hopper", True, True, 64, jnp.bfloat16, "hopper"),
+    ],
+)
+def test_attend_takes_the_fastest_that_runs_unless_told(monkeypatch, implementation, here, on_gpu, width, dtype, taken):
+    monkeypatch.setattr("senano_jax.attention.hopper_flash.runs_here", lambda: here)
+    monkeypatch.setattr("senano_jax.attention.on_gpu", lambda: on_gpu)
     monkeypatch.setattr("senano_jax.attention.hopper_flash.hopper_attention", lambda *_: "hopper")
-    assert attend(q, k, v, intervals, SCALE, "hopper") == "hopper"
-    assert not isinstance(attend(q, k, v, intervals, SCALE), str)
+    monkeypatch.setattr("senano_jax.attention.flash_attention", lambda *_: "flash")
+    monkeypatch.setattr("senano_jax.attention.banded_attention", lambda *_: "banded")
+    x = jnp.zeros((1, 128, 1, width), dtype)
+    intervals = window_intervals(jnp.zeros((1, 128), jnp.int32), 1)
+    assert attend(x, x, x, intervals, SCALE, implementation) == taken
 
 
 @pytest.mark.parametrize(

@@ -30,15 +30,15 @@ def attend(
 
     Scores, softmax and sums are float32 whatever the type of q, k and v; the result has q's type. T is a multiple of
     128, ValueError otherwise. `dense` needs O(T^2) memory and is the reference for the others; `hopper` needs a Hopper
-    GPU, bfloat16 and heads of 64 or 128, UserError otherwise; `auto` takes the fastest one that runs, but never
-    `hopper`.
+    GPU, bfloat16 and heads of 64 or 128, UserError otherwise; `auto` takes the fastest one that runs: `hopper`, else
+    `flash` on a GPU, else `banded`.
     """
     if q.shape[1] % BLOCK:
         raise ValueError(
             f"sequences of {q.shape[1]} tokens are not whole blocks of {BLOCK}; shorten them or fill them up"
         )
     if implementation == "auto":
-        implementation = "flash" if on_gpu() and triton.fits(q.shape[-1]) else "banded"
+        implementation = _fastest(q)
     if implementation == "hopper":
         if not hopper_flash.runs_here():
             raise UserError("attention hopper needs a Hopper GPU and JAX 0.11; use flash, or banded without a GPU")
@@ -49,3 +49,10 @@ def attend(
         return hopper_flash.hopper_attention(q, k, v, intervals, scale)
     attention = {"flash": flash_attention, "banded": banded_attention, "dense": dense_attention}[implementation]
     return attention(q, k, v, intervals, scale)
+
+
+def _fastest(q: Float[Array, "B T H D"]) -> Implementation:
+    """Of those that this device runs at q's sizes."""
+    if hopper_flash.runs_here() and hopper_flash.fits(q.shape[1], q.shape[3], q.dtype):
+        return "hopper"
+    return "flash" if on_gpu() and triton.fits(q.shape[3]) else "banded"

@@ -29,7 +29,7 @@ class TransformerConfig:
     padded_vocab_size: int = 50304
     """Columns of the head."""
     attention: Literal["auto", "hopper", "flash", "banded", "dense"] = field(default="auto", metadata={"free": True})
-    """Implementation of attention; auto takes the fastest one for the device, but never hopper."""
+    """Implementation of attention; auto takes the fastest one that the device runs at these widths."""
     remat: Literal["none", "attention", "full"] = "none"
     """What the backward pass recomputes: nothing; each layer except its attention; each layer. Recomputed layers take a
     residual stream that is rounded to the activations' type, so bfloat16 losses differ in the fourth digit."""
