@@ -128,6 +128,27 @@ def test_refuses_steps_that_leave_warps_without_a_line():
         hopper_loss.logsumexp_and_gradient(z, targets, cap=CAP, slope=SLOPE, step=6)
 
 
+@pytest.mark.parametrize(
+    ("runs", "dtype", "logits", "options", "taken"),
+    [
+        (True, jnp.bfloat16, THIRDS, {}, True),
+        (False, jnp.bfloat16, THIRDS, {}, False),
+        (True, jnp.float32, THIRDS, {}, False),
+        (True, jnp.bfloat16, LINE, {}, False),
+        (True, jnp.bfloat16, THIRDS, {"interpret": True}, False),
+        (True, jnp.bfloat16, THIRDS, {"implementation": "triton"}, False),
+    ],
+)
+def test_auto_takes_it_wherever_it_can(monkeypatch, runs, dtype, logits, options, taken):
+    asked = []
+    monkeypatch.setattr(hopper_loss, "runs_here", lambda: runs)
+    monkeypatch.setattr(hopper_loss, "logsumexp_and_gradient", lambda z, *_, **__: (asked.append(z.shape), z))
+    z, targets = inputs(4, logits, dtype)
+    choose = logsumexp_and_gradient.__wrapped__  # not compiled: the choice would be kept
+    jax.eval_shape(lambda z, targets: choose(z, targets, cap=CAP, slope=SLOPE, **options), z, targets)
+    assert asked == ([z.shape] if taken else [])
+
+
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("lines", [1, STEP, 65, 131])

@@ -50,11 +50,11 @@ def logsumexp_and_gradient(
 
     `bias` is float32 and is added in float32. Its gradient, the sum over the rows of z's, is left to XLA: partial sums
     of a program's few rows would be as many bytes as the gradient itself. `hopper` is for Hopper GPUs, ValueError for z
-    that hopper_loss does not fit; `auto` never takes it, since it has not been timed yet. `launch` and `interpret` are
-    for `triton`.
+    that hopper_loss does not fit; `auto` takes it wherever it can. `launch` and `interpret` are for `triton`.
     """
     tokens, logits = z.shape
-    if implementation == "hopper":
+    automatic = not interpret and hopper_loss.runs_here() and hopper_loss.fits(logits, z.dtype)
+    if implementation == "hopper" or (implementation == "auto" and automatic):
         return hopper_loss.logsumexp_and_gradient(z, targets, weights, bias, cap=cap, slope=slope, shift=shift)
     rows = pl.BlockSpec((launch.rows, logits), lambda n: (n, 0))
     of_token = pl.BlockSpec((launch.rows,), lambda n: (n,))
