@@ -2,13 +2,16 @@
 
     python scripts/bench_row_kernels.py                       # all of them
     python scripts/bench_row_kernels.py stream-mlp --launches 4,4 2,2 1,1
+    python scripts/bench_row_kernels.py loss --launches 4,4 hopper,12
 
 `heads` is prepare_heads, `offset-heads` the same with key offsets; `gated-exclusive` is what attention gives with both
 pieces; `stream-mlp` the weighted stream beside an MLP, of which the backward pass alone is fused: the MLP is left out.
+`loss` is log-sum-exp and gradient of 8,192 tokens' logits, whatever the flags for sizes say.
 
 Time is the median over repetitions of a jitted chain of calls, divided by its length; backward is the difference of
 forward and backward together and forward alone. Bytes count each tensor once, in and out. The ratio is that of the
-plain version's time, forward and backward, to this one's. A launch is TOKENS,HEADS,WARPS, of stream-mlp ROWS,WARPS.
+plain version's time, forward and backward, to this one's. A launch is TOKENS,HEADS,WARPS, of stream-mlp and loss
+ROWS,WARPS. The loss's kernel for Hopper GPUs is hopper,LINES: lines of 128 logits that a warpgroup works on at a time.
 """
 
 import argparse
@@ -23,14 +26,20 @@ from bench_attention import chain, median_ms
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.jax_settings import start_jax
 from senano_jax.kernels.triton import HeadLaunch, HeadLaunches, RowLaunch
+from senano_jax.model import hopper_loss, loss_kernel
+from senano_jax.model.cap import capped
 from senano_jax.model.elementwise import norm, weighted_sum
 from senano_jax.model.heads import prepare_heads
+from senano_jax.model.loss import CHUNK_TOKENS
 from senano_jax.model.pieces.gated_exclusive import gated_exclusive
 from senano_jax.model.rotary import rotary_tables
+from senano_jax.model.soft_cap import SoftCap
 from senano_jax.model.stream_mlp import StreamWeights, backward
 
 OF_HEADS = ("16,6,4", "16,3,4", "16,1,4", "8,6,2", "8,2,2", "8,1,2", "4,6,1", "32,6,8", "32,1,4")
 OF_ROWS = ("4,4", "2,2", "1,1", "8,8", "4,8")
+OF_LOGITS = (*OF_ROWS, "1,4", "1,8", *(f"hopper,{lines}" for lines in (4, 8, 12, 16, 20)))
+LOGITS = 50_304  # of a token
 PASSES = ("fwd", "bwd", "f+b")
 
 
@@ -96,11 +105,41 @@ def stream(shape: tuple[int, int, int, int]) -> Case:
     return Case(arrays, None, lambda launch: plain if launch is None else fused(launch), megabytes, OF_ROWS)
 
 
+def loss(shape: tuple[int, int, int, int]) -> Case:
+    """z in, its gradient out; what there is of each token is small."""
+    cap = capped(SoftCap(), shape[2] * shape[3])
+    [z] = random([(CHUNK_TOKENS, LOGITS)])
+    targets = jax.random.randint(jax.random.key(1), (CHUNK_TOKENS, 1), 0, LOGITS)
+    options = {"cap": cap.height, "slope": 1 / cap.divisor, "shift": cap.shift}
+
+    def plain(z, targets):
+        def total(z):
+            logits = cap.all_logits(z)
+            logsumexp = cap.logsumexp(logits)
+            return (logsumexp - jnp.take_along_axis(logits, targets, axis=1)[:, 0]).sum(), logsumexp
+
+        (_, logsumexp), dz = jax.value_and_grad(total, has_aux=True)(z)
+        return logsumexp, dz
+
+    def fused(launch):
+        name, _, lines = launch.partition(",")
+        if name == "hopper":
+            if not lines.isdecimal():
+                raise UserError(f"--launches {launch} is not hopper,LINES, such as hopper,12")
+            return functools.partial(hopper_loss.logsumexp_and_gradient, step=int(lines), **options)
+        given = RowLaunch(*_numbers(launch, 2))
+        return functools.partial(loss_kernel.logsumexp_and_gradient, implementation="triton", launch=given, **options)
+
+    megabytes = (0.0, 2 * z.nbytes / 1e6)
+    return Case((z, targets), None, lambda launch: plain if launch is None else fused(launch), megabytes, OF_LOGITS)
+
+
 CASES = {
     "heads": heads,
     "offset-heads": functools.partial(heads, offsets_keys=True),
     "gated-exclusive": gated,
     "stream-mlp": stream,
+    "loss": loss,
 }
 
 

@@ -3,11 +3,12 @@
 Three exponentials or reciprocals a logit in each of two passes take longer than the memory traffic, so the kernel uses
 the hardware's approximate ones (2 ulp), which XLA does not. A program owns R tokens and walks twice over their V
 logits, C columns at a time. The tokens that a row of logits predicts, K of them, are found by comparing numbers of
-columns, so that the second walk serves them all.
+columns, so that the second walk serves them all. Hopper GPUs have a kernel of their own, hopper_loss.py.
 """
 
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from senano_jax.kernels import triton
+from senano_jax.model import hopper_loss
 
+Implementation = Literal["auto", "hopper", "triton"]
 COLUMNS = 128
 
 
@@ -28,7 +31,7 @@ def fits(tokens: int, logits: int, launch: triton.RowLaunch = DEFAULT_LAUNCH) ->
     return tokens % launch.rows == 0 and logits % COLUMNS == 0
 
 
-@functools.partial(jax.jit, static_argnames=("cap", "slope", "shift", "launch", "interpret"))
+@functools.partial(jax.jit, static_argnames=("cap", "slope", "shift", "implementation", "launch", "interpret"))
 def logsumexp_and_gradient(
     z: Float[Array, "N V"],
     targets: Int[Array, "N K"],
@@ -38,6 +41,7 @@ def logsumexp_and_gradient(
     cap: float,
     slope: float,
     shift: float = 0.0,
+    implementation: Implementation = "auto",
     launch: triton.RowLaunch = DEFAULT_LAUNCH,
     interpret: bool = False,
 ) -> tuple[Float[Array, "N"], Float[Array, "N V"]]:
@@ -45,9 +49,13 @@ def logsumexp_and_gradient(
     its type, of the sum of a token's K cross-entropies, weighted by float32 numbers; None: K is 1, and the weight 1.
 
     `bias` is float32 and is added in float32. Its gradient, the sum over the rows of z's, is left to XLA: partial sums
-    of a program's few rows would be as many bytes as the gradient itself.
+    of a program's few rows would be as many bytes as the gradient itself. `hopper` is for Hopper GPUs, ValueError for z
+    that hopper_loss does not fit; `auto` takes it wherever it can. `launch` and `interpret` are for `triton`.
     """
     tokens, logits = z.shape
+    automatic = not interpret and hopper_loss.runs_here() and hopper_loss.fits(logits, z.dtype)
+    if implementation == "hopper" or (implementation == "auto" and automatic):
+        return hopper_loss.logsumexp_and_gradient(z, targets, weights, bias, cap=cap, slope=slope, shift=shift)
     rows = pl.BlockSpec((launch.rows, logits), lambda n: (n, 0))
     of_token = pl.BlockSpec((launch.rows,), lambda n: (n,))
     asked = pl.BlockSpec((launch.rows, targets.shape[1]), lambda n: (n, 0))
