@@ -90,10 +90,13 @@ class Attention(nn.Module):
         if c.query_gains:
             gains = self.param("query_gains", nn.initializers.ones, (c.layers.visits_of(self.layer), c.num_heads))
             q = with_gains(q, gains[visit])
-        y_BTHK = attend(q, k, v, intervals, ATTENTION_SCALE, c.attention)
+        exclusive = c.excludes_own_values(self.layer)
+        y_BTHK = attend(q, k, v, intervals, ATTENTION_SCALE, c.attention, with_values=exclusive)
+        y_BTHK, v_of_pieces = y_BTHK if exclusive else (y_BTHK, None)
         y_BTHK, v = (z.reshape(B, T, c.num_heads, c.head_dim) for z in (y_BTHK, v))  # of tokens, if they are of slots
+        read = v_of_pieces if exclusive else v, x_BTD if first_BTG is None else first_BTG
         for piece in pieces_of(c, self.layer):
-            y_BTHK = piece.after(y_BTHK, v, x_BTD if first_BTG is None else first_BTG, visit)
+            y_BTHK = piece.after(y_BTHK, *read, visit)
         return y_BTHK.reshape(B, T, D) @ times(weight, out_DD).astype(x_BTD.dtype), v
 
 
