@@ -34,6 +34,13 @@ def value_and_gradients(attention, q, k, v, dout, intervals):
     return out, *pullback(dout)
 
 
+def with_another_reader(attention, q, k, v, dout, other_dv, intervals):
+    """The same where something else reads the values that attention gives out again, and gives them a gradient."""
+    (out, same), pullback = jax.vjp(lambda q, k, v: attention(q, k, v, intervals, SCALE, with_values=True), q, k, v)
+    assert same.shape == v.shape
+    return out, *pullback((dout, other_dv))
+
+
 def relative_errors(results, references):
     """Of out, dq, dk and dv, in the Frobenius norm."""
     results, references = ([np.asarray(x, np.float64) for x in xs] for xs in (results, references))
@@ -56,6 +63,46 @@ def test_agrees_with_dense(documents, window_blocks, width):
         assert max(jnp.abs(x).max() for x in (*results[1:3], *references[1:3])) < 1e-5
         results, references = results[::3], references[::3]
     assert max(relative_errors(results, references)) < 1e-5
+
+
+def test_adds_the_gradient_of_another_reader_of_values():
+    rng = np.random.default_rng(13)
+    (q, k, v, dout), (other_dv, *_) = (random_inputs(rng, 2, 384, 2, 64) for _ in range(2))
+    intervals = window_intervals(document_start(random_tokens(rng, 2, 384, 0.02)), 1)
+    out, dq, dk, dv = value_and_gradients(dense_attention, q, k, v, dout, intervals)
+    flash = functools.partial(flash_attention, tiles=SMALL_TILES)
+    results = with_another_reader(flash, q, k, v, dout, other_dv, intervals)
+    assert max(relative_errors(results, (out, dq, dk, dv + other_dv))) < 1e-5
+
+
+def test_another_reader_s_gradient_is_rounded_once():
+    """bfloat16: with that of attention, which is not rounded before. In documents of two tokens and with keys of 0 the
+    weights are 1, 1/2 and 1/2, so that the sums are known."""
+    q, k, v, dout = random_inputs(np.random.default_rng(14), 1, 256, 1, 64, jnp.bfloat16)
+    tokens = jnp.where(jnp.arange(256) % 2 == 0, END_OF_TEXT, 0)[None]
+    own_dv = dout.astype(jnp.float32).at[:, ::2].add(0.5 * dout[:, 1::2].astype(jnp.float32))
+    own_dv = own_dv.at[:, 1::2].mul(0.5)
+    other_dv = (-own_dv).astype(jnp.bfloat16) + v / 64  # the sum is small beside its terms
+    inputs = q, 0 * k, v, dout, other_dv, window_intervals(document_start(tokens), 1)
+    *_, dv = with_another_reader(flash_attention, *inputs)
+    exact = own_dv + other_dv.astype(jnp.float32)
+    np.testing.assert_allclose(dv.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_a_loop_keeps_values_with_another_reader_once(capsys):
+    """Of each layer q, k, v and out."""
+    x, *_ = random_inputs(np.random.default_rng(15), 1, 128, 1, 64)
+    intervals = window_intervals(jnp.zeros((1, 128), jnp.int32), 1)
+
+    def loss(x):
+        def layer(x, _):
+            out, v = flash_attention(2 * x, 3 * x, 4 * x, intervals, SCALE, with_values=True)
+            return x + out * v, None
+
+        return jnp.sum(jax.lax.scan(layer, x, length=3)[0])
+
+    jax.ad_checkpoint.print_saved_residuals(loss, x)
+    assert capsys.readouterr().out.count("f32[3,1,128,1,64]") == 4
 
 
 @pytest.mark.parametrize("length", [128, 384])
@@ -163,6 +210,9 @@ def test_lowers_for_cuda(dtype, width):
     flash = functools.partial(value_and_gradients, functools.partial(flash_attention, interpret=False))
     lowered = jax.jit(flash).trace(x, x, x, x, Intervals(bounds, bounds)).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("__gpu$xla.gpu.triton") == 3
+    flash = functools.partial(with_another_reader, functools.partial(flash_attention, interpret=False))
+    lowered = jax.jit(flash).trace(x, x, x, x, x, Intervals(bounds, bounds)).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("__gpu$xla.gpu.triton") == 3
 
 
 @pytest.mark.parametrize(
@@ -191,6 +241,18 @@ def test_on_gpu(dtype, bound, width):
             references = dense(*[x.astype(jnp.float32) for x in inputs], intervals)
             errors = relative_errors(flash(*inputs, intervals), references)
             assert max(errors) < bound, (window_blocks, errors)
+
+
+@pytest.mark.gpu
+def test_adds_the_gradient_of_another_reader_of_values_on_gpu():
+    rng = np.random.default_rng(16)
+    inputs, (other_dv, *_) = (random_inputs(rng, 1, 4096, 2, 128, jnp.bfloat16) for _ in range(2))
+    intervals = window_intervals(document_start(random_tokens(rng, 1, 4096, 0.002)), 7)
+    results = jax.jit(functools.partial(with_another_reader, flash_attention))(*inputs, other_dv, intervals)
+    out, dq, dk, dv = jax.jit(functools.partial(value_and_gradients, flash_attention))(*inputs, intervals)
+    for ours, theirs in zip(results[:3], (out, dq, dk)):
+        np.testing.assert_array_equal(ours, theirs)
+    assert max(relative_errors(results[3:], [dv.astype(jnp.float32) + other_dv.astype(jnp.float32)])) < 5e-3
 
 
 @pytest.mark.gpu

@@ -9,7 +9,14 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 from mosaic_interpreter import interpreted, needs_interpreter
 from oracles import softmax_attention, visible_pairs
-from test_flash import SCALE, random_inputs, random_tokens, relative_errors, value_and_gradients
+from test_flash import (
+    SCALE,
+    random_inputs,
+    random_tokens,
+    relative_errors,
+    value_and_gradients,
+    with_another_reader,
+)
 
 from senano_jax.attention import attend
 from senano_jax.attention.dense import dense_attention
@@ -73,6 +80,23 @@ def test_heads_of_128(monkeypatch):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("width", [64, 128])
+def test_adds_the_gradient_of_another_reader_of_values_without_races(monkeypatch, capsys, width):
+    """All else stays as it is, to the bit."""
+    rng = np.random.default_rng(13)
+    inputs, (other_dv, *_) = (random_inputs(rng, 1, 256, 2, width, jnp.bfloat16) for _ in range(2))
+    intervals = window_intervals(document_start(random_tokens(rng, 1, 256, 0.01)), 2)
+    with interpreted(monkeypatch, detect_races=True):
+        results = with_another_reader(hopper(), *inputs, other_dv, intervals)
+        out, dq, dk, dv = value_and_gradients(hopper(), *inputs, intervals)
+    assert "RACE DETECTED" not in capsys.readouterr().out
+    for ours, theirs in zip(results[:3], (out, dq, dk)):
+        np.testing.assert_array_equal(ours, theirs)
+    assert results[3].dtype == jnp.bfloat16
+    assert max(relative_errors(results[3:], [dv.astype(jnp.float32) + other_dv.astype(jnp.float32)])) < 4e-3
+
+
+@needs_interpreter
 def test_hidden_keys_get_exactly_nothing(monkeypatch):
     """Of what queries 70..99 output, exactly the keys they see feel a gradient: none before, after, or elsewhere."""
     rng = np.random.default_rng(4)
@@ -124,6 +148,11 @@ def test_lowers_for_cuda_once_for_all_windows(stages, width):
         return value_and_gradients(hopper(stages), q, k, v, dout, window_intervals(starts, window))
 
     assert lowered(jax.jit(run), x, x, x, x, starts, window).count("mosaic_gpu_v2") == 3
+
+    def run_with_values(q, k, v, dout, other_dv, starts, window):
+        return with_another_reader(hopper(stages), q, k, v, dout, other_dv, window_intervals(starts, window))
+
+    assert lowered(jax.jit(run_with_values), x, x, x, x, x, starts, window).count("mosaic_gpu_v2") == 3
 
 
 def loss_of_layers(attention, x, key_start, query_end):
@@ -258,6 +287,19 @@ def test_inside_scan_remat_and_shard_map_on_gpu():
     intervals = window_intervals(document_start(random_tokens(np.random.default_rng(12), 4, 512, 0.01)), 2)
     results = [sharded_gradient(attention)(x, *intervals) for attention in (hopper_attention, flash_attention)]
     assert relative_errors(results[:1], results[1:])[0] < 1e-2
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_adds_the_gradient_of_another_reader_of_values_on_gpu():
+    rng = np.random.default_rng(14)
+    inputs, (other_dv, *_) = (random_inputs(rng, 2, 4096, 2, 128, jnp.bfloat16) for _ in range(2))
+    intervals = window_intervals(document_start(random_tokens(rng, 2, 4096, 0.002)), 7)
+    results = jax.jit(functools.partial(with_another_reader, hopper()))(*inputs, other_dv, intervals)
+    out, dq, dk, dv = jax.jit(functools.partial(value_and_gradients, hopper()))(*inputs, intervals)
+    for ours, theirs in zip(results[:3], (out, dq, dk)):
+        np.testing.assert_array_equal(ours, theirs)
+    assert max(relative_errors(results[3:], [dv.astype(jnp.float32) + other_dv.astype(jnp.float32)])) < 5e-3
 
 
 @pytest.mark.gpu

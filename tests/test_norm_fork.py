@@ -78,15 +78,56 @@ def test_refuses_rows_it_cannot_hold():
         norm_fork(jnp.ones((1, 3, 32)), None, "fused")  # 3 rows for programs of 4
 
 
+@pytest.mark.parametrize("implementation", ["plain", "fused"])
+@pytest.mark.parametrize(("width", "apart"), [(32, 12), (96, 12), (96, 40), (768, 12)])  # of one part and of two
+def test_first_channels_apart(width, apart, implementation):
+    """They are those of the norm, and their gradient is that of a slice."""
+    x, dx, dy = random(7, width)
+    d_first = dy[::-1, :, :apart]
+    (_, normed, first), pullback = jax.vjp(lambda x: norm_fork(x, None, implementation, apart=apart), x)
+    np.testing.assert_array_equal(first, normed[..., :apart])
+    expected = gradient("plain", x, dx, dy.at[..., :apart].add(d_first))
+    np.testing.assert_allclose(pullback((dx, dy, d_first))[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_channels_apart_is_not_rounded_into_the_norm_s():
+    """bfloat16: added to the other one in float32, where it is less than half of its last digit."""
+    x, dx, dy = (array.astype(jnp.bfloat16) for array in random(8, 96))
+    d_first = (dy[..., :12] / 512).astype(jnp.bfloat16)
+    _, pullback = jax.vjp(lambda x: norm_fork(x, None, "fused", apart=12), x)
+    exact = [array.astype(jnp.float32) for array in (x, dx, dy)]
+    exact[2] = exact[2].at[..., :12].add(d_first.astype(jnp.float32))
+    expected = gradient("plain", *exact)
+    np.testing.assert_allclose(pullback((dx, dy, d_first))[0].astype(jnp.float32), expected, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("apart", [None, 12])
+def test_lowers_for_cuda(apart):
+    """The kernel passes through Pallas into Triton's language; no GPU takes part."""
+    if jax.__version_info__ >= (0, 11):
+        pytest.skip("from 0.11 Pallas asks a real device for its architecture")
+    x = jax.ShapeDtypeStruct((2, 16_384, 768), jnp.bfloat16)
+
+    @jax.jit
+    def value_and_gradient(x):
+        value, pull_back = jax.vjp(lambda x: norm_fork(x, None, "fused", apart=apart, interpret=False), x)
+        return value, pull_back(value)
+
+    lowered = value_and_gradient.trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("__gpu$xla.gpu.triton") == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("terms", [1, 2])
-def test_gradient_on_a_gpu(terms):
+@pytest.mark.parametrize("apart", [None, 12])
+def test_gradient_on_a_gpu(terms, apart):
     x, dx, dy = random(3, 768, jnp.bfloat16)
+    d_first = () if apart is None else (dy[::-1, :, :apart],)
     added = x[::-1] / 16 if terms == 2 else None
     dx = dx if added is None else dx.astype(jnp.float32)
 
     def gradient(implementation, x):
-        return jax.vjp(lambda x: norm_fork(x, added, implementation), x)[1]((dx, dy))[0]
+        return jax.vjp(lambda x: norm_fork(x, added, implementation, apart=apart), x)[1]((dx, dy, *d_first))[0]
 
     result, expected = (
         np.asarray(jax.jit(gradient, static_argnums=0)(name, x), np.float64) for name in ("fused", "plain")

@@ -25,8 +25,13 @@ def attend(
     intervals: Intervals,
     scale: float,
     implementation: Implementation = "auto",
-) -> Float[Array, "B T H D"]:
+    *,
+    with_values: bool = False,
+) -> Float[Array, "B T H D"] | tuple[Float[Array, "B T H D"], Float[Array, "B T H D"]]:
     """softmax(scale * q k^T) v, in which query i sees the keys intervals.key_start[i] <= j <= i.
+
+    `with_values` returns v, too, for others that read it: the gradient that they give v is added in the kernel of
+    `hopper` and `flash` that makes attention's, and not in a pass of its own over memory.
 
     Scores, softmax and sums are float32 whatever the type of q, k and v; the result has q's type. T is a multiple of
     128, ValueError otherwise. `dense` needs O(T^2) memory and is the reference for the others; `hopper` needs a Hopper
@@ -46,9 +51,11 @@ def attend(
             raise UserError(
                 f"attention hopper takes bfloat16 heads 64 or 128 wide, not {q.dtype} of {q.shape[3]}; use flash"
             )
-        return hopper_flash.hopper_attention(q, k, v, intervals, scale)
-    attention = {"flash": flash_attention, "banded": banded_attention, "dense": dense_attention}[implementation]
-    return attention(q, k, v, intervals, scale)
+        return hopper_flash.hopper_attention(q, k, v, intervals, scale, with_values)
+    if implementation == "flash":
+        return flash_attention(q, k, v, intervals, scale, with_values)
+    out = {"banded": banded_attention, "dense": dense_attention}[implementation](q, k, v, intervals, scale)
+    return (out, v) if with_values else out
 
 
 def _fastest(q: Float[Array, "B T H D"]) -> Implementation:

@@ -40,10 +40,11 @@ def flash_attention(
     v: Float[Array, "B T H D"],
     intervals: Intervals,
     scale: float,
+    with_values: bool = False,
     *,
     tiles: Tiles | None = None,
     interpret: bool | None = None,
-) -> Float[Array, "B T H D"]:
+) -> Float[Array, "B T H D"] | tuple[Float[Array, "B T H D"], Float[Array, "B T H D"]]:
     """Softmax attention of each query over its interval of keys; bfloat16, or float32 for tests.
 
     T must be a multiple of 128, D a power of two from 16 up, scale positive. Out and its log-sum-exp are named
@@ -59,25 +60,29 @@ def flash_attention(
         raise ValueError(f"flash_attention needs a positive scale, got {scale}")
     if interpret is None:
         interpret = jax.default_backend() != "gpu"
-    return _attention(q, k, v, intervals, float(scale), tiles or default_tiles(q.dtype), interpret)
+    return _attention(q, k, v, intervals, float(scale), with_values, tiles or default_tiles(q.dtype), interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attention(q, k, v, intervals, scale, tiles, interpret):
-    return forward(q, k, v, intervals.key_start, scale, tiles.forward, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _attention(q, k, v, intervals, scale, with_values, tiles, interpret):
+    out, _ = forward(q, k, v, intervals.key_start, scale, tiles.forward, interpret)
+    return (out, v) if with_values else out
 
 
-def _attention_fwd(q, k, v, intervals, scale, tiles, interpret):
+def _attention_fwd(q, k, v, intervals, scale, with_values, tiles, interpret):
     out, lse_BHT = forward(q, k, v, intervals.key_start, scale, tiles.forward, interpret)
     out = checkpoint_name(out, "attention_out")
     lse_BHT = checkpoint_name(lse_BHT, "attention_lse")
-    return out, (q, k, v, intervals, out, lse_BHT)
+    return (out, v) if with_values else out, (q, k, v, intervals, out, lse_BHT)
 
 
-def _attention_bwd(scale, tiles, interpret, residuals, dout):
+def _attention_bwd(scale, with_values, tiles, interpret, residuals, gradients):
     q, k, v, intervals, out, lse_BHT = residuals
+    dout, other_dv = gradients if with_values else (gradients, None)
     dq, delta_BHT = backward_queries(q, k, v, out, dout, lse_BHT, intervals.key_start, scale, tiles.dq, interpret)
-    dk, dv = backward_keys(q, k, v, dout, lse_BHT, delta_BHT, intervals.query_end, scale, tiles.dkv, interpret)
+    dk, dv = backward_keys(
+        q, k, v, dout, lse_BHT, delta_BHT, intervals.query_end, scale, tiles.dkv, interpret, other_dv
+    )
     return dq, dk, dv, None  # the bounds are integers
 
 
@@ -120,19 +125,22 @@ def backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale: float, ti
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "tile", "interpret"))  # lowered once for all layers
-def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float, tile: Tile, interpret: bool):
-    """dK and dV."""
+def backward_keys(
+    q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float, tile: Tile, interpret: bool, other_dv=None
+):
+    """dK and dV, to which `other_dv` is added."""
+    others = [] if other_dv is None else [other_dv]
     tile_KD, all_TD, _, all_T, bounds_T = _block_specs(k, tile.keys)
     return triton.call(
         functools.partial(_keys_kernel, scale=scale, tile=tile, exp2=triton.scaled_exp2(interpret)),
         name="flash_backward_keys",
         grid=_grid(k, tile.keys),
-        in_specs=[all_TD, tile_KD, tile_KD, all_TD, all_T, all_T, bounds_T],
+        in_specs=[all_TD, tile_KD, tile_KD, all_TD, all_T, all_T, bounds_T] + [tile_KD] * len(others),
         out_specs=[tile_KD, tile_KD],
         out_shape=[_like(k), _like(v)],
         launch=tile,
         interpret=interpret,
-    )(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT)
+    )(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, *others)
 
 
 def _grid(x, rows: int):
@@ -206,10 +214,9 @@ def _queries_kernel(
     dq_ref[...] = (dq_QD * scale).astype(dq_ref.dtype)
 
 
-def _keys_kernel(
-    q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, query_end_ref, dk_ref, dv_ref, *, scale, tile: Tile, exp2
-):
+def _keys_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, query_end_ref, *refs, scale, tile: Tile, exp2):
     """On transposed tiles: probabilities come out of one product as the left factor of the next."""
+    *other_dv_refs, dk_ref, dv_ref = refs
     visible, first, stop = _visible_queries(query_end_ref, tile)
     k_KD, v_KD = k_ref[...], v_ref[...]
 
@@ -228,6 +235,7 @@ def _keys_kernel(
     zero_KD = jnp.zeros(k_KD.shape, jnp.float32)
     dk_KD, dv_KD = lax.fori_loop(first, stop, step, (zero_KD, zero_KD))
     dk_ref[...] = (dk_KD * scale).astype(dk_ref.dtype)
+    dv_KD = sum((ref[...].astype(jnp.float32) for ref in other_dv_refs), dv_KD)
     dv_ref[...] = dv_KD.astype(dv_ref.dtype)
 
 

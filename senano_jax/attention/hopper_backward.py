@@ -157,9 +157,9 @@ def _queries_kernel(
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "stages"))  # lowered once for all layers
-def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float, stages: int):
-    """dK and dV."""
-    width = k.shape[3]
+def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float, stages: int, other_dv=None):
+    """dK and dV, to which `other_dv` is added."""
+    width, others = k.shape[3], [] if other_dv is None else [other_dv]
     kernel = tiles.call(
         functools.partial(_keys_kernel, scale=scale),
         k,
@@ -175,20 +175,21 @@ def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float,
             "dout_smem": tiles.swizzled(stages, COLUMNS, width),
             "lse_smem": plgpu.SMEM((stages, COLUMNS), jnp.float32),
             "delta_smem": plgpu.SMEM((stages, COLUMNS), jnp.float32),
-            "rows_full": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
+            "rows_full": plgpu.Barrier(num_arrivals=2 + len(others), num_barriers=WARPGROUPS),
         },
         ring={"q": 2, "dout": 2},
     )
-    return kernel(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT)
+    return kernel(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, *others)
 
 
 def _keys_kernel(
-    q_gmem, k_gmem, v_gmem, dout_gmem, lse_gmem, delta_gmem, query_end_gmem, dk_gmem, dv_gmem, *,
+    q_gmem, k_gmem, v_gmem, dout_gmem, lse_gmem, delta_gmem, query_end_gmem, *gmems,
     k_smem, v_smem, dk_smem, dv_smem, q_smem, dout_smem, lse_smem, delta_smem,
     rows_full, q_full, q_empty, dout_full, dout_empty,
     scale: float, stages: int,
 ):  # fmt: skip
     """On transposed tiles: probabilities come out of one product as the left factor of the next."""
+    *other_dv_gmems, dk_gmem, dv_gmem = gmems
     warpgroup, sequence, head = lax.axis_index("warpgroup"), lax.axis_index("sequence"), lax.axis_index("head")
     program_key0 = lax.axis_index("rows") * PROGRAM_ROWS
     nearest = tiles.floor_div(program_key0, COLUMNS)
@@ -214,7 +215,8 @@ def _keys_kernel(
         key0 = program_key0 + warpgroup * ROWS
         keys = pl.ds(key0, ROWS)
         own_k, own_v, own_dk, own_dv = (smem.at[warpgroup] for smem in (k_smem, v_smem, dk_smem, dv_smem))
-        for gmem, smem in ((k_gmem, own_k), (v_gmem, own_v)):
+        # What is added to dV waits where the sum will be stored.
+        for gmem, smem in ((k_gmem, own_k), (v_gmem, own_v), *((gmem, own_dv) for gmem in other_dv_gmems)):
             plgpu.copy_gmem_to_smem(gmem.at[sequence, keys, head], smem, rows_full.at[warpgroup])
         width = own_k.shape[1]
         steps = count_steps()
@@ -259,6 +261,8 @@ def _keys_kernel(
         sums = plgpu.ACC((ROWS, width), jnp.float32)
         dk_KD, dv_KD = pl.run_scoped(accumulate, sums, sums)
         own_dk[...] = (dk_KD * scale).astype(own_dk.dtype)
+        if other_dv_gmems:
+            dv_KD += plgpu.load(own_dv, layout=SCORES).astype(jnp.float32)
         own_dv[...] = dv_KD.astype(own_dv.dtype)
         plgpu.commit_smem()
         for smem, gmem in ((own_dk, dk_gmem), (own_dv, dv_gmem)):

@@ -36,9 +36,10 @@ def hopper_attention(
     v: Float[Array, "B T H D"],
     intervals: Intervals,
     scale: float,
+    with_values: bool = False,
     *,
     stages: Stages = DEFAULT_STAGES,
-) -> Float[Array, "B T H D"]:
+) -> Float[Array, "B T H D"] | tuple[Float[Array, "B T H D"], Float[Array, "B T H D"]]:
     """Softmax attention of each query over its interval of keys; bfloat16.
 
     T must be a multiple of 128, D 64 or 128, scale positive. Out and its log-sum-exp are named "attention_out" and
@@ -51,25 +52,27 @@ def hopper_attention(
         raise ValueError(f"hopper_attention needs bfloat16 heads 64 or 128 wide, got {q.dtype} and {width}")
     if not scale > 0:
         raise ValueError(f"hopper_attention needs a positive scale, got {scale}")
-    return _attention(q, k, v, intervals, float(scale), stages)
+    return _attention(q, k, v, intervals, float(scale), with_values, stages)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q, k, v, intervals, scale, stages):
-    return forward(q, k, v, intervals.key_start, scale, stages.forward)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attention(q, k, v, intervals, scale, with_values, stages):
+    out, _ = forward(q, k, v, intervals.key_start, scale, stages.forward)
+    return (out, v) if with_values else out
 
 
-def _attention_fwd(q, k, v, intervals, scale, stages):
+def _attention_fwd(q, k, v, intervals, scale, with_values, stages):
     out, lse_BHT = forward(q, k, v, intervals.key_start, scale, stages.forward)
     out = checkpoint_name(out, "attention_out")
     lse_BHT = checkpoint_name(lse_BHT, "attention_lse")
-    return out, (q, k, v, intervals, out, lse_BHT)
+    return (out, v) if with_values else out, (q, k, v, intervals, out, lse_BHT)
 
 
-def _attention_bwd(scale, stages, residuals, dout):
+def _attention_bwd(scale, with_values, stages, residuals, gradients):
     q, k, v, intervals, out, lse_BHT = residuals
+    dout, other_dv = gradients if with_values else (gradients, None)
     dq, delta_BHT = backward_queries(q, k, v, out, dout, lse_BHT, intervals.key_start, scale, stages.dq)
-    dk, dv = backward_keys(q, k, v, dout, lse_BHT, delta_BHT, intervals.query_end, scale, stages.dkv)
+    dk, dv = backward_keys(q, k, v, dout, lse_BHT, delta_BHT, intervals.query_end, scale, stages.dkv, other_dv)
     return dq, dk, dv, None  # the bounds are integers
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.experimental.pallas.triton import load as load
 
 from senano_jax.kernels.triton_sizes import fits as fits
 

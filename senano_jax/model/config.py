@@ -117,6 +117,10 @@ class ModelConfig(TransformerConfig):
         chosen = self.key_offset == "all" or (self.key_offset == "long" and self.layers.has_long_window(layer))
         return chosen and layer not in self.paired_heads
 
+    def excludes_own_values(self, layer: int) -> bool:
+        """Whether a layer's attention is exclusive."""
+        return self.exclusive_attention and layer not in self.paired_heads
+
     @property
     def has_parameters_by_visit(self) -> bool:
         """Whether layers of the loop have parameters that differ from visit to visit."""

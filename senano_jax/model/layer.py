@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from senano_jax.attention import Intervals, attend
-from senano_jax.model.config import ModelConfig
+from senano_jax.model.config import GATE_INPUTS, ModelConfig
 from senano_jax.model.context import Context
 from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.heads import prepare_heads
@@ -47,9 +47,12 @@ class Attention(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x_BTD, other_v_BTHK, x0_v_BTHK, rotary, intervals: Intervals, visit=0, weight=None, gain_D=None):
+    def __call__(
+        self, x_BTD, other_v_BTHK, x0_v_BTHK, rotary, intervals: Intervals, visit=0, weight=None, gain_D=None,
+        first_BTG=None,
+    ):  # fmt: skip
         """Returns the output, times `weight` if there is one, and the values it weighs. With `gain_D` it reads x times
-        that.
+        that. Its pieces read `first_BTG`, the first channels of x, if it is given, else x.
 
         `other_v_BTHK` is those of the first layer or the tokens' value embeddings. None mixes nothing: what the first
         layer returns is later layers' `other_v_BTHK`. `x0_v_BTHK` is None, or added to the layer's own values. `rotary`
@@ -87,10 +90,13 @@ class Attention(nn.Module):
         if c.query_gains:
             gains = self.param("query_gains", nn.initializers.ones, (c.layers.visits_of(self.layer), c.num_heads))
             q = with_gains(q, gains[visit])
-        y_BTHK = attend(q, k, v, intervals, ATTENTION_SCALE, c.attention)
+        exclusive = c.excludes_own_values(self.layer)
+        y_BTHK = attend(q, k, v, intervals, ATTENTION_SCALE, c.attention, with_values=exclusive)
+        y_BTHK, v_of_pieces = y_BTHK if exclusive else (y_BTHK, None)
         y_BTHK, v = (z.reshape(B, T, c.num_heads, c.head_dim) for z in (y_BTHK, v))  # of tokens, if they are of slots
+        read = v_of_pieces if exclusive else v, x_BTD if first_BTG is None else first_BTG
         for piece in pieces_of(c, self.layer):
-            y_BTHK = piece.after(y_BTHK, v, x_BTD, visit)
+            y_BTHK = piece.after(y_BTHK, *read, visit)
         return y_BTHK.reshape(B, T, D) @ times(weight, out_DD).astype(x_BTD.dtype), v
 
 
@@ -141,13 +147,18 @@ class Layer(nn.Module):
         """Whether it is more than an MLP."""
         return self.layer not in self.config.layers.no_attention
 
-    def attend(self, x_BTD, context: Context, visit=0, weight=None, gain_D=None):
+    @property
+    def reads_apart(self) -> int | None:
+        """How many of the normalised stream's first channels a head gate reads, if there is one: `first_BTG`."""
+        return GATE_INPUTS if self.config.head_gate else None
+
+    def attend(self, x_BTD, context: Context, visit=0, weight=None, gain_D=None, first_BTG=None):
         """Attention with the values and the window that this layer takes; returns the output, times `weight` if there
-        is one, and the values that it weighed. With `gain_D` it reads x times that."""
+        is one, and the values that it weighed. With `gain_D` it reads x times that; its pieces read `first_BTG`."""
         c = self.config
         table = c.value_table(self.layer)
         other_v = context.first_v if table is None else context.value_embeddings[table]
         x0_v = dict(zip(c.values_from_x0, context.x0_values)).get(self.layer)
         rows = context.slots if self.layer in c.paired_heads else context
         intervals = rows.windows[c.layers.has_long_window(self.layer)]
-        return self.attention(x_BTD, other_v, x0_v, rows.rotary, intervals, visit, weight, gain_D)
+        return self.attention(x_BTD, other_v, x0_v, rows.rotary, intervals, visit, weight, gain_D, first_BTG)

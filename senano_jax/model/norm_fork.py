@@ -26,13 +26,17 @@ def norm_fork(
     added: Float[Array, "B T D"] | None = None,
     implementation: Implementation = "auto",
     *,
+    apart: int | None = None,
     launch: triton.RowLaunch = DEFAULT_LAUNCH,
     interpret: bool | None = None,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]] | tuple[Float[Array, "B T _"], ...]:
     """x and norm(x); or the sum of x and `added`, in float32 and not rounded, and its norm, in x's type.
 
     What a layer adds is small beside the stream, so that rounding the sum would lose much of it. The sum is not stored
     either: the backward pass adds its terms again.
+
+    With `apart`, a third output is the first `apart` channels of the norm, for those who read no others: their gradient
+    is added to the norm's in the same pass. That of a slice is padded to all channels and added in a pass of its own.
 
     The backward pass of `fused` is a Pallas kernel for NVIDIA GPUs that rounds the sum of both gradients once, and
     takes them in the types that they come in: that of a float32 stream is a product with the next layer's weight, whose
@@ -42,26 +46,27 @@ def norm_fork(
     terms = (x,) if added is None else (x, added)
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
     if not takes_fused(implementation, on_gpu(), whole_rows.fits(x.shape, launch), f"{rows} rows of {width}"):
-        return _summed_and_normalised(terms)
-    return _fused(terms, launch, not on_gpu() if interpret is None else interpret)
+        return _summed_and_normalised(terms, apart)
+    return _fused(terms, apart, launch, not on_gpu() if interpret is None else interpret)
 
 
-def _summed_and_normalised(terms):
+def _summed_and_normalised(terms, apart):
     total = terms[0] if len(terms) == 1 else sum(term.astype(jnp.float32) for term in terms)
-    return total, norm(total).astype(terms[0].dtype)
+    normed = norm(total).astype(terms[0].dtype)
+    return (total, normed) if apart is None else (total, normed, normed[..., :apart])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _fused(terms, launch, interpret):
-    return _fused_fwd(terms, launch, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _fused(terms, apart, launch, interpret):
+    return _fused_fwd(terms, apart, launch, interpret)[0]
 
 
-def _fused_fwd(terms, launch, interpret):
+def _fused_fwd(terms, apart, launch, interpret):
     terms = lax.optimization_barrier(terms)  # or XLA reads all that x is the sum of a second time, to normalise it
-    return _summed_and_normalised(terms), terms
+    return _summed_and_normalised(terms, apart), terms
 
 
-def _fused_bwd(launch, interpret, terms, gradients):
+def _fused_bwd(apart, launch, interpret, terms, gradients):
     total = backward(terms, *gradients, launch=launch, interpret=interpret)
     return ((total,) * len(terms),)
 
@@ -70,32 +75,43 @@ _fused.defvjp(_fused_fwd, _fused_bwd)
 
 
 @functools.partial(jax.jit, static_argnames=("launch", "interpret"))  # lowered once for all layers
-def backward(terms, dx, dy, *, launch: triton.RowLaunch, interpret: bool):
+def backward(terms, dx, dy, dy_apart=None, *, launch: triton.RowLaunch, interpret: bool):
     """dx + s dy - s^3 mean(x dy) x along the last axis, with x the sum of `terms` and s = (mean(x^2) + eps)^(-1/2), in
-    the type of the terms. `dx` and `dy` may be of others."""
-    x = terms[0]
-    width = x.shape[-1]
-    flat = (x.size // width, width)
-    rows = pl.BlockSpec((launch.rows, width), lambda r: (r, 0))
+    the type of the terms. `dx` and `dy` may be of others. `dy_apart` is added to the first channels of dy."""
+    gradients = [dx, dy] if dy_apart is None else [dx, dy, dy_apart]
+    x, *rest = (array.reshape(-1, array.shape[-1]) for array in (*terms, *gradients))
+    rows, *rest_rows = (pl.BlockSpec((launch.rows, array.shape[1]), lambda r: (r, 0)) for array in (x, *rest))
     total = triton.call(
-        _backward_kernel,
+        functools.partial(_backward_kernel, terms=len(terms)),
         name="norm_fork_backward",
-        grid=(flat[0] // launch.rows,),
-        in_specs=[rows] * (len(terms) + 2),
+        grid=(x.shape[0] // launch.rows,),
+        in_specs=[rows, *rest_rows],
         out_specs=rows,
-        out_shape=jax.ShapeDtypeStruct(flat, x.dtype),
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         launch=launch,
         interpret=interpret,
-    )(*(array.reshape(flat) for array in (*terms, dx, dy)))
-    return total.reshape(x.shape)
+    )(x, *rest)
+    return total.reshape(terms[0].shape)
 
 
-def _backward_kernel(*refs):
-    *term_refs, dx_ref, dy_ref, total_ref = refs
+def _backward_kernel(*refs, terms: int):
+    *refs, total_ref = refs
     parts = whole_rows.parts_of(total_ref.shape[1])
-    *terms, dx, dy = ([ref[:, part].astype(jnp.float32) for part in parts] for ref in (*term_refs, dx_ref, dy_ref))
-    x = [sum(of_part) for of_part in zip(*terms)]
+    *of_terms, dx, dy = ([ref[:, part].astype(jnp.float32) for part in parts] for ref in refs[: terms + 2])
+    for apart_ref in refs[terms + 2 :]:  # at most one
+        dy = [_with_first(dy_RP, part, apart_ref) for part, dy_RP in zip(parts, dy)]
+    x = [sum(of_part) for of_part in zip(*of_terms)]
     scale_R1 = lax.rsqrt(whole_rows.mean(x, x) + NORM_EPSILON)
     along_R1 = scale_R1 * scale_R1 * whole_rows.mean(x, dy)
     for part, x_RP, dx_RP, dy_RP in zip(parts, x, dx, dy):
         total_ref[:, part] = (dx_RP + scale_R1 * (dy_RP - along_R1 * x_RP)).astype(total_ref.dtype)
+
+
+def _with_first(dy_RP, part: pl.Slice, apart_ref):
+    """This part of the rows, with those of `apart_ref`, which end somewhere, added to it."""
+    columns = apart_ref.shape[1] - part.start
+    if columns <= 0:
+        return dy_RP
+    row_RP, column_RP = (lax.broadcasted_iota(jnp.int32, dy_RP.shape, axis) for axis in range(2))
+    added_RP = triton.load(apart_ref.at[row_RP, part.start + column_RP], mask=column_RP < columns, other=0)
+    return dy_RP + added_RP.astype(jnp.float32)

@@ -20,7 +20,7 @@ def pieces_of(model: ModelConfig, layer: int) -> tuple[nn.Module | GatedExclusiv
     children are made."""
     visits, heads = model.layers.visits_of(layer), model.num_heads
     pieces: tuple[nn.Module, ...] = ()
-    if model.exclusive_attention and layer not in model.paired_heads:
+    if model.excludes_own_values(layer):
         pieces += (Exclusive(visits, heads, name="exclusive"),)
     if model.head_gate:
         pieces += (HeadGate(visits, heads, name="head_gate"),)

@@ -49,9 +49,10 @@ class WeightedLayer(Layer):
         """
         v_BTHK, y_BTD = None, None
         if self.has_attention:
+            first = ()
             if read_BTD is None:
-                x_BTD, read_BTD = norm_fork(x_BTD)
-            y_BTD, v_BTHK = self.attend(read_BTD, context, visit, weights.added[0], weights.gain(0))
+                x_BTD, read_BTD, *first = norm_fork(x_BTD, apart=self.reads_apart)
+            y_BTD, v_BTHK = self.attend(read_BTD, context, visit, weights.added[0], weights.gain(0), *first)
         if self.normalises_mlp:
             x_BTD = weighted_sum((weights.stream[0], x_BTD), (weights.x0, context.x0), dtype=context.x0.dtype)
             x_BTD, normed_BTD = norm_fork(x_BTD, y_BTD)
