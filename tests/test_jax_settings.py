@@ -73,7 +73,7 @@ def test_bfloat16_after_float32_has_its_own_precision():
 
 
 def test_deterministic_asks_xla_once(monkeypatch):
-    """Whether XLA then keeps to it only GPUs can tell, and was not measured (docs/reliability.md)."""
+    """Whether XLA then keeps to it only GPUs can tell: docs/reliability.md."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp")
     configure_jax("bfloat16", None)
     assert "deterministic" not in os.environ["XLA_FLAGS"]
