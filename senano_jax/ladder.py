@@ -220,5 +220,5 @@ def tied_recurrent() -> Config:
 
 def input_rank() -> Config:
     """The candidate with 48 directions in which a token's embedding differs from its column of the head."""
-    rule = AdamRule(rate=0.0057, b1=0.5, b2=0.95, eps=1e-10, every=2)
-    return changed(tied_recurrent(), {"model.input_rank": 48, "optimizer.embeddings": rule})
+    base = tied_recurrent()
+    return changed(base, {"model.input_rank": 48, "optimizer.embeddings": base.optimizer.head})

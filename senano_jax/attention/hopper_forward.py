@@ -53,11 +53,7 @@ def _kernel(
 ):  # fmt: skip
     warpgroup, sequence, head = lax.axis_index("warpgroup"), lax.axis_index("sequence"), lax.axis_index("head")
     program_query0 = lax.axis_index("rows") * PROGRAM_ROWS
-    nearest = tiles.ceil_div(program_query0 + PROGRAM_ROWS, COLUMNS) - 1
-
-    def count_steps():
-        return nearest + 1 - tiles.floor_div(key_start_gmem[sequence, program_query0], COLUMNS)
-
+    nearest, count_steps = tiles.steps_of_keys(key_start_gmem, sequence, program_query0)
     groups = (
         ([(k_gmem.at[sequence, :, head], k_smem)], k_full, k_empty),
         ([(v_gmem.at[sequence, :, head], v_smem)], v_full, v_empty),

@@ -146,6 +146,16 @@ class Visible(NamedTuple):
     masked: Callable  # (scores, step) -> scores, MASKED where hidden
 
 
+def steps_of_keys(key_start_gmem, sequence, program_query0) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    """Of a program of queries: its nearest tile of keys, and a function that reads how many steps there are from it."""
+    nearest = ceil_div(program_query0 + PROGRAM_ROWS, COLUMNS) - 1
+
+    def count_steps():
+        return nearest + 1 - floor_div(key_start_gmem[sequence, program_query0], COLUMNS)
+
+    return nearest, count_steps
+
+
 def visible_keys(key_start_gmem, sequence, query0, nearest) -> Visible:
     """For queries from query0; key tile nearest - n is step n, so that the first one depends on no bounds."""
     key_start_Q = plgpu.load(key_start_gmem.at[sequence, pl.ds(query0, ROWS)], layout=ROW, optimized=False)
