@@ -182,3 +182,16 @@ def test_agrees_with_the_triton_kernel_on_a_gpu():
     )
     np.testing.assert_allclose(one, other, rtol=1e-6)
     np.testing.assert_allclose(*(np.asarray(dz, np.float32) for dz in (d_one, d_other)), rtol=2**-6, atol=1e-8)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_targets_may_be_a_slice_of_the_tokens_on_a_gpu():
+    """One sequence a device: XLA passes a slice as a pointer into the tokens, which need not suit the kernel."""
+    z, targets = inputs(300, 128 * THIRDS, jnp.bfloat16)
+    tokens = jnp.concatenate([jnp.zeros((1, 1), jnp.int32), targets.T], axis=1)
+
+    def of_tokens(tokens):
+        return logsumexp_and_gradient(z, tokens[:, 1:].reshape(-1, 1), implementation="hopper", cap=CAP, slope=SLOPE)
+
+    check(jax.jit(of_tokens)(tokens), z, targets, **APPROXIMATE)

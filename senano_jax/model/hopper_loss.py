@@ -117,6 +117,9 @@ def logsumexp_and_gradient(
         z_NK += bias_V[targets_NK]
         bias_WLC = jnp.pad(bias_V.reshape(WARPGROUPS, lines, LINE), ((0, 0), (0, padded - lines), (0, 0)))
     sigmoids_NK = jax.nn.sigmoid(slope * (z_NK + shift))
+    # Changes none of them, but gives them a buffer of their own: XLA passes a slice of the tokens, which is what
+    # targets are, as a pointer into them, and Mosaic refuses one that is not a multiple of 256 bytes.
+    targets_NK = jnp.clip(targets_NK, 0, logits - 1)
     kernel = plgpu.kernel(
         functools.partial(_kernel, cap=cap, slope=slope, shift=shift, step=step, load=load),
         out_type=(jax.ShapeDtypeStruct((tokens,), jnp.float32), jax.ShapeDtypeStruct(z_NWLC.shape, z_NWLC.dtype)),
