@@ -44,7 +44,7 @@ class NgramMatch(nn.Module):
 
 
 def last_matches(tokens_BT: Int[Array, "B T"], start_BT: Int[Array, "B T"], order: int) -> Matches:
-    """Of all n-grams of `order` tokens, each within its document, whose first position is `start_BT`.
+    """Of the n-grams of `order` tokens that lie within one document; `start_BT` is the first position of each token's.
 
     A stable sort by the tokens of the n-gram puts the last earlier occurrence on the left of each position. Documents
     are no key: where that occurrence begins before the document does, so do all earlier ones.
