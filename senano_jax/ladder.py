@@ -222,3 +222,9 @@ def input_rank() -> Config:
     """The candidate with 48 directions in which a token's embedding differs from its column of the head."""
     base = tied_recurrent()
     return changed(base, {"model.input_rank": 48, "optimizer.embeddings": base.optimizer.head})
+
+
+def ngrams() -> Config:
+    """The candidate whose embeddings tell, for n of 1 to 3, what followed the last n-gram like the one that ends there
+    (n-gram heads: arXiv 2401.12973), by a matrix each."""
+    return changed(tied_recurrent(), {"model.ngram_orders": (1, 2, 3)})

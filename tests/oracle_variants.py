@@ -6,7 +6,7 @@ Gradients are checked by `slope`: the derivative along a direction, by central d
 import math
 
 import numpy as np
-from oracles import norm, rotary, visible_pairs
+from oracles import END_OF_TEXT, norm, rotary, visible_pairs
 
 
 def loss(
@@ -24,6 +24,7 @@ def loss(
 
     visible = [visible_pairs(tokens, window_blocks), visible_pairs(tokens, max(1, window_blocks // 2))]
     x = x0 = norm(params["embedding"][tokens] if "embedding" in params else params["head"].T[tokens])
+    x = x0 = with_continuations(x0, tokens, params)
     count, first_v, kept, exits, read = len(applications), None, [], [x0], None
     for i, (layer, n, visit) in enumerate(applications):
         where = (first_v, visible[n % 2], heads, visit)
@@ -63,6 +64,20 @@ def loss(
         for t in range(len(tokens) - k):
             total += weight * (logsumexp[t] - logits[t, targets[t + k]])
     return total
+
+
+def with_continuations(x0, tokens, params):
+    """Each row and, by the matrix of each order n, that of what followed the last n tokens like those at its end."""
+    document, out = np.cumsum(np.asarray(tokens) == END_OF_TEXT), x0.copy()
+    for n in (n for n in range(1, 9) if f"ngram_{n}" in params):
+        last = {}
+        for t in range(n - 1, len(tokens)):
+            if document[t - n + 1] == document[t]:
+                ngram = document[t], *tokens[t - n + 1 : t + 1]
+                if ngram in last:
+                    out[t] += x0[last[ngram] + 1] @ params[f"ngram_{n}"]
+                last[ngram] = t
+    return out
 
 
 def attention(w, x, first_v, visible, heads, visit, *, x0_v=0.0, key_offset=False, paired=False, gain=1.0):

@@ -10,6 +10,7 @@ from senano_jax.model.schedule import LayerSchedule, UNet, Weighted
 from senano_jax.model.soft_cap import SoftCap
 
 GATE_INPUTS = 12  # channels of its input that a gate reads, the first ones
+LONGEST_NGRAM = 8  # tokens; of English text less than 1% of all positions end one that their document has had before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,9 @@ class ModelConfig(TransformerConfig):
     smear: bool = False
     """Add to each token's embedding a learned share of that of the token before, also across the start of a document;
     none at the start of training."""
+    ngram_orders: tuple[int, ...] = ()
+    """Orders n, ascending. Added to each token's embedding: that of what followed the last occurrence, in the same
+    document, of the n tokens that end there, by a matrix for each order, which is zero at the start."""
     output_init: float = 0.0
     """Standard deviation at the start of the last matrices of attention and MLP, in units of one over the root of their
     inputs: uniform numbers in attention, normal ones in the MLP. 0: both are zero."""
@@ -216,6 +220,12 @@ def check_model(model: ModelConfig | Gpt2Config) -> None:
         if model.input_rank and not model.tied:
             raise UserError(
                 f"--model.input-rank is {model.input_rank}, but the embedding is a table by itself; use --model.tied"
+            )
+        orders = model.ngram_orders
+        if list(orders) != sorted({n for n in orders if 1 <= n <= LONGEST_NGRAM}):
+            raise UserError(
+                f"--model.ngram-orders is {' '.join(map(str, orders))}; use numbers from 1 to {LONGEST_NGRAM}, "
+                "ascending and each once, or none"
             )
         for flag, reads in {"--model.head-gate": model.head_gate, "--model.smear": model.smear}.items():
             if reads and model.dim < GATE_INPUTS:

@@ -17,7 +17,7 @@ class Slots(NamedTuple):
 class Context(NamedTuple):
     """The same for all applications of layers, but for `first_v`, which the first one makes."""
 
-    x0: Float[Array, "B T D"]  # normalised embedding
+    x0: Float[Array, "B T D"]  # normalised embedding, with what is added of n-grams' matches
     first_v: Float[Array, "B T H K"] | None  # values of the first layer; None there and with value embeddings
     value_embeddings: tuple[Float[Array, "B T H K"], ...]  # of the tokens, one a table
     rotary: tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]
