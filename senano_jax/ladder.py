@@ -222,3 +222,9 @@ def input_rank() -> Config:
     """The candidate with 48 directions in which a token's embedding differs from its column of the head."""
     base = tied_recurrent()
     return changed(base, {"model.input_rank": 48, "optimizer.embeddings": base.optimizer.head})
+
+
+def short_convolution() -> Config:
+    """The candidate with some of the three tokens before in what attention and MLP read, by channel and visit (Canon
+    layers; Primer, arXiv 2109.08668, has it behind queries, keys and values)."""
+    return changed(tied_recurrent(), {"model.short_convolution": "both"})

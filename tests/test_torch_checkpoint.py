@@ -143,6 +143,7 @@ def test_gpt2_may_bring_its_head_along():
         ({"values_from_x0": (1,)}, "--model.values-from-x0 is (1,), which"),
         ({"smear": True}, "--model.smear is True, which"),
         ({"query_gains": True}, "--model.query-gains is True, which"),
+        ({"short_convolution": "mlp"}, "--model.short-convolution is mlp, which"),
         ({"key_offset": "long"}, "--model.key-offset is long, which"),
     ],
     ids=str,
