@@ -228,3 +228,9 @@ def ngrams() -> Config:
     """The candidate whose embeddings tell, for n of 1 to 3, what followed the last n-gram like the one that ends there
     (n-gram heads: arXiv 2401.12973), by a matrix each."""
     return changed(tied_recurrent(), {"model.ngram_orders": (1, 2, 3)})
+
+
+def short_convolution() -> Config:
+    """The candidate with some of the three tokens before in what attention and MLP read, by channel and visit (Canon
+    layers; Primer, arXiv 2109.08668, has it behind queries, keys and values)."""
+    return changed(tied_recurrent(), {"model.short_convolution": "both"})

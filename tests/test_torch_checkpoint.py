@@ -144,6 +144,7 @@ def test_gpt2_may_bring_its_head_along():
         ({"smear": True}, "--model.smear is True, which"),
         ({"query_gains": True}, "--model.query-gains is True, which"),
         ({"ngram_orders": (1, 2)}, "--model.ngram-orders is (1, 2), which"),
+        ({"short_convolution": "mlp"}, "--model.short-convolution is mlp, which"),
         ({"key_offset": "long"}, "--model.key-offset is long, which"),
     ],
     ids=str,

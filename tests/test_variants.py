@@ -27,6 +27,14 @@ VARIANTS = {
         "query_gains": True,
         "head_gate": True,
     },
+    "short convolutions": {
+        "trunk": Weighted(read_by_channel=True),
+        "layers": LayerSchedule(1, 2, 2, 1),
+        "short_convolution": "both",
+        "head_gate": True,
+        "remat": "full",
+    },
+    "short convolutions, skips": {"short_convolution": "both", "layers": LayerSchedule(1, 2, 2, 1), "unroll": True},
     "norm of outputs": {"trunk": Weighted(mlp_output_norm=True), "layers": LayerSchedule(1, 2, 2, 1)},
     "n-grams": {"trunk": Weighted(), "layers": LayerSchedule(1, 1, 2, 1), "ngram_orders": (1, 3)},
     "all of it": {

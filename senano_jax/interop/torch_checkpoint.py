@@ -47,7 +47,7 @@ TRANSPOSED = ("head", "qkv", "out", "up", "down", "kernel")  # ends of the paths
 _FIXED = (
     *("trunk", "mlp_widths", "cap", "tied", "input_rank", "logit_bias"),
     *("head_gate", "exclusive_attention", "key_offset", "paired_heads", "values_from_x0", "smear", "query_gains"),
-    "ngram_orders",
+    *("ngram_orders", "short_convolution"),
 )
 
 

@@ -102,6 +102,9 @@ class ModelConfig(TransformerConfig):
     query_gains: bool = False
     """Multiply the queries of each head by a learned number, of its own for each visit, 1 at the start: how sharply it
     attends."""
+    short_convolution: Literal["none", "attention", "mlp", "both"] = "none"
+    """Sublayers that also read the three tokens before, those of the same document: to each channel of their input they
+    add that of these tokens times weights of its own for each visit, zero at the start."""
     smear: bool = False
     """Add to each token's embedding a learned share of that of the token before, also across the start of a document;
     none at the start of training."""
@@ -126,9 +129,14 @@ class ModelConfig(TransformerConfig):
         return self.exclusive_attention and layer not in self.paired_heads
 
     @property
+    def convolved(self) -> tuple[str, ...]:
+        """Sublayers with a short convolution."""
+        return {"none": (), "both": ("attention", "mlp")}.get(self.short_convolution, (self.short_convolution,))
+
+    @property
     def has_parameters_by_visit(self) -> bool:
         """Whether layers of the loop have parameters that differ from visit to visit."""
-        pieces = self.head_gate or self.exclusive_attention or self.query_gains
+        pieces = self.head_gate or self.exclusive_attention or self.query_gains or bool(self.convolved)
         return pieces or isinstance(self.trunk, Weighted)
 
     def value_table(self, layer: int) -> int | None:

@@ -17,6 +17,7 @@ from senano_jax.model.heads import prepare_heads
 from senano_jax.model.pieces import pieces_of
 from senano_jax.model.pieces.paired_heads import columns_by_slot, in_slots
 from senano_jax.model.pieces.query_gains import with_gains
+from senano_jax.model.pieces.short_convolution import REACH, Convolution, convolved
 from senano_jax.model.schedule import Weighted
 from senano_jax.model.squared_relu import squared_relu_mlp
 
@@ -115,9 +116,9 @@ class Mlp(nn.Module):
         """Both; the second one times `weight`, the rows of the first one times `gain_D`, if there are these."""
         return by_rows(gain_D, self.up).astype(dtype), times(weight, self.down).astype(dtype)
 
-    def __call__(self, x_BTD, gain_D=None):
-        """Of x times `gain_D`, if there is one."""
-        return squared_relu_mlp(x_BTD, *self.matrices(x_BTD.dtype, None, gain_D))
+    def __call__(self, x_BTD, gain_D=None, convolution: Convolution | None = None):
+        """Of x, convolved and times `gain_D`, if there are these."""
+        return squared_relu_mlp(convolved(x_BTD, convolution), *self.matrices(x_BTD.dtype, None, gain_D))
 
 
 def times(weight, matrix_FD):
@@ -132,7 +133,11 @@ def by_rows(gain_D, matrix_DF):
 
 
 class Layer(nn.Module):
-    """Two sublayers, each taking the normalised residual stream and returning what is to be added to it."""
+    """Two sublayers, each taking the normalised residual stream and returning what is to be added to it.
+
+    Parameters: those of the sublayers and, where these have a short convolution, attention_convolution and
+    mlp_convolution [visits, 3, D].
+    """
 
     config: ModelConfig
     layer: int
@@ -141,6 +146,12 @@ class Layer(nn.Module):
         if self.has_attention:
             self.attention = Attention(self.config, self.layer)
         self.mlp = Mlp(self.config.dim, self.config.mlp_width(self.layer), self.config.output_init)
+        shape = (self.config.layers.visits_of(self.layer), REACH, self.config.dim)
+        self.convolution_weights = {
+            sublayer: self.param(f"{sublayer}_convolution", nn.initializers.zeros, shape)
+            for sublayer in self.config.convolved
+            if sublayer == "mlp" or self.has_attention
+        }
 
     @property
     def has_attention(self) -> bool:
@@ -154,11 +165,20 @@ class Layer(nn.Module):
 
     def attend(self, x_BTD, context: Context, visit=0, weight=None, gain_D=None, first_BTG=None):
         """Attention with the values and the window that this layer takes; returns the output, times `weight` if there
-        is one, and the values that it weighed. With `gain_D` it reads x times that; its pieces read `first_BTG`."""
+        is one, and the values that it weighed. It reads x with its short convolution, if there is one, and with
+        `gain_D` times that; its pieces read `first_BTG`, the first channels of x, or x itself."""
         c = self.config
+        first_BTG = x_BTD if first_BTG is None else first_BTG
+        with jax.named_scope("attention"):
+            x_BTD = convolved(x_BTD, self.convolution("attention", context, visit))
         table = c.value_table(self.layer)
         other_v = context.first_v if table is None else context.value_embeddings[table]
         x0_v = dict(zip(c.values_from_x0, context.x0_values)).get(self.layer)
         rows = context.slots if self.layer in c.paired_heads else context
         intervals = rows.windows[c.layers.has_long_window(self.layer)]
         return self.attention(x_BTD, other_v, x0_v, rows.rotary, intervals, visit, weight, gain_D, first_BTG)
+
+    def convolution(self, sublayer: Literal["attention", "mlp"], context: Context, visit=0) -> Convolution | None:
+        """That of what a sublayer reads, if there is one."""
+        weights = self.convolution_weights.get(sublayer)
+        return None if weights is None else Convolution(weights[visit], context.places)
