@@ -26,6 +26,7 @@ VARIANTS = {
         "layers": LayerSchedule(1, 2, 2, 1),
         "query_gains": True,
         "head_gate": True,
+        "forget_gate": True,
     },
     "norm of outputs": {"trunk": Weighted(mlp_output_norm=True), "layers": LayerSchedule(1, 2, 2, 1)},
     "all of it": {

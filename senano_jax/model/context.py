@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from senano_jax.attention import Intervals
 
@@ -24,3 +24,4 @@ class Context(NamedTuple):
     windows: dict[bool, Intervals]  # by whether the layer has a long one
     slots: Slots | None = None  # if some layer pairs its heads
     x0_values: tuple[Float[Array, "B T H K"], ...] = ()  # from x0, one for each of the values_from_x0
+    document_start: Int[Array, "B T"] | None = None  # if heads forget
