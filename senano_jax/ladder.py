@@ -142,6 +142,11 @@ def query_gains() -> Config:
     return changed(strict(), {"model.query_gains": True})
 
 
+def forget_gate() -> Config:
+    """Heads that forget (arXiv 2503.02130), by visit."""
+    return changed(strict(), {"model.forget_gate": True})
+
+
 def output_init() -> Config:
     """Each sublayer adds something from the start on, attention as in modded-nanogpt since 2026-02; the MLP does so in
     its slow track, from numbers twice as large. Layers of the loop add less (`weighted`), as they do at every visit."""

@@ -106,7 +106,7 @@ def unchanged(h):
 def attention(
     w, x, first_v, visible, heads, visit, *, x0_v=0.0, key_offset=False, paired=False, gain=1.0, read_by=unchanged
 ):
-    """What attention adds, and the values that it weighs; `visible` is of slots if heads are paired. The gate reads x
+    """What attention adds, and the values that it weighs; `visible` is of slots if heads are paired. The gates read x
     as it is."""
     q, k, v = ((gain * read_by(x) @ matrix).reshape(len(x), heads, -1) for matrix in w["qkv"])
     v = v + x0_v
@@ -124,9 +124,16 @@ def attention(
             z_q *= gains[:, None]
     if key_offset:
         z_k = with_dimensions_of_the_token_before(z_k)
+    kept = np.zeros((len(x), heads))  # logarithms of the shares that tokens keep
+    if "forget_gate" in w:
+        z_q[..., -2:] = 0
+        opening = x[:, :12] @ w["forget_gate"]["gate"][visit].T + w["forget_gate"]["bias"][visit]
+        kept = -np.log(1 + np.exp(-opening))
     z_y = np.zeros_like(z_v)
     for h in range(z_q.shape[1]):
         weights = np.where(visible, np.exp(0.12 * z_q[:, h] @ z_k[:, h].T), 0)
+        if "forget_gate" in w:
+            weights *= np.exp([[kept[j + 1 : i + 1, h].sum() for j in range(len(x))] for i in range(len(x))])
         z_y[:, h] = weights @ z_v[:, h] / weights.sum(-1, keepdims=True)
     y = heads_of_slots(z_y) if paired else z_y
     for h in range(heads):

@@ -142,6 +142,7 @@ def test_gpt2_may_bring_its_head_along():
         ({"paired_heads": (1,)}, "--model.paired-heads is (1,), which"),
         ({"values_from_x0": (1,)}, "--model.values-from-x0 is (1,), which"),
         ({"smear": True}, "--model.smear is True, which"),
+        ({"forget_gate": True}, "--model.forget-gate is True, which"),
         ({"query_gains": True}, "--model.query-gains is True, which"),
         ({"ngram_orders": (1, 2)}, "--model.ngram-orders is (1, 2), which"),
         ({"short_convolution": "mlp"}, "--model.short-convolution is mlp, which"),

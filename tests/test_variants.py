@@ -26,6 +26,7 @@ VARIANTS = {
         "layers": LayerSchedule(1, 2, 2, 1),
         "query_gains": True,
         "head_gate": True,
+        "forget_gate": True,
     },
     "short convolutions": {
         "trunk": Weighted(read_by_channel=True),

@@ -90,6 +90,10 @@ class ModelConfig(TransformerConfig):
     exclusive_attention: bool = False
     """Take from what each attention head gives a learned share of its part along the token's own value, before the
     gate; a share for each head and visit, none at the start. Not in layers with paired heads."""
+    forget_gate: bool = False
+    """Multiply what each attention head sees of earlier tokens by a share of every token since, which that token's
+    input opens, with weights of its own for each visit. It takes the place of two of the dimensions of queries and keys
+    that carry no position. Not in layers with paired heads."""
     key_offset: Literal["none", "long", "all"] = "none"
     """Layers whose keys have the token before in the half of their dimensions that carries no position: none, those
     that attend over the long window, or all; never those with paired heads. It reaches across the start of a document,
@@ -128,6 +132,10 @@ class ModelConfig(TransformerConfig):
         """Whether a layer's attention is exclusive."""
         return self.exclusive_attention and layer not in self.paired_heads
 
+    def forgets(self, layer: int) -> bool:
+        """Whether a layer's heads forget."""
+        return self.forget_gate and layer not in self.paired_heads
+
     @property
     def convolved(self) -> tuple[str, ...]:
         """Sublayers with a short convolution."""
@@ -136,8 +144,8 @@ class ModelConfig(TransformerConfig):
     @property
     def has_parameters_by_visit(self) -> bool:
         """Whether layers of the loop have parameters that differ from visit to visit."""
-        pieces = self.head_gate or self.exclusive_attention or self.query_gains or bool(self.convolved)
-        return pieces or isinstance(self.trunk, Weighted)
+        pieces = self.head_gate, self.exclusive_attention, self.query_gains, self.forget_gate, self.convolved
+        return any(pieces) or isinstance(self.trunk, Weighted)
 
     def value_table(self, layer: int) -> int | None:
         """The value embedding that a layer mixes in, if any."""
@@ -235,7 +243,11 @@ def check_model(model: ModelConfig | Gpt2Config) -> None:
                 f"--model.ngram-orders is {' '.join(map(str, orders))}; use numbers from 1 to {LONGEST_NGRAM}, "
                 "ascending and each once, or none"
             )
-        for flag, reads in {"--model.head-gate": model.head_gate, "--model.smear": model.smear}.items():
+        for flag, reads in {
+            "--model.head-gate": model.head_gate,
+            "--model.forget-gate": model.forget_gate,
+            "--model.smear": model.smear,
+        }.items():
             if reads and model.dim < GATE_INPUTS:
                 raise UserError(f"{flag} reads {GATE_INPUTS} channels, --model.dim is {model.dim}; widen it")
 

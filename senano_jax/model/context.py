@@ -24,4 +24,4 @@ class Context(NamedTuple):
     windows: dict[bool, Intervals]  # by whether the layer has a long one
     slots: Slots | None = None  # if some layer pairs its heads
     x0_values: tuple[Float[Array, "B T H K"], ...] = ()  # from x0, one for each of the values_from_x0
-    places: Int[Array, "B T"] | None = None  # of each token in its document, from 0; if there are short convolutions
+    places: Int[Array, "B T"] | None = None  # of each token in its document, from 0; if some piece asks for it

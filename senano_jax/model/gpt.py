@@ -114,6 +114,6 @@ class Gpt(nn.Module):
         slots = slots_of(starts, window_blocks, c.head_dim) if c.paired_heads else None
         rotary = rotary_tables(inputs.shape[1], c.head_dim)
         x0_values = tuple((x0 @ matrix.astype(self.dtype)).reshape(heads) for matrix in self.x0_matrices)
-        places = jnp.arange(inputs.shape[1], dtype=jnp.int32) - starts if c.convolved else None
+        places = jnp.arange(inputs.shape[1], dtype=jnp.int32) - starts if c.convolved or c.forget_gate else None
         context = Context(x0, None, values, rotary, windows, slots, x0_values, places)
         return norm(self.trunk(context, visits)).astype(self.dtype)

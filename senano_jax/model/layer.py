@@ -15,6 +15,7 @@ from senano_jax.model.context import Context
 from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.heads import prepare_heads
 from senano_jax.model.pieces import pieces_of
+from senano_jax.model.pieces.forget_gate import ForgetGate
 from senano_jax.model.pieces.paired_heads import columns_by_slot, in_slots
 from senano_jax.model.pieces.query_gains import with_gains
 from senano_jax.model.pieces.short_convolution import REACH, Convolution, convolved
@@ -50,14 +51,15 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self, x_BTD, other_v_BTHK, x0_v_BTHK, rotary, intervals: Intervals, visit=0, weight=None, gain_D=None,
-        first_BTG=None,
+        first_BTG=None, places_BT=None,
     ):  # fmt: skip
         """Returns the output, times `weight` if there is one, and the values it weighs. With `gain_D` it reads x times
         that. Its pieces read `first_BTG`, the first channels of x, if it is given, else x.
 
         `other_v_BTHK` is those of the first layer or the tokens' value embeddings. None mixes nothing: what the first
         layer returns is later layers' `other_v_BTHK`. `x0_v_BTHK` is None, or added to the layer's own values. `rotary`
-        and `intervals` are those of slots where heads are paired. `visit` numbers the applications of this layer.
+        and `intervals` are those of slots where heads are paired, `places_BT` for heads that forget. `visit`
+        numbers the applications of this layer.
         """
         c = self.config
         B, T, D = x_BTD.shape
@@ -91,13 +93,16 @@ class Attention(nn.Module):
         if c.query_gains:
             gains = self.param("query_gains", nn.initializers.ones, (c.layers.visits_of(self.layer), c.num_heads))
             q = with_gains(q, gains[visit])
+        apart_BTG = x_BTD if first_BTG is None else first_BTG
+        if c.forgets(self.layer):
+            forget = ForgetGate(c.layers.visits_of(self.layer), c.num_heads, name="forget_gate")
+            q, k = forget(q, k, apart_BTG, places_BT, visit, ATTENTION_SCALE)
         exclusive = c.excludes_own_values(self.layer)
         y_BTHK = attend(q, k, v, intervals, ATTENTION_SCALE, c.attention, with_values=exclusive)
         y_BTHK, v_of_pieces = y_BTHK if exclusive else (y_BTHK, None)
         y_BTHK, v = (z.reshape(B, T, c.num_heads, c.head_dim) for z in (y_BTHK, v))  # of tokens, if they are of slots
-        read = v_of_pieces if exclusive else v, x_BTD if first_BTG is None else first_BTG
         for piece in pieces_of(c, self.layer):
-            y_BTHK = piece.after(y_BTHK, *read, visit)
+            y_BTHK = piece.after(y_BTHK, v_of_pieces if exclusive else v, apart_BTG, visit)
         return y_BTHK.reshape(B, T, D) @ times(weight, out_DD).astype(x_BTD.dtype), v
 
 
@@ -160,8 +165,8 @@ class Layer(nn.Module):
 
     @property
     def reads_apart(self) -> int | None:
-        """How many of the normalised stream's first channels a head gate reads, if there is one: `first_BTG`."""
-        return GATE_INPUTS if self.config.head_gate else None
+        """How many of the normalised stream's first channels gates read, if there are any: `first_BTG`."""
+        return GATE_INPUTS if self.config.head_gate or self.config.forgets(self.layer) else None
 
     def attend(self, x_BTD, context: Context, visit=0, weight=None, gain_D=None, first_BTG=None):
         """Attention with the values and the window that this layer takes; returns the output, times `weight` if there
@@ -176,7 +181,9 @@ class Layer(nn.Module):
         x0_v = dict(zip(c.values_from_x0, context.x0_values)).get(self.layer)
         rows = context.slots if self.layer in c.paired_heads else context
         intervals = rows.windows[c.layers.has_long_window(self.layer)]
-        return self.attention(x_BTD, other_v, x0_v, rows.rotary, intervals, visit, weight, gain_D, first_BTG)
+        return self.attention(
+            x_BTD, other_v, x0_v, rows.rotary, intervals, visit, weight, gain_D, first_BTG, context.places
+        )
 
     def convolution(self, sublayer: Literal["attention", "mlp"], context: Context, visit=0) -> Convolution | None:
         """That of what a sublayer reads, if there is one."""
