@@ -29,13 +29,13 @@ from senano_jax.training.state import TrainState
 from senano_jax.training.step import make_train_step
 
 WIDTH = 5
-# Documents begin at 0, and at these tokens: lengths 1, 2, 3, .. 29 in one sequence, 37 in the other.
+# Where documents begin in two sequences: one has documents of 1, 2 and 3 tokens and a longer one, the other one alone.
 STARTS = ((0, 1, 3, 6), ())
 
 
-def places_of(length: int, starts=STARTS) -> np.ndarray:
-    tokens = np.zeros((len(starts), length), np.int32)
-    for row, borders in zip(tokens, starts, strict=True):
+def places_of(length: int) -> np.ndarray:
+    tokens = np.zeros((len(STARTS), length), np.int32)
+    for row, borders in zip(tokens, STARTS, strict=True):
         row[[border for border in borders if border < length]] = END_OF_TEXT
     return np.arange(length) - np.asarray(document_start(jnp.asarray(tokens)))
 
@@ -46,10 +46,10 @@ def drawn(length: int):
     return tuple(rng.standard_normal(shape) for shape in ((2, length, WIDTH), (3, WIDTH), (2, length, WIDTH)))
 
 
-def by_loops(h, weights, pulled, starts=STARTS):
+def by_loops(h, weights, pulled):
     """What comes out, and the gradients of h and the weights, from the definition alone."""
     out, d_h, d_weights = h.copy(), pulled.copy(), np.zeros_like(weights)
-    for b, borders in enumerate(starts):
+    for b, borders in enumerate(STARTS):
         for t in range(h.shape[1]):
             first = max(border for border in (0, *borders) if border <= t)  # of the document
             for k in (1, 2, 3):
@@ -188,7 +188,7 @@ def test_each_visit_moves_weights_of_its_own(changes):
 
 
 def test_two_devices_make_the_step_of_one():
-    """Of sequences that begin in the middle of a document, as far as each knows of it."""
+    """Of four sequences, dealt out."""
     model, optimizer = tiny_model(short_convolution="both", layers=LayerSchedule(1, 0, 0, 1)), optax.sgd(1e-3)
     sequences = random_sequences(4, 128)
     results = []
