@@ -16,6 +16,8 @@ QUICK = "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_
 # Eight devices on two busy cores may keep one another waiting; by default XLA ends the process after 40 s of that.
 PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
 os.environ.setdefault("XLA_FLAGS", f"{QUICK} {PATIENT}")
+# The oracles' products are small: threads of NumPy wait for one another, busily, for longer than one of them computes.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the workers; read when NumPy is loaded
 configure_jax("bfloat16", None)  # and what the commands set, before the first device is looked for
 OWNS_CACHE = "PYTEST_XDIST_WORKER" not in os.environ
 if OWNS_CACHE:
