@@ -32,8 +32,8 @@ if jax.config.jax_platforms in (None, "", "cpu"):
 
 # The files that take longest, which must not be left for the end, when one process has nothing to do.
 LONGEST = (
-    "test_parity", "test_ablate", "test_processes", "test_resume", "test_signals", "test_train", "test_variants",
-    "test_gpt", "test_golden", "test_shares", "test_train_torch", "test_stages", "test_profile",
+    "test_parity", "test_ablate", "test_gpt", "test_processes", "test_shares", "test_signals", "test_train",
+    "test_resume", "test_stages", "test_golden", "test_variants", "test_profile", "test_faults",
     "test_damaged_checkpoints",
 )  # fmt: skip
 
