@@ -16,6 +16,8 @@ QUICK = "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_
 # Eight devices on two busy cores may keep one another waiting; by default XLA ends the process after 40 s of that.
 PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
 os.environ.setdefault("XLA_FLAGS", f"{QUICK} {PATIENT}")
+# The oracles' products are small: threads of NumPy wait for one another, busily, for longer than one of them computes.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the workers; read when NumPy is loaded
 configure_jax("bfloat16", None)  # and what the commands set, before the first device is looked for
 OWNS_CACHE = "PYTEST_XDIST_WORKER" not in os.environ
 if OWNS_CACHE:
@@ -30,8 +32,8 @@ if jax.config.jax_platforms in (None, "", "cpu"):
 
 # The files that take longest, which must not be left for the end, when one process has nothing to do.
 LONGEST = (
-    "test_parity", "test_ablate", "test_processes", "test_resume", "test_signals", "test_train", "test_variants",
-    "test_gpt", "test_golden", "test_shares", "test_train_torch", "test_stages", "test_profile",
+    "test_parity", "test_ablate", "test_gpt", "test_processes", "test_shares", "test_signals", "test_train",
+    "test_resume", "test_stages", "test_golden", "test_variants", "test_profile", "test_faults",
     "test_damaged_checkpoints",
 )  # fmt: skip
 

@@ -16,7 +16,7 @@ from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.mesh import DATA_AXIS, make_mesh
 from senano_jax.training.state import abstract_state, init_state
 
-STEPS, BATCH = 6, 512
+STEPS, BATCH = 6, 256
 SMALL = [
     "demo", "--model.dim=16", "--model.num-heads=2", "--model.layers.loop=0", "--model.layers.visits=0",
     f"--steps={STEPS}", f"--batch-tokens={BATCH}", "--seq-len=256", "--final-window-tokens=256",

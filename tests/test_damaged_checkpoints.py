@@ -3,6 +3,7 @@
 import os
 import shutil
 
+import kept_programs
 import pytest
 import resumed_runs
 from resumed_runs import (
@@ -23,6 +24,7 @@ from senano_jax.training.mesh import make_mesh
 from senano_jax.training.resume import restore
 
 undisturbed, copy = resumed_runs.undisturbed, resumed_runs.copy  # fixtures
+one_trace = kept_programs.one_trace  # for all tests here
 
 
 def damage(run_dir, step, how):

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import zipfile
 
+import kept_programs
 import numpy as np
 import pytest
 from tiny_flags import SMALL
@@ -22,6 +23,8 @@ from senano_jax.interop.torch_checkpoint import read_torch_checkpoint
 from senano_jax.presets import demo
 from senano_jax.runlog.writer import RunFolder
 from senano_jax.training.checkpoint import Checkpoints
+
+one_trace = kept_programs.one_trace  # for all tests here
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import kept_programs
 import numpy as np
 import pytest
 from resumed_runs import assert_same_bits, records, state_of, steps_of
@@ -26,6 +27,8 @@ from senano_jax.training.checkpoint import Checkpoints, load_params
 from senano_jax.training.mesh import make_mesh, place_batch, replicated
 from senano_jax.training.state import TrainState
 from senano_jax.training.step import make_train_step
+
+one_trace = kept_programs.one_trace  # for all tests here
 
 STEPS, BORDER = 6, 3
 STAGES = (Stage(part=1, batch_tokens=1024, seq_len=256, rate=0.5), Stage(part=1, batch_tokens=1024))
