@@ -50,11 +50,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD, other_v_BTHK, x0_v_BTHK, rotary, intervals: Intervals, visit=0, weight=None, gain_D=None,
-        first_BTG=None, places_BT=None,
+        self, x_BTD, first_BTG, other_v_BTHK, x0_v_BTHK, rotary, intervals: Intervals, visit=0, weight=None,
+        gain_D=None, places_BT=None,
     ):  # fmt: skip
         """Returns the output, times `weight` if there is one, and the values it weighs. With `gain_D` it reads x times
-        that. Its pieces read `first_BTG`, the first channels of x, if it is given, else x.
+        that. Its pieces read `first_BTG`, the first channels of what a short convolution makes x of, or all of it.
 
         `other_v_BTHK` is those of the first layer or the tokens' value embeddings. None mixes nothing: what the first
         layer returns is later layers' `other_v_BTHK`. `x0_v_BTHK` is None, or added to the layer's own values. `rotary`
@@ -93,16 +93,15 @@ class Attention(nn.Module):
         if c.query_gains:
             gains = self.param("query_gains", nn.initializers.ones, (c.layers.visits_of(self.layer), c.num_heads))
             q = with_gains(q, gains[visit])
-        apart_BTG = x_BTD if first_BTG is None else first_BTG
         if c.forgets(self.layer):
             forget = ForgetGate(c.layers.visits_of(self.layer), c.num_heads, name="forget_gate")
-            q, k = forget(q, k, apart_BTG, places_BT, visit, ATTENTION_SCALE)
+            q, k = forget(q, k, first_BTG, places_BT, visit, ATTENTION_SCALE)
         exclusive = c.excludes_own_values(self.layer)
         y_BTHK = attend(q, k, v, intervals, ATTENTION_SCALE, c.attention, with_values=exclusive)
         y_BTHK, v_of_pieces = y_BTHK if exclusive else (y_BTHK, None)
         y_BTHK, v = (z.reshape(B, T, c.num_heads, c.head_dim) for z in (y_BTHK, v))  # of tokens, if they are of slots
         for piece in pieces_of(c, self.layer):
-            y_BTHK = piece.after(y_BTHK, v_of_pieces if exclusive else v, apart_BTG, visit)
+            y_BTHK = piece.after(y_BTHK, v_of_pieces if exclusive else v, first_BTG, visit)
         return y_BTHK.reshape(B, T, D) @ times(weight, out_DD).astype(x_BTD.dtype), v
 
 
@@ -182,7 +181,7 @@ class Layer(nn.Module):
         rows = context.slots if self.layer in c.paired_heads else context
         intervals = rows.windows[c.layers.has_long_window(self.layer)]
         return self.attention(
-            x_BTD, other_v, x0_v, rows.rotary, intervals, visit, weight, gain_D, first_BTG, context.places
+            x_BTD, first_BTG, other_v, x0_v, rows.rotary, intervals, visit, weight, gain_D, context.places
         )
 
     def convolution(self, sublayer: Literal["attention", "mlp"], context: Context, visit=0) -> Convolution | None:
