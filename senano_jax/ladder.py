@@ -142,11 +142,6 @@ def query_gains() -> Config:
     return changed(strict(), {"model.query_gains": True})
 
 
-def forget_gate() -> Config:
-    """Heads that forget (arXiv 2503.02130), by visit."""
-    return changed(strict(), {"model.forget_gate": True})
-
-
 def output_init() -> Config:
     """Each sublayer adds something from the start on, attention as in modded-nanogpt since 2026-02; the MLP does so in
     its slow track, from numbers twice as large. Layers of the loop add less (`weighted`), as they do at every visit."""
@@ -227,15 +222,3 @@ def input_rank() -> Config:
     """The candidate with 48 directions in which a token's embedding differs from its column of the head."""
     base = tied_recurrent()
     return changed(base, {"model.input_rank": 48, "optimizer.embeddings": base.optimizer.head})
-
-
-def ngrams() -> Config:
-    """The candidate whose embeddings tell, for n of 1 to 3, what followed the last n-gram like the one that ends there
-    (n-gram heads: arXiv 2401.12973), by a matrix each."""
-    return changed(tied_recurrent(), {"model.ngram_orders": (1, 2, 3)})
-
-
-def short_convolution() -> Config:
-    """The candidate with some of the three tokens before in what attention and MLP read, by channel and visit (Canon
-    layers; Primer, arXiv 2109.08668, has it behind queries, keys and values)."""
-    return changed(tied_recurrent(), {"model.short_convolution": "both"})

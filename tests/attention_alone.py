@@ -65,7 +65,7 @@ def _context(config: ModelConfig, tokens: np.ndarray, inputs: Inputs) -> Context
     rotary, slots = rotary_tables(LENGTH, config.head_dim), slots_of(starts, WINDOW, config.head_dim)
     x0, first_v = jnp.zeros_like(inputs.x)[None], inputs.first_v[None]
     x0_values = (None if inputs.x0_v is None else inputs.x0_v[None],) * len(config.values_from_x0)
-    return Context(x0, first_v, (), rotary, windows, slots, x0_values, jnp.arange(LENGTH) - starts)
+    return Context(x0, first_v, (), rotary, windows, slots, x0_values)
 
 
 def check_by_formula(config: ModelConfig, layer: int, tokens: np.ndarray, visit: int = 0) -> None:

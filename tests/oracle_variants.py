@@ -6,9 +6,7 @@ Gradients are checked by `slope`: the derivative along a direction, by central d
 import math
 
 import numpy as np
-from oracles import END_OF_TEXT, norm, rotary, visible_pairs
-
-SUBLAYERS = ("attention", "mlp")
+from oracles import norm, rotary, visible_pairs
 
 
 def loss(
@@ -26,10 +24,8 @@ def loss(
 
     visible = [visible_pairs(tokens, window_blocks), visible_pairs(tokens, max(1, window_blocks // 2))]
     x = x0 = norm(params["embedding"][tokens] if "embedding" in params else params["head"].T[tokens])
-    x = x0 = with_continuations(x0, tokens, params)
     count, first_v, kept, exits, read = len(applications), None, [], [x0], None
     for i, (layer, n, visit) in enumerate(applications):
-        convolutions = tuple(with_tokens_before(layer.get(f"{name}_convolution"), visit, tokens) for name in SUBLAYERS)
         where = (first_v, visible[n % 2], heads, visit)
         if (i - prelude) % loop == 0 and prelude <= i <= prelude + loop * visits:
             exits.append(x)
@@ -41,19 +37,18 @@ def loss(
             if "visit_shifts" in params and (i - prelude) % loop == 0 and prelude <= i < prelude + loop * visits:
                 x = x + params["visit_shifts"][visit]
             gains = params["read_weights"][i] if "read_weights" in params else (1.0, 1.0)
-            normed = norm(x) if read is None else read
-            y, v = attention(layer["attention"], normed, *where, gain=gains[0], read_by=convolutions[0])
+            y, v = attention(layer["attention"], norm(x) if read is None else read, *where, gain=gains[0])
             stream, added = params["stream_weights"][i], params["added_weights"][i]
             x = stream[0] * x + added[0] * y + params["x0_weights"][i] * x0
-            adds = mlp(layer["mlp"], x, gains[1], convolutions[1])
+            adds = mlp(layer["mlp"], x, gains[1])
             x = stream[1] * x + added[1] * (norm(adds) if norms_loop and prelude <= n < prelude + loop else adds)
         else:
             if i >= count // 2:
                 x = x + params["skip_weights"][i - count // 2] * kept[count - 1 - i]
             x = layer["lambdas"][0] * x + layer["lambdas"][1] * x0
-            y, v = attention(layer["attention"], norm(x), *where, read_by=convolutions[0])
+            y, v = attention(layer["attention"], norm(x), *where)
             x = x + y
-            x = x + mlp(layer["mlp"], x, read_by=convolutions[1])
+            x = x + mlp(layer["mlp"], x)
             kept.append(x)
         first_v = v if i == 0 else first_v
 
@@ -70,45 +65,10 @@ def loss(
     return total
 
 
-def with_continuations(x0, tokens, params):
-    """Each row and, by the matrix of each order n, that of what followed the last n tokens like those at its end."""
-    document, out = np.cumsum(np.asarray(tokens) == END_OF_TEXT), x0.copy()
-    for n in (n for n in range(1, 9) if f"ngram_{n}" in params):
-        last = {}
-        for t in range(n - 1, len(tokens)):
-            if document[t - n + 1] == document[t]:
-                ngram = document[t], *tokens[t - n + 1 : t + 1]
-                if ngram in last:
-                    out[t] += x0[last[ngram] + 1] @ params[f"ngram_{n}"]
-                last[ngram] = t
-    return out
-
-
-def with_tokens_before(weights, visit, tokens):
-    """The function that adds to what a sublayer reads what it reads of the three tokens before, of one document."""
-
-    def read(h):
-        total = h.copy()
-        for t in range(len(h)):
-            for k in (1, 2, 3):
-                if t < k or END_OF_TEXT in tokens[t - k + 1 : t + 1]:
-                    break
-                total[t] += weights[visit][k - 1] * h[t - k]
-        return total
-
-    return unchanged if weights is None else read
-
-
-def unchanged(h):
-    return h
-
-
-def attention(
-    w, x, first_v, visible, heads, visit, *, x0_v=0.0, key_offset=False, paired=False, gain=1.0, read_by=unchanged
-):
-    """What attention adds, and the values that it weighs; `visible` is of slots if heads are paired. The gates read x
-    as it is."""
-    q, k, v = ((gain * read_by(x) @ matrix).reshape(len(x), heads, -1) for matrix in w["qkv"])
+def attention(w, x, first_v, visible, heads, visit, *, x0_v=0.0, key_offset=False, paired=False, gain=1.0):
+    """What attention adds, and the values that it weighs; `visible` is of slots if heads are paired. The gate reads x
+    without its gain."""
+    q, k, v = ((gain * x @ matrix).reshape(len(x), heads, -1) for matrix in w["qkv"])
     v = v + x0_v
     if first_v is not None:
         share = w["value_residual"] if np.ndim(w["value_residual"]) == 0 else w["value_residual"][visit]
@@ -124,16 +84,9 @@ def attention(
             z_q *= gains[:, None]
     if key_offset:
         z_k = with_dimensions_of_the_token_before(z_k)
-    kept = np.zeros((len(x), heads))  # logarithms of the shares that tokens keep
-    if "forget_gate" in w:
-        z_q[..., -2:] = 0
-        opening = x[:, :12] @ w["forget_gate"]["gate"][visit].T + w["forget_gate"]["bias"][visit]
-        kept = -np.log(1 + np.exp(-opening))
     z_y = np.zeros_like(z_v)
     for h in range(z_q.shape[1]):
         weights = np.where(visible, np.exp(0.12 * z_q[:, h] @ z_k[:, h].T), 0)
-        if "forget_gate" in w:
-            weights *= np.exp([[kept[j + 1 : i + 1, h].sum() for j in range(len(x))] for i in range(len(x))])
         z_y[:, h] = weights @ z_v[:, h] / weights.sum(-1, keepdims=True)
     y = heads_of_slots(z_y) if paired else z_y
     for h in range(heads):
@@ -177,8 +130,8 @@ def with_dimensions_of_the_token_before(k):
     return offset
 
 
-def mlp(w, x, gain=1.0, read_by=unchanged):
-    return np.maximum(gain * read_by(norm(x)) @ w["up"], 0) ** 2 @ w["down"]
+def mlp(w, x, gain=1.0):
+    return np.maximum(gain * norm(x) @ w["up"], 0) ** 2 @ w["down"]
 
 
 def slope(function, params, path, direction, step=1e-5) -> float:

@@ -182,7 +182,6 @@ READERS = {
     "skips": READER,
     "weighted": tiny_model(vocab_size=50257, trunk=Weighted(exits=True, coda_reads_exit=True)),
     "head gate": tiny_model(vocab_size=50257, head_gate=True),
-    "short convolutions": tiny_model(vocab_size=50257, trunk=Weighted(), short_convolution="both"),
     "pieces": tiny_model(vocab_size=50257, num_heads=4, **PIECES),
     "weighted pieces": tiny_model(vocab_size=50257, num_heads=4, trunk=Weighted(), remat="full", **PIECES),
 }

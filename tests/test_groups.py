@@ -81,7 +81,6 @@ def test_a_parameter_of_no_group_is_refused(name, fitting):
         (("smear_gate",), "gates"),
         (("loop", "layer_1", "mlp", "down"), "matrices"),
         (("x0_values_11",), "matrices"),
-        (("ngram_2",), "matrices"),
     ],
 )
 def test_groups_that_follow_another_until_they_have_a_rule_of_their_own(names, group):

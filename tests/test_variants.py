@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle_variants
 import oracles
 import pytest
 from oracle_variants import loss as expected_loss
@@ -31,16 +30,7 @@ VARIANTS = {
         "query_gains": True,
         "head_gate": True,
     },
-    "forgets": {"trunk": Weighted(), "layers": LayerSchedule(1, 1, 2, 1), "forget_gate": True},
-    "short convolutions": {
-        "trunk": Weighted(read_by_channel=True),
-        "layers": LayerSchedule(1, 2, 2, 1),
-        "short_convolution": "both",
-        "remat": "full",
-    },
-    "short convolutions, skips": {"short_convolution": "both", "layers": LayerSchedule(1, 2, 2, 1), "unroll": True},
     "norm of outputs": {"trunk": Weighted(mlp_output_norm=True), "layers": LayerSchedule(1, 2, 2, 1)},
-    "n-grams": {"trunk": Weighted(), "layers": LayerSchedule(1, 1, 2, 1), "ngram_orders": (1, 3)},
     "all of it": {
         "trunk": Weighted(exits=True, coda_reads_exit=True),
         "layers": LayerSchedule(2, 1, 2, 1),
@@ -55,7 +45,7 @@ VARIANTS = {
 @pytest.fixture
 def few_tokens(monkeypatch):
     """A vocabulary of TOKENS, whose last begins a document: NumPy computes all columns twice for each tensor."""
-    for module in (intervals, oracles, oracle_variants):
+    for module in (intervals, oracles):
         monkeypatch.setattr(module, "END_OF_TEXT", TOKENS - 1)
 
 
@@ -66,8 +56,7 @@ def test_loss_and_gradients_are_those_of_the_formulas(variant):
     first values by visit."""
     model = tiny_model(vocab_size=TOKENS, padded_vocab_size=COLUMNS, **VARIANTS[variant])
     rng = np.random.default_rng(0)
-    vocabulary = 3 if "ngram_orders" in VARIANTS[variant] else TOKENS - 1  # few tokens repeat one another
-    inputs, targets = random_tokens(rng, LENGTH, 0.01, vocabulary), rng.integers(0, TOKENS, LENGTH)
+    inputs, targets = random_tokens(rng, LENGTH, 0.01, TOKENS - 1), rng.integers(0, TOKENS, LENGTH)
     assert np.count_nonzero(inputs == TOKENS - 1) > 1
     weights = np.float32([1, 0.5, 0.25])
     params = random_params(model)

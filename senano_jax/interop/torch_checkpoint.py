@@ -45,9 +45,8 @@ TRANSPOSED = ("head", "qkv", "out", "up", "down", "kernel")  # ends of the paths
 
 # What the PyTorch programs compute in one way only.
 _FIXED = (
-    *("trunk", "mlp_widths", "cap", "tied", "input_rank", "logit_bias", "forget_gate"),
+    *("trunk", "mlp_widths", "cap", "tied", "input_rank", "logit_bias"),
     *("head_gate", "exclusive_attention", "key_offset", "paired_heads", "values_from_x0", "smear", "query_gains"),
-    *("ngram_orders", "short_convolution"),
 )
 
 

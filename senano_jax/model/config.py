@@ -10,7 +10,6 @@ from senano_jax.model.schedule import LayerSchedule, UNet, Weighted
 from senano_jax.model.soft_cap import SoftCap
 
 GATE_INPUTS = 12  # channels of its input that a gate reads, the first ones
-LONGEST_NGRAM = 8  # tokens; of English text less than 1% of all positions end one that their document has had before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +89,6 @@ class ModelConfig(TransformerConfig):
     exclusive_attention: bool = False
     """Take from what each attention head gives a learned share of its part along the token's own value, before the
     gate; a share for each head and visit, none at the start. Not in layers with paired heads."""
-    forget_gate: bool = False
-    """Multiply what each attention head sees of earlier tokens by a share of every token since, which that token's
-    input opens, with weights of its own for each visit. It takes the place of two of the dimensions of queries and keys
-    that carry no position. Not in layers with paired heads."""
     key_offset: Literal["none", "long", "all"] = "none"
     """Layers whose keys have the token before in the half of their dimensions that carries no position: none, those
     that attend over the long window, or all; never those with paired heads. It reaches across the start of a document,
@@ -106,15 +101,9 @@ class ModelConfig(TransformerConfig):
     query_gains: bool = False
     """Multiply the queries of each head by a learned number, of its own for each visit, 1 at the start: how sharply it
     attends."""
-    short_convolution: Literal["none", "attention", "mlp", "both"] = "none"
-    """Sublayers that also read the three tokens before, those of the same document: to each channel of their input they
-    add that of these tokens times weights of its own for each visit, zero at the start."""
     smear: bool = False
     """Add to each token's embedding a learned share of that of the token before, also across the start of a document;
     none at the start of training."""
-    ngram_orders: tuple[int, ...] = ()
-    """Orders n, ascending. Added to each token's embedding: that of what followed the last occurrence, in the same
-    document, of the n tokens that end there, by a matrix for each order, which is zero at the start."""
     output_init: float = 0.0
     """Standard deviation at the start of the last matrices of attention and MLP, in units of one over the root of their
     inputs: uniform numbers in attention, normal ones in the MLP. 0: both are zero."""
@@ -132,20 +121,11 @@ class ModelConfig(TransformerConfig):
         """Whether a layer's attention is exclusive."""
         return self.exclusive_attention and layer not in self.paired_heads
 
-    def forgets(self, layer: int) -> bool:
-        """Whether a layer's heads forget."""
-        return self.forget_gate and layer not in self.paired_heads
-
-    @property
-    def convolved(self) -> tuple[str, ...]:
-        """Sublayers with a short convolution."""
-        return {"none": (), "both": ("attention", "mlp")}.get(self.short_convolution, (self.short_convolution,))
-
     @property
     def has_parameters_by_visit(self) -> bool:
         """Whether layers of the loop have parameters that differ from visit to visit."""
-        pieces = self.head_gate, self.exclusive_attention, self.query_gains, self.forget_gate, self.convolved
-        return any(pieces) or isinstance(self.trunk, Weighted)
+        pieces = self.head_gate or self.exclusive_attention or self.query_gains
+        return pieces or isinstance(self.trunk, Weighted)
 
     def value_table(self, layer: int) -> int | None:
         """The value embedding that a layer mixes in, if any."""
@@ -237,17 +217,7 @@ def check_model(model: ModelConfig | Gpt2Config) -> None:
             raise UserError(
                 f"--model.input-rank is {model.input_rank}, but the embedding is a table by itself; use --model.tied"
             )
-        orders = model.ngram_orders
-        if list(orders) != sorted({n for n in orders if 1 <= n <= LONGEST_NGRAM}):
-            raise UserError(
-                f"--model.ngram-orders is {' '.join(map(str, orders))}; use numbers from 1 to {LONGEST_NGRAM}, "
-                "ascending and each once, or none"
-            )
-        for flag, reads in {
-            "--model.head-gate": model.head_gate,
-            "--model.forget-gate": model.forget_gate,
-            "--model.smear": model.smear,
-        }.items():
+        for flag, reads in {"--model.head-gate": model.head_gate, "--model.smear": model.smear}.items():
             if reads and model.dim < GATE_INPUTS:
                 raise UserError(f"{flag} reads {GATE_INPUTS} channels, --model.dim is {model.dim}; widen it")
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from senano_jax.attention import Intervals
 
@@ -17,11 +17,10 @@ class Slots(NamedTuple):
 class Context(NamedTuple):
     """The same for all applications of layers, but for `first_v`, which the first one makes."""
 
-    x0: Float[Array, "B T D"]  # normalised embedding, with what is added of n-grams' matches
+    x0: Float[Array, "B T D"]  # normalised embedding
     first_v: Float[Array, "B T H K"] | None  # values of the first layer; None there and with value embeddings
     value_embeddings: tuple[Float[Array, "B T H K"], ...]  # of the tokens, one a table
     rotary: tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]
     windows: dict[bool, Intervals]  # by whether the layer has a long one
     slots: Slots | None = None  # if some layer pairs its heads
     x0_values: tuple[Float[Array, "B T H K"], ...] = ()  # from x0, one for each of the values_from_x0
-    places: Int[Array, "B T"] | None = None  # of each token in its document, from 0; if some piece asks for it

@@ -12,7 +12,6 @@ from senano_jax.model.context import Context
 from senano_jax.model.elementwise import norm, rows_of
 from senano_jax.model.loss import cross_entropy
 from senano_jax.model.pieces.input_correction import InputCorrection
-from senano_jax.model.pieces.ngram_match import NgramMatch
 from senano_jax.model.pieces.paired_heads import slots_of
 from senano_jax.model.pieces.smear import Smear
 from senano_jax.model.rotary import rotary_tables
@@ -25,7 +24,7 @@ TIED_DEVIATION = 0.005  # of a table that is both embedding and head, at the sta
 class Gpt(nn.Module):
     """Parameters: embedding, unless it is the head, and value_embedding_<i> [vocab, dim] in `dtype`; head [dim, padded
     vocab], logit_bias [padded vocab] if there is one, x0_values_<layer> [dim, dim], those of smear, of the
-    input's correction, of the n-grams' matches and of the trunk, in float32.
+    input's correction and of the trunk, in float32.
 
     Profiles tell the parts of a step by the names of `features` and of the layers' scopes (profiling/hlo.py).
     """
@@ -49,10 +48,6 @@ class Gpt(nn.Module):
             self.input_correction = InputCorrection(c.vocab_size, c.input_rank)
             nn.share_scope(self, self.input_correction)
         self.x0_matrices = [self.param(f"x0_values_{layer}", zeros, (c.dim, c.dim)) for layer in c.values_from_x0]
-        self.ngram_match = None
-        if c.ngram_orders:
-            self.ngram_match = NgramMatch(c.ngram_orders)
-            nn.share_scope(self, self.ngram_match)
 
     def _table(self, name: str) -> Float[Array, "vocab dim"]:
         def init(key):
@@ -107,13 +102,10 @@ class Gpt(nn.Module):
         if self.input_correction is not None:
             rows = self.input_correction(rows, inputs)
         x0 = norm(rows if self.smear is None else self.smear(rows))
-        if self.ngram_match is not None:
-            x0 = self.ngram_match(x0, inputs, starts)
         heads = (*inputs.shape, c.num_heads, c.head_dim)
         values = tuple(rows_of(table, inputs, self.dtype).reshape(heads) for table in self.value_tables)
         slots = slots_of(starts, window_blocks, c.head_dim) if c.paired_heads else None
         rotary = rotary_tables(inputs.shape[1], c.head_dim)
         x0_values = tuple((x0 @ matrix.astype(self.dtype)).reshape(heads) for matrix in self.x0_matrices)
-        places = jnp.arange(inputs.shape[1], dtype=jnp.int32) - starts if c.convolved or c.forget_gate else None
-        context = Context(x0, None, values, rotary, windows, slots, x0_values, places)
+        context = Context(x0, None, values, rotary, windows, slots, x0_values)
         return norm(self.trunk(context, visits)).astype(self.dtype)

@@ -15,10 +15,8 @@ from senano_jax.model.context import Context
 from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.heads import prepare_heads
 from senano_jax.model.pieces import pieces_of
-from senano_jax.model.pieces.forget_gate import ForgetGate
 from senano_jax.model.pieces.paired_heads import columns_by_slot, in_slots
 from senano_jax.model.pieces.query_gains import with_gains
-from senano_jax.model.pieces.short_convolution import REACH, Convolution, convolved
 from senano_jax.model.schedule import Weighted
 from senano_jax.model.squared_relu import squared_relu_mlp
 
@@ -50,16 +48,15 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD, first_BTG, other_v_BTHK, x0_v_BTHK, rotary, intervals: Intervals, visit=0, weight=None,
-        gain_D=None, places_BT=None,
+        self, x_BTD, other_v_BTHK, x0_v_BTHK, rotary, intervals: Intervals, visit=0, weight=None, gain_D=None,
+        first_BTG=None,
     ):  # fmt: skip
         """Returns the output, times `weight` if there is one, and the values it weighs. With `gain_D` it reads x times
-        that. Its pieces read `first_BTG`, the first channels of what a short convolution makes x of, or all of it.
+        that. Its pieces read `first_BTG`, the first channels of x, if it is given, else x.
 
         `other_v_BTHK` is those of the first layer or the tokens' value embeddings. None mixes nothing: what the first
         layer returns is later layers' `other_v_BTHK`. `x0_v_BTHK` is None, or added to the layer's own values. `rotary`
-        and `intervals` are those of slots where heads are paired, `places_BT` for heads that forget. `visit`
-        numbers the applications of this layer.
+        and `intervals` are those of slots where heads are paired. `visit` numbers the applications of this layer.
         """
         c = self.config
         B, T, D = x_BTD.shape
@@ -93,15 +90,13 @@ class Attention(nn.Module):
         if c.query_gains:
             gains = self.param("query_gains", nn.initializers.ones, (c.layers.visits_of(self.layer), c.num_heads))
             q = with_gains(q, gains[visit])
-        if c.forgets(self.layer):
-            forget = ForgetGate(c.layers.visits_of(self.layer), c.num_heads, name="forget_gate")
-            q, k = forget(q, k, first_BTG, places_BT, visit, ATTENTION_SCALE)
         exclusive = c.excludes_own_values(self.layer)
         y_BTHK = attend(q, k, v, intervals, ATTENTION_SCALE, c.attention, with_values=exclusive)
         y_BTHK, v_of_pieces = y_BTHK if exclusive else (y_BTHK, None)
         y_BTHK, v = (z.reshape(B, T, c.num_heads, c.head_dim) for z in (y_BTHK, v))  # of tokens, if they are of slots
+        read = v_of_pieces if exclusive else v, x_BTD if first_BTG is None else first_BTG
         for piece in pieces_of(c, self.layer):
-            y_BTHK = piece.after(y_BTHK, v_of_pieces if exclusive else v, first_BTG, visit)
+            y_BTHK = piece.after(y_BTHK, *read, visit)
         return y_BTHK.reshape(B, T, D) @ times(weight, out_DD).astype(x_BTD.dtype), v
 
 
@@ -120,9 +115,9 @@ class Mlp(nn.Module):
         """Both; the second one times `weight`, the rows of the first one times `gain_D`, if there are these."""
         return by_rows(gain_D, self.up).astype(dtype), times(weight, self.down).astype(dtype)
 
-    def __call__(self, x_BTD, gain_D=None, convolution: Convolution | None = None):
-        """Of x, convolved and times `gain_D`, if there are these."""
-        return squared_relu_mlp(convolved(x_BTD, convolution), *self.matrices(x_BTD.dtype, None, gain_D))
+    def __call__(self, x_BTD, gain_D=None):
+        """Of x times `gain_D`, if there is one."""
+        return squared_relu_mlp(x_BTD, *self.matrices(x_BTD.dtype, None, gain_D))
 
 
 def times(weight, matrix_FD):
@@ -137,11 +132,7 @@ def by_rows(gain_D, matrix_DF):
 
 
 class Layer(nn.Module):
-    """Two sublayers, each taking the normalised residual stream and returning what is to be added to it.
-
-    Parameters: those of the sublayers and, where these have a short convolution, attention_convolution and
-    mlp_convolution [visits, 3, D].
-    """
+    """Two sublayers, each taking the normalised residual stream and returning what is to be added to it."""
 
     config: ModelConfig
     layer: int
@@ -150,12 +141,6 @@ class Layer(nn.Module):
         if self.has_attention:
             self.attention = Attention(self.config, self.layer)
         self.mlp = Mlp(self.config.dim, self.config.mlp_width(self.layer), self.config.output_init)
-        shape = (self.config.layers.visits_of(self.layer), REACH, self.config.dim)
-        self.convolution_weights = {
-            sublayer: self.param(f"{sublayer}_convolution", nn.initializers.zeros, shape)
-            for sublayer in self.config.convolved
-            if sublayer == "mlp" or self.has_attention
-        }
 
     @property
     def has_attention(self) -> bool:
@@ -164,27 +149,16 @@ class Layer(nn.Module):
 
     @property
     def reads_apart(self) -> int | None:
-        """How many of the normalised stream's first channels gates read, if there are any: `first_BTG`."""
-        return GATE_INPUTS if self.config.head_gate or self.config.forgets(self.layer) else None
+        """How many of the normalised stream's first channels a head gate reads, if there is one: `first_BTG`."""
+        return GATE_INPUTS if self.config.head_gate else None
 
     def attend(self, x_BTD, context: Context, visit=0, weight=None, gain_D=None, first_BTG=None):
         """Attention with the values and the window that this layer takes; returns the output, times `weight` if there
-        is one, and the values that it weighed. It reads x with its short convolution, if there is one, and with
-        `gain_D` times that; its pieces read `first_BTG`, the first channels of x, or x itself."""
+        is one, and the values that it weighed. With `gain_D` it reads x times that; its pieces read `first_BTG`."""
         c = self.config
-        first_BTG = x_BTD if first_BTG is None else first_BTG
-        with jax.named_scope("attention"):
-            x_BTD = convolved(x_BTD, self.convolution("attention", context, visit))
         table = c.value_table(self.layer)
         other_v = context.first_v if table is None else context.value_embeddings[table]
         x0_v = dict(zip(c.values_from_x0, context.x0_values)).get(self.layer)
         rows = context.slots if self.layer in c.paired_heads else context
         intervals = rows.windows[c.layers.has_long_window(self.layer)]
-        return self.attention(
-            x_BTD, first_BTG, other_v, x0_v, rows.rotary, intervals, visit, weight, gain_D, context.places
-        )
-
-    def convolution(self, sublayer: Literal["attention", "mlp"], context: Context, visit=0) -> Convolution | None:
-        """That of what a sublayer reads, if there is one."""
-        weights = self.convolution_weights.get(sublayer)
-        return None if weights is None else Convolution(weights[visit], context.places)
+        return self.attention(x_BTD, other_v, x0_v, rows.rotary, intervals, visit, weight, gain_D, first_BTG)

@@ -2,8 +2,7 @@
 
 XLA's backward pass reads the stream once for each weight's gradient, again for the norm's, and stores w2 times the
 gradient in float32. Here one kernel, which holds whole rows, makes all of these of one reading. It takes the gradients
-on both sides of the MLP, so the function that has it as its derivative contains the MLP, with the short convolution of
-what it reads, if there is one.
+on both sides of the MLP, so the function that has it as its derivative contains the MLP.
 
 Names end in their dimensions: R the rows of a program, P a part of a row whose width is a power of two.
 """
@@ -20,7 +19,6 @@ from jaxtyping import Array, Float
 from senano_jax.kernels import triton, whole_rows
 from senano_jax.kernels.choice import Implementation, on_gpu, takes_fused
 from senano_jax.model.elementwise import NORM_EPSILON, norm, weighted_sum
-from senano_jax.model.pieces.short_convolution import Convolution, convolved
 from senano_jax.model.squared_relu import squared_relu_mlp
 
 DEFAULT_LAUNCH = triton.RowLaunch(rows=2, warps=2)
@@ -43,12 +41,10 @@ def stream_mlp(
     down: Float[Array, "F D"],
     implementation: Implementation = "auto",
     *,
-    convolution: Convolution | None = None,
     launch: triton.RowLaunch = DEFAULT_LAUNCH,
     interpret: bool | None = None,
 ) -> Float[Array, "B T D"]:
     """With s = weights.x x + weights.x0 x0 + added: weights.sum s + mlp(norm(s)), float32 and not rounded, nor is s.
-    The MLP reads norm(s) with its `convolution`, if there is one.
 
     The backward pass of `fused` is a Pallas kernel for NVIDIA GPUs, for rows as norm_fork takes them. It rounds the
     gradient that it is given to the type of x, which changes nothing where a single reader rounds what comes out to
@@ -57,20 +53,15 @@ def stream_mlp(
     """
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
     if not takes_fused(implementation, on_gpu(), whole_rows.fits(x.shape, launch), f"{rows} rows of {width}"):
-        return _plain(x, x0, added, weights, up, down, convolution)
-    interpret = not on_gpu() if interpret is None else interpret
-    return _fused(x, x0, added, weights, up, down, convolution, launch, interpret)
+        return _plain(x, x0, added, weights, up, down)
+    return _fused(x, x0, added, weights, up, down, launch, not on_gpu() if interpret is None else interpret)
 
 
-def _plain(x, x0, added, weights, up, down, convolution):
+def _plain(x, x0, added, weights, up, down):
     total, normed = _summed_and_normalised(x, x0, added, weights)
     with jax.named_scope("mlp"):
-        out = _mlp(normed, up, down, convolution)
+        out = squared_relu_mlp(normed, up, down)
     return _with_mlp(total, out, weights)
-
-
-def _mlp(normed, up, down, convolution):
-    return squared_relu_mlp(convolved(normed, convolution), up, down)
 
 
 def _summed_and_normalised(x, x0, added, weights):
@@ -83,17 +74,17 @@ def _with_mlp(total, out, weights):
     return weighted_sum((weights.sum, total), (1.0, out), dtype=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _fused(x, x0, added, weights, up, down, convolution, launch, interpret):
-    return _fused_fwd(x, x0, added, weights, up, down, convolution, launch, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _fused(x, x0, added, weights, up, down, launch, interpret):
+    return _fused_fwd(x, x0, added, weights, up, down, launch, interpret)[0]
 
 
-def _fused_fwd(x, x0, added, weights, up, down, convolution, launch, interpret):
+def _fused_fwd(x, x0, added, weights, up, down, launch, interpret):
     kept = x, x0, added, weights  # not what the barrier returns: a scan would store that again, for x0 at every visit
     x, added = lax.optimization_barrier((x, added))  # or XLA reads all that x is the sum of a second time
     total, normed = _summed_and_normalised(x, x0, added, weights)
     with jax.named_scope("mlp"):
-        out, pull_back = jax.vjp(_mlp, normed, up, down, convolution)
+        out, pull_back = jax.vjp(squared_relu_mlp, normed, up, down)
     return _with_mlp(total, out, weights), (*kept, pull_back)
 
 
@@ -101,10 +92,10 @@ def _fused_bwd(launch, interpret, residuals, gradient):
     x, x0, added, weights, pull_back = residuals
     gradient = gradient.astype(x.dtype)
     with jax.named_scope("mlp"):
-        d_normed, d_up, d_down, d_convolution = pull_back(gradient)
+        d_normed, d_up, d_down = pull_back(gradient)
     d_sum, d_x, d_weights = backward(x, x0, added, weights, gradient, d_normed, launch=launch, interpret=interpret)
     d_x0 = weighted_sum((weights.x0, d_sum), dtype=x0.dtype)  # left to XLA, which adds those of all layers in one pass
-    return d_x, d_x0, None if added is None else d_sum, d_weights, d_up, d_down, d_convolution
+    return d_x, d_x0, None if added is None else d_sum, d_weights, d_up, d_down
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

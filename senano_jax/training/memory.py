@@ -65,8 +65,6 @@ def activation_bytes(model: TransformerConfig, dtype: str, tokens: int) -> int:
     hidden = model.mlp_expansion * model.dim
     if isinstance(model, ModelConfig) and model.remat == "none" and is_fused(tokens, model.dim, hidden, dtype):
         factor -= model.mlp_expansion  # one number a hidden unit is kept instead of two
-    if isinstance(model, ModelConfig) and model.remat == "none":
-        factor += len(model.convolved)  # what goes into a convolution is kept beside what comes out
     return tokens * model.positions * model.dim * itemsize * factor
 
 

@@ -42,7 +42,7 @@ class UNetLayer(Layer):
             x_BTD, normed_BTD, *first = norm_fork(x_BTD, apart=self.reads_apart)
             y_BTD, v_BTHK = self.attend(normed_BTD, context, visit, None, None, *first)
         x_BTD, normed_BTD = norm_fork(x_BTD, y_BTD)
-        mlp_BTD = self.mlp(normed_BTD, None, self.convolution("mlp", context, visit))
+        mlp_BTD = self.mlp(normed_BTD)
         return x_BTD.astype(jnp.float32) + mlp_BTD.astype(jnp.float32), v_BTHK
 
 

@@ -53,16 +53,15 @@ class WeightedLayer(Layer):
             if read_BTD is None:
                 x_BTD, read_BTD, *first = norm_fork(x_BTD, apart=self.reads_apart)
             y_BTD, v_BTHK = self.attend(read_BTD, context, visit, weights.added[0], weights.gain(0), *first)
-        convolution = self.convolution("mlp", context, visit)
         if self.normalises_mlp:
             x_BTD = weighted_sum((weights.stream[0], x_BTD), (weights.x0, context.x0), dtype=context.x0.dtype)
             x_BTD, normed_BTD = norm_fork(x_BTD, y_BTD)
-            mlp_BTD = norm(self.mlp(normed_BTD, weights.gain(1), convolution))
+            mlp_BTD = norm(self.mlp(normed_BTD, weights.gain(1)))
             return weighted_sum((weights.stream[1], x_BTD), (weights.added[1], mlp_BTD), dtype=jnp.float32), v_BTHK
         of_sums = StreamWeights(weights.stream[0], weights.x0, weights.stream[1])
         with jax.named_scope("mlp"):  # Flax's own name is mlp.matrices, which profiles do not know
             matrices = self.mlp.matrices(context.x0.dtype, weights.added[1], weights.gain(1))
-        return stream_mlp(x_BTD, context.x0, y_BTD, of_sums, *matrices, convolution=convolution), v_BTHK
+        return stream_mlp(x_BTD, context.x0, y_BTD, of_sums, *matrices), v_BTHK
 
     @property
     def normalises_mlp(self) -> bool:
