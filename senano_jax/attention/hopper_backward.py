@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from senano_jax.attention import hopper_tiles as tiles
 from senano_jax.attention.flash import LOG2_E
+from senano_jax.attention.hopper_heads import Mixed, Turned, pulled_back
 from senano_jax.attention.hopper_tiles import (
     COLUMN,
     COLUMNS,
@@ -32,15 +33,22 @@ from senano_jax.attention.hopper_tiles import (
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "stages"))  # lowered once for all layers
-def backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale: float, stages: int):
-    """dQ, and delta = rowsum(dout * out), float32 [B, H, T], for `backward_keys`: here because dout is at hand."""
-    width = q.shape[3]
+def backward_queries(
+    q, k, v, out, dout, lse_BHT, key_start_BT, scale: float, stages: int, turned: Turned | None = None
+):
+    """dQ, and delta = rowsum(dout * out), float32 [B, H, T], for `backward_keys`: here because dout is at hand.
+
+    With `turned`, which tells how queries were made, not dQ but the gradient of the product, [B, T, 3*H, D], of which
+    the heads of queries are written and no others.
+    """
+    batch, length, heads, width = q.shape
+    dq_shape = q.shape if turned is None else (batch, length, 3 * heads, width)
     kernel = tiles.call(
         functools.partial(_queries_kernel, scale=scale),
         q,
         stages,
         name="flash_backward_queries",
-        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse_BHT.shape, jnp.float32)),
+        out_type=(jax.ShapeDtypeStruct(dq_shape, q.dtype), jax.ShapeDtypeStruct(lse_BHT.shape, jnp.float32)),
         scratch={
             "q_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
             "dout_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
@@ -54,11 +62,11 @@ def backward_queries(q, k, v, out, dout, lse_BHT, key_start_BT, scale: float, st
         },
         ring={"k": 1, "v": 1},
     )
-    return kernel(q, k, v, out, dout, lse_BHT, key_start_BT)
+    return kernel(q, k, v, out, dout, lse_BHT, key_start_BT, turned)
 
 
 def _queries_kernel(
-    q_gmem, k_gmem, v_gmem, out_gmem, dout_gmem, lse_gmem, key_start_gmem, dq_gmem, delta_gmem, *,
+    q_gmem, k_gmem, v_gmem, out_gmem, dout_gmem, lse_gmem, key_start_gmem, turned, dq_gmem, delta_gmem, *,
     q_smem, dout_smem, out_smem, dq_smem, lse_smem, delta_smem, k_smem, v_smem,
     rows_full, k_full, k_empty, v_full, v_empty,
     scale: float, stages: int,
@@ -143,8 +151,11 @@ def _queries_kernel(
             return dq_QD
 
         dq_QD = pl.run_scoped(accumulate, plgpu.ACC((ROWS, width), jnp.float32))
+        dq_QD *= scale
+        if turned is not None:
+            dq_QD = pulled_back(dq_QD, q_QD, turned, sequence, head, queries)
         own_delta[...] = delta_Q
-        own_dq[...] = (dq_QD * scale).astype(own_dq.dtype)
+        own_dq[...] = dq_QD.astype(own_dq.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(own_delta, delta_gmem.at[sequence, head, queries])
         plgpu.copy_smem_to_gmem(own_dq, dq_gmem.at[sequence, queries, head])
@@ -155,13 +166,45 @@ def _queries_kernel(
 @functools.partial(jax.jit, static_argnames=("scale", "stages"))  # lowered once for all layers
 def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float, stages: int, other_dv=None):
     """dK and dV, to which `other_dv` is added."""
-    width, others = k.shape[3], [] if other_dv is None else [other_dv]
+    gradients = _call_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale, stages, other_dv, None, None, None)
+    return gradients["dk"], gradients["dv"]
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "stages"))  # lowered once for all layers
+def backward_to_product(
+    dqkv, q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float, stages: int,
+    other_dv=None, turned: Turned | None = None, mixed: Mixed | None = None,
+):  # fmt: skip
+    """`dqkv`, [B, T, 3*H, D], of which the heads of values are written, and those of keys if `turned` tells how these
+    were made.
+
+    Also by name: "dk" without `turned`; if `mixed` tells how values were made, "dv", and "d_first_share" by row,
+    float32 [B, H, T], to be summed.
+    """
+    dqkv_ref = jax.new_ref(dqkv)
+    rows = q, k, v, dout, lse_BHT, delta_BHT, query_end_BT
+    gradients = _call_keys(*rows, scale, stages, other_dv, turned, mixed, dqkv_ref)
+    return jax.freeze(dqkv_ref), gradients
+
+
+def _call_keys(
+    q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale, stages, other_dv, turned, mixed, dqkv_ref
+) -> dict[str, jax.Array]:
+    width, whole = k.shape[3], jax.ShapeDtypeStruct(k.shape, k.dtype)
+    out_type, mixed_scratch = {}, {}
+    if turned is None:
+        out_type["dk"] = whole
+    if dqkv_ref is None or mixed is not None:
+        out_type["dv"] = whole
+    if mixed is not None:
+        out_type["d_first_share"] = jax.ShapeDtypeStruct(lse_BHT.shape, jnp.float32)
+        mixed_scratch["mixed_full"] = plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS)
     kernel = tiles.call(
         functools.partial(_keys_kernel, scale=scale),
         k,
         stages,
         name="flash_backward_keys",
-        out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
+        out_type=out_type,
         scratch={
             "k_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
             "v_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
@@ -171,23 +214,24 @@ def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float,
             "dout_smem": tiles.swizzled(stages, COLUMNS, width),
             "lse_smem": plgpu.SMEM((stages, COLUMNS), jnp.float32),
             "delta_smem": plgpu.SMEM((stages, COLUMNS), jnp.float32),
-            "rows_full": plgpu.Barrier(num_arrivals=2 + len(others), num_barriers=WARPGROUPS),
-        },
+            "rows_full": plgpu.Barrier(num_arrivals=2 + (other_dv is not None), num_barriers=WARPGROUPS),
+        }
+        | mixed_scratch,
         ring={"q": 2, "dout": 2},
     )
-    return kernel(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, *others)
+    return kernel(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, other_dv, turned, mixed, dqkv_ref)
 
 
 def _keys_kernel(
-    q_gmem, k_gmem, v_gmem, dout_gmem, lse_gmem, delta_gmem, query_end_gmem, *gmems,
+    q_gmem, k_gmem, v_gmem, dout_gmem, lse_gmem, delta_gmem, query_end_gmem,
+    other_dv_gmem, turned, mixed, dqkv_gmem, out_gmems, *,
     k_smem, v_smem, dk_smem, dv_smem, q_smem, dout_smem, lse_smem, delta_smem,
     rows_full, q_full, q_empty, dout_full, dout_empty,
-    scale: float, stages: int,
+    scale: float, stages: int, mixed_full=None,
 ):  # fmt: skip
     """On transposed tiles: probabilities come out of one product as the left factor of the next."""
-    *other_dv_gmems, dk_gmem, dv_gmem = gmems
     warpgroup, sequence, head = lax.axis_index("warpgroup"), lax.axis_index("sequence"), lax.axis_index("head")
-    program_key0 = lax.axis_index("rows") * PROGRAM_ROWS
+    program_key0, heads = lax.axis_index("rows") * PROGRAM_ROWS, k_gmem.shape[2]
     nearest = tiles.floor_div(program_key0, COLUMNS)
 
     def count_steps():
@@ -201,9 +245,18 @@ def _keys_kernel(
         ([(all_dout, dout_smem), (all_delta, delta_smem)], dout_full, dout_empty),
     )
 
+    def load_mixed():
+        """What values were mixed of, to where gradients will be stored."""
+        for computing in range(WARPGROUPS if mixed is not None else 0):
+            keys, full = pl.ds(program_key0 + computing * ROWS, ROWS), mixed_full.at[computing]
+            of_product = mixed.product.at[sequence, keys, 2 * heads + head]
+            plgpu.copy_gmem_to_smem(of_product, dk_smem.at[computing], full)
+            if other_dv_gmem is None:
+                plgpu.copy_gmem_to_smem(mixed.first_v.at[sequence, keys, head], dv_smem.at[computing], full)
+
     @pl.when(warpgroup == WARPGROUPS)
     def load():
-        tiles.load_ring(stages, lambda n: nearest + n, count_steps, groups, after_reads=True)
+        tiles.load_ring(stages, lambda n: nearest + n, count_steps, groups, after_reads=True, then=load_mixed)
 
     @pl.when(warpgroup < WARPGROUPS)
     def compute():
@@ -211,8 +264,10 @@ def _keys_kernel(
         key0 = program_key0 + warpgroup * ROWS
         keys = pl.ds(key0, ROWS)
         own_k, own_v, own_dk, own_dv = (smem.at[warpgroup] for smem in (k_smem, v_smem, dk_smem, dv_smem))
-        # What is added to dV waits where the sum will be stored.
-        for gmem, smem in ((k_gmem, own_k), (v_gmem, own_v), *((gmem, own_dv) for gmem in other_dv_gmems)):
+        loads = [(k_gmem, own_k), (v_gmem, own_v)]
+        if other_dv_gmem is not None:
+            loads.append((other_dv_gmem, own_dv))  # it waits where the sum will be stored
+        for gmem, smem in loads:
             plgpu.copy_gmem_to_smem(gmem.at[sequence, keys, head], smem, rows_full.at[warpgroup])
         width = own_k.shape[1]
         steps = count_steps()
@@ -256,12 +311,29 @@ def _keys_kernel(
 
         sums = plgpu.ACC((ROWS, width), jnp.float32)
         dk_KD, dv_KD = pl.run_scoped(accumulate, sums, sums)
-        own_dk[...] = (dk_KD * scale).astype(own_dk.dtype)
-        if other_dv_gmems:
+        if mixed is not None and other_dv_gmem is not None:
+            plgpu.commit_smem()  # all threads' products are done with the values
+            plgpu.copy_gmem_to_smem(mixed.first_v.at[sequence, keys, head], own_v, mixed_full.at[warpgroup])
+        dk_KD *= scale
+        if turned is not None:
+            dk_KD = pulled_back(dk_KD, plgpu.load(own_k, layout=SCORES), turned, sequence, head, keys)
+        stored_dk = own_dk if mixed is None else own_k
+        stored_dk[...] = dk_KD.astype(stored_dk.dtype)
+        stores = [(stored_dk, out_gmems["dk"], head) if turned is None else (stored_dk, dqkv_gmem, heads + head)]
+        if other_dv_gmem is not None:
             dv_KD += plgpu.load(own_dv, layout=SCORES).astype(jnp.float32)
+        if mixed is not None:
+            plgpu.barrier_wait(mixed_full.at[warpgroup])
+            own_first_v = own_dv if other_dv_gmem is None else own_v
+            v_KD, first_v_KD = (plgpu.load(x, layout=SCORES).astype(jnp.float32) for x in (own_dk, own_first_v))
+            d_first_share = out_gmems["d_first_share"].at[sequence, head, keys]
+            d_first_share[...] = jnp.sum(dv_KD * (first_v_KD - v_KD), axis=1)
+            own_dk[...] = (dv_KD * (1 - mixed.first_share[0])).astype(own_dk.dtype)
+            stores.append((own_dk, dqkv_gmem, 2 * heads + head))
         own_dv[...] = dv_KD.astype(own_dv.dtype)
+        stores.append((own_dv, out_gmems["dv"], head) if "dv" in out_gmems else (own_dv, dqkv_gmem, 2 * heads + head))
         plgpu.commit_smem()
-        for smem, gmem in ((own_dk, dk_gmem), (own_dv, dv_gmem)):
-            plgpu.copy_smem_to_gmem(smem, gmem.at[sequence, keys, head])
+        for smem, gmem, place in stores:
+            plgpu.copy_smem_to_gmem(smem, gmem.at[sequence, keys, place])
         lax.fori_loop(end, steps, skip, None)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the writes themselves end before the kernel does

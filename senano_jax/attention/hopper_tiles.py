@@ -82,11 +82,12 @@ def swizzled(*shape: int):
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 
-def load_ring(stages: int, tile_at, count_steps, groups, *, after_reads: bool = False):
+def load_ring(stages: int, tile_at, count_steps, groups, *, after_reads: bool = False, then: Callable = lambda: None):
     """The third warpgroup's part: the tiles of columns tile_at(0), tile_at(1), and so on.
 
     `groups` are (loads, full, empty); a load is (all columns in global memory, the ring they go to).
     `after_reads`: threads read the ring, too, not the tensor cores alone; copies must not overtake their reads.
+    `then` starts other loads, of what is needed when the columns are done.
     """
     plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
 
@@ -105,6 +106,7 @@ def load_ring(stages: int, tile_at, count_steps, groups, *, after_reads: bool = 
     load(jnp.int32(0))  # is on its way while the bounds are read
     steps = count_steps()
     lax.fori_loop(1, steps, lambda n, _: load(n), None)
+    then()
 
     def drain(n, _):
         for _, _, empty in groups:

@@ -96,22 +96,27 @@ _fused.defvjp(_fused_fwd, _fused_bwd)
 # --- launches: one program a group of heads, block of tokens and sequence ---
 
 
-@functools.partial(jax.jit, static_argnames=STATIC)  # lowered once for all layers
+@functools.partial(jax.jit, static_argnames=(*STATIC, "with_scales"))  # lowered once for all layers
 def forward(
-    qkv, first_v, value_residual, rotary, num_heads: int, offsets_keys: bool, launch: HeadLaunch, interpret: bool
-):
-    """q, k and v, each [B, T, H, K]."""
+    qkv, first_v, value_residual, rotary, num_heads: int, offsets_keys: bool, launch: HeadLaunch, interpret: bool,
+    with_scales: bool = False,
+):  # fmt: skip
+    """q, k and v, each [B, T, H, K]; `with_scales` what the norms multiplied queries and keys by, too, each float32
+    [B, H, T]."""
     qkv = _apart(qkv, num_heads)
     grid, scalar, table, part, all_parts, _ = _blocks(qkv.shape, launch)
     mixed = first_v is not None
-    heads = jax.ShapeDtypeStruct((*qkv.shape[:2], *qkv.shape[3:]), qkv.dtype)
+    batch, length, _, num_heads, _ = qkv.shape
+    heads = jax.ShapeDtypeStruct((batch, length, *qkv.shape[3:]), qkv.dtype)
+    scale = pl.BlockSpec((None, *part.block_shape[2:0:-1]), lambda h, t, b: (b, h, t))
+    scales = jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32)
     return triton.call(
-        functools.partial(_forward_kernel, mixed=mixed, offsets_keys=offsets_keys),
+        functools.partial(_forward_kernel, mixed=mixed, offsets_keys=offsets_keys, with_scales=with_scales),
         name="heads_forward",
         grid=grid,
         in_specs=[table, table, all_parts] + [part, scalar] * mixed + [_whole(all_parts, qkv)] * offsets_keys,
-        out_specs=[part, part, part],
-        out_shape=[heads, heads, heads],
+        out_specs=[part, part, part] + [scale, scale] * with_scales,
+        out_shape=[heads, heads, heads] + [scales, scales] * with_scales,
         launch=launch,
         interpret=interpret,
     )(*rotary, qkv, *([first_v, value_residual.reshape(1)] if mixed else []), *[qkv] * offsets_keys)
@@ -142,6 +147,25 @@ def backward(
     return dqkv.reshape(shape), jnp.sum(rest[0]) if mixed else None
 
 
+@functools.partial(jax.jit, static_argnames=("num_heads", "launch", "interpret"))  # lowered once for all layers
+def backward_of_offset_keys(d_qkv, qkv, rotary, dk, num_heads: int, launch: HeadLaunch, interpret: bool):
+    """`d_qkv` with the gradients of what keys with the offset were made of: for attention that writes the others."""
+    shape, (d_qkv, qkv) = qkv.shape, (_apart(x, num_heads) for x in (d_qkv, qkv))
+    grid, _, table, part, all_parts, _ = _blocks(qkv.shape, launch)
+    keys = _keys_alone(all_parts)
+    return triton.call(
+        _offset_keys_backward_kernel,
+        name="offset_keys_backward",
+        grid=grid,
+        in_specs=[table, table, keys, part, _whole(part, dk), pl.BlockSpec(memory_space=pl.ANY)],
+        out_specs=keys,
+        out_shape=jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
+        launch=launch,
+        interpret=interpret,
+        written_into={5: 0},
+    )(*rotary, qkv, dk, dk, d_qkv).reshape(shape)
+
+
 def _apart(qkv, num_heads: int):
     return qkv.reshape(*qkv.shape[:2], 3, num_heads, -1)
 
@@ -161,6 +185,11 @@ def _blocks(shape, launch: HeadLaunch):
     )
 
 
+def _keys_alone(all_parts: pl.BlockSpec) -> pl.BlockSpec:
+    sequence, tokens, _, heads, width = all_parts.block_shape
+    return pl.BlockSpec((sequence, tokens, None, heads, width), lambda h, t, b: (b, t, 1, h, 0))
+
+
 def _whole(part: pl.BlockSpec, x) -> pl.BlockSpec:
     """A part's heads, of all tokens of its sequence: `x` is [B, T, ...]."""
     _, _, *rest = part.block_shape
@@ -170,7 +199,8 @@ def _whole(part: pl.BlockSpec, x) -> pl.BlockSpec:
 # --- kernels ---
 
 
-def _forward_kernel(cos_ref, sin_ref, qkv_ref, *refs, mixed: bool, offsets_keys: bool):
+def _forward_kernel(cos_ref, sin_ref, qkv_ref, *refs, mixed: bool, offsets_keys: bool, with_scales: bool):
+    *refs, q_scale_ref, k_scale_ref = refs if with_scales else (*refs, None, None)
     *refs, q_ref, k_ref, v_ref = refs
     first_v_ref, weight_ref = refs[:2] if mixed else (None, None)
     whole_qkv_ref = refs[-1] if offsets_keys else None
@@ -185,12 +215,16 @@ def _forward_kernel(cos_ref, sin_ref, qkv_ref, *refs, mixed: bool, offsets_keys:
             v = [(1 - w) * own_RE + w * first_RE for own_RE, first_RE in zip(v, _halves(first_v_ref, h))]
         if offsets_keys:  # the first token keeps its own
             before = _halves(whole_qkv_ref, 1, h, tokens=jnp.maximum(token_R - 1, 0))
+        if with_scales:
+            q_scale_R1, k_scale_R1 = _scale(*q), _scale(*k)
         _store(q_ref, _turned(*_normalised(*q), cos_RE, sin_RE), h)
         k = _turned(*_normalised(*k), cos_RE, sin_RE)
         if offsets_keys:
             k = [jnp.where(_rests(own_RE), before_RE, own_RE) for own_RE, before_RE in zip(k, _normalised(*before))]
         _store(k_ref, k, h)
         _store(v_ref, v, h)
+        if with_scales:
+            q_scale_ref[h, :], k_scale_ref[h, :] = q_scale_R1[:, 0], k_scale_R1[:, 0]
         return carry
 
     lax.fori_loop(0, q_ref.shape[1], prepare, None)
@@ -211,18 +245,8 @@ def _backward_kernel(cos_ref, sin_ref, qkv_ref, dq_ref, dk_ref, dv_ref, *refs, m
             for dv_RE, own_RE, first_RE in zip(dv, _halves(qkv_ref, 2, h), _halves(first_v_ref, h)):
                 dw_RE += dv_RE * (first_RE - own_RE)
             dv = [(1 - w) * dv_RE for dv_RE in dv]
-        if offsets_keys:  # what rests went to the next key, and the first token's to its own as well
-            last = whole_dk_ref.shape[0] - 1
-            after = _halves(whole_dk_ref, h, tokens=jnp.minimum(token_R + 1, last))
-            followed_R1, first_R1 = (token_R < last)[:, None], (token_R == 0)[:, None]
-            dk = [
-                jnp.where(
-                    _rests(own_RE),
-                    jnp.where(followed_R1, after_RE, 0.0) + jnp.where(first_R1, own_RE, 0.0),
-                    own_RE,
-                )
-                for own_RE, after_RE in zip(dk, after)
-            ]
+        if offsets_keys:
+            dk = _with_what_rests(dk, whole_dk_ref, h, token_R)
         # A rotation's transpose turns the other way.
         _store(dqkv_ref, _normalised_gradient(*q, *_turned(*dq, cos_RE, -sin_RE)), 0, h)
         _store(dqkv_ref, _normalised_gradient(*k, *_turned(*dk, cos_RE, -sin_RE)), 1, h)
@@ -232,6 +256,32 @@ def _backward_kernel(cos_ref, sin_ref, qkv_ref, dq_ref, dk_ref, dv_ref, *refs, m
     dw_RE = lax.fori_loop(0, dq_ref.shape[1], pull_back, jnp.zeros(cos_RE.shape, jnp.float32))
     if mixed:
         dw_ref[0] = jnp.sum(dw_RE)
+
+
+def _offset_keys_backward_kernel(cos_ref, sin_ref, k_ref, dk_ref, whole_dk_ref, _, d_k_ref):
+    cos_RE, sin_RE, token_R = cos_ref[...], sin_ref[...], _tokens(dk_ref)
+
+    def pull_back(h, carry):
+        k, dk = _halves(k_ref, h), _with_what_rests(_halves(dk_ref, h), whole_dk_ref, h, token_R)
+        _store(d_k_ref, _normalised_gradient(*k, *_turned(*dk, cos_RE, -sin_RE)), h)
+        return carry
+
+    lax.fori_loop(0, dk_ref.shape[1], pull_back, None)
+
+
+def _with_what_rests(dk, whole_dk_ref, h, token_R):
+    """Of keys before the offset: what rests went to the next key, and the first token's to its own as well."""
+    last = whole_dk_ref.shape[0] - 1
+    after = _halves(whole_dk_ref, h, tokens=jnp.minimum(token_R + 1, last))
+    followed_R1, first_R1 = (token_R < last)[:, None], (token_R == 0)[:, None]
+    return [
+        jnp.where(
+            _rests(own_RE),
+            jnp.where(followed_R1, after_RE, 0.0) + jnp.where(first_R1, own_RE, 0.0),
+            own_RE,
+        )
+        for own_RE, after_RE in zip(dk, after)
+    ]
 
 
 def _tokens(ref):
@@ -264,13 +314,18 @@ def _mean(x1_RE, x2_RE):
     return (jnp.sum(x1_RE + x2_RE, axis=1) * (0.5 / x1_RE.shape[1]))[:, None]
 
 
+def _scale(x1_RE, x2_RE):
+    """[R, 1]: that of the norm."""
+    return lax.rsqrt(_mean(x1_RE * x1_RE, x2_RE * x2_RE) + NORM_EPSILON)
+
+
 def _normalised(x1_RE, x2_RE):
-    scale_R1 = lax.rsqrt(_mean(x1_RE * x1_RE, x2_RE * x2_RE) + NORM_EPSILON)
+    scale_R1 = _scale(x1_RE, x2_RE)
     return x1_RE * scale_R1, x2_RE * scale_R1
 
 
 def _normalised_gradient(x1_RE, x2_RE, dy1_RE, dy2_RE):
     """y = s x with s = (mean(x^2) + eps)^(-1/2), so dx = s dy - s^3 mean(x dy) x."""
-    scale_R1 = lax.rsqrt(_mean(x1_RE * x1_RE, x2_RE * x2_RE) + NORM_EPSILON)
+    scale_R1 = _scale(x1_RE, x2_RE)
     along_R1 = scale_R1 * scale_R1 * _mean(x1_RE * dy1_RE, x2_RE * dy2_RE)
     return scale_R1 * (dy1_RE - along_R1 * x1_RE), scale_R1 * (dy2_RE - along_R1 * x2_RE)
