@@ -39,8 +39,8 @@ class Mixed:
 def pulled_back(dy_RD, y_RD, turned: Turned, sequence, head, rows):
     """The gradient of x for `rows`, from that of y; tiles, float32 but y. `turned` is in global memory.
 
-    A rotation keeps inner products, so that the norm's gradient may be taken after it: with s = (mean(x^2) + eps)^(-1/2)
-    and z = s x that of x is s (dz - mean(z dz) z), and mean(z dz) = mean(y dy).
+    With the norm's scale s and z = s x that is s (dz - mean(z dz) z). A rotation keeps inner products: mean(z dz) is
+    mean(y dy), and what is turned back may be the sum.
     """
     width, turning = y_RD.shape[1], turned.turning
     scale_R = plgpu.load(turned.scale.at[sequence, head, rows], layout=ROW, optimized=False)

@@ -7,6 +7,7 @@ stored, and a kernel of its own goes on.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,16 +38,19 @@ def attend_heads(
     *,
     offsets_keys: bool = False,
     with_values: bool = False,
+    between: Callable | None = None,
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"]]:
     """Attention's output and the values that it weighed.
 
-    Up to `rotary` the arguments are those of `prepare_heads`, the others those of `attend`, also as to what they
-    raise. `with_values` tells that others of this layer read the values, too.
+    `qkv`, what is mixed in, `rotary` and `offsets_keys` are those of `prepare_heads`, the other arguments those of
+    `attend`, with its errors. `between`, if it is given, makes of queries, keys and values those that attention takes.
     """
-    B, T, E = qkv.shape
-    if takes_hopper(implementation, T, E // (3 * num_heads), qkv.dtype):
+    _, T, E = qkv.shape
+    if between is None and takes_hopper(implementation, T, E // (3 * num_heads), qkv.dtype):
         return _fused(qkv, first_v, value_residual, rotary, intervals, num_heads, float(scale), offsets_keys)
     q, k, v = heads.prepare_heads(qkv, first_v, value_residual, rotary, num_heads, offsets_keys=offsets_keys)
+    if between is not None:
+        q, k, v = between(q, k, v)
     out = attend(q, k, v, intervals, scale, implementation, with_values=with_values)
     return out if with_values else (out, v)
 
