@@ -29,7 +29,8 @@ NAMES = ("out", "v", "d_qkv", "d_first_v", "d_value_residual")
 
 def random_inputs(seed, batch, length, heads, width, *, mixed=True, read_again=True):
     """qkv, first_v or None, value_residual, and the gradients of the output and of the values, None if nothing else
-    reads these. first_v and the first gradient are so much alike that the sum which value_residual's is does not cancel."""
+    reads these. first_v is so much like the first gradient that the sum over both, value_residual's, does not vanish.
+    """
     rng = np.random.default_rng(seed)
     of_heads = (batch, length, heads, width)
     qkv, first_v, dout, other_dv = (
