@@ -6,6 +6,10 @@ and their numbers for each stage: 225.5 with three. Registers of a thread, of 24
 and their cotangents 32 each; the left factor of a product that runs 16; and dQ's queries and cotangents, which are kept
 in registers, 32 each: with 64 columns, products of two factors in shared memory read it as fast as it can be read.
 Wider tiles of scores leave no room for the sums.
+
+Both can go on to the gradient of the product that queries, keys and values were made of (hopper_heads.py). They do it
+when the sums are done, so that it takes no registers from the products, and in the shared memory that there is: what
+values were mixed of waits where gradients will be stored.
 """
 
 import functools
@@ -151,10 +155,11 @@ def _queries_kernel(
             return dq_QD
 
         dq_QD = pl.run_scoped(accumulate, plgpu.ACC((ROWS, width), jnp.float32))
-        dq_QD *= scale
-        if turned is not None:
-            dq_QD = pulled_back(dq_QD, q_QD, turned, sequence, head, queries)
         own_delta[...] = delta_Q
+        if turned is None:
+            dq_QD *= scale
+        else:
+            dq_QD = pulled_back(dq_QD, q_QD, turned, sequence, head, queries, scale)
         own_dq[...] = dq_QD.astype(own_dq.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(own_delta, delta_gmem.at[sequence, head, queries])
@@ -311,12 +316,15 @@ def _keys_kernel(
 
         sums = plgpu.ACC((ROWS, width), jnp.float32)
         dk_KD, dv_KD = pl.run_scoped(accumulate, sums, sums)
+        if mixed is not None:
+            own_share = 1 - mixed.first_share[0]  # on its way while the keys' gradient is computed
         if mixed is not None and other_dv_gmem is not None:
             plgpu.commit_smem()  # all threads' products are done with the values
             plgpu.copy_gmem_to_smem(mixed.first_v.at[sequence, keys, head], own_v, mixed_full.at[warpgroup])
-        dk_KD *= scale
-        if turned is not None:
-            dk_KD = pulled_back(dk_KD, plgpu.load(own_k, layout=SCORES), turned, sequence, head, keys)
+        if turned is None:
+            dk_KD *= scale
+        else:
+            dk_KD = pulled_back(dk_KD, plgpu.load(own_k, layout=SCORES), turned, sequence, head, keys, scale)
         stored_dk = own_dk if mixed is None else own_k
         stored_dk[...] = dk_KD.astype(stored_dk.dtype)
         stores = [(stored_dk, out_gmems["dk"], head) if turned is None else (stored_dk, dqkv_gmem, heads + head)]
@@ -328,7 +336,7 @@ def _keys_kernel(
             v_KD, first_v_KD = (plgpu.load(x, layout=SCORES).astype(jnp.float32) for x in (own_dk, own_first_v))
             d_first_share = out_gmems["d_first_share"].at[sequence, head, keys]
             d_first_share[...] = jnp.sum(dv_KD * (first_v_KD - v_KD), axis=1)
-            own_dk[...] = (dv_KD * (1 - mixed.first_share[0])).astype(own_dk.dtype)
+            own_dk[...] = (dv_KD * own_share).astype(own_dk.dtype)
             stores.append((own_dk, dqkv_gmem, 2 * heads + head))
         own_dv[...] = dv_KD.astype(own_dv.dtype)
         stores.append((own_dv, out_gmems["dv"], head) if "dv" in out_gmems else (own_dv, dqkv_gmem, 2 * heads + head))

@@ -36,8 +36,8 @@ class Mixed:
     first_share: Float[Array, "1"]
 
 
-def pulled_back(dy_RD, y_RD, turned: Turned, sequence, head, rows):
-    """The gradient of x for `rows`, from that of y; tiles, float32 but y. `turned` is in global memory.
+def pulled_back(dy_RD, y_RD, turned: Turned, sequence, head, rows, factor: float):
+    """`factor` times the gradient of x for `rows`, from that of y; tiles, float32 but y. `turned` is in global memory.
 
     With the norm's scale s and z = s x that is s (dz - mean(z dz) z). A rotation keeps inner products: mean(z dz) is
     mean(y dy), and what is turned back may be the sum.
@@ -50,7 +50,7 @@ def pulled_back(dy_RD, y_RD, turned: Turned, sequence, head, rows):
     )
     y_RD = y_RD.astype(jnp.float32)
     along_R = jnp.sum(y_RD * dy_RD, axis=1) * (1 / width)
-    d_RD = (dy_RD - along_rows(along_R, width) * y_RD) * along_rows(scale_R, width)
+    d_RD = (dy_RD - along_rows(along_R, width) * y_RD) * along_rows(scale_R * factor, width)
     half = width // 2
     d1_RE, d2_RE = d_RD[:, :turning], d_RD[:, half : half + turning]
     x1_RE, x2_RE = d1_RE * cos_RE - d2_RE * sin_RE, d2_RE * cos_RE + d1_RE * sin_RE
