@@ -17,7 +17,7 @@ from test_heads import relative_errors
 from test_hopper_flash import lowered, needs_lowering, on_hopper
 from tiny import tiny_model
 
-from senano_jax.attention import Intervals, document_start, window_intervals
+from senano_jax.attention import END_OF_TEXT, Intervals, document_start, window_intervals
 from senano_jax.attention.hopper_flash import hopper_attention
 from senano_jax.model import heads_attention
 from senano_jax.model.heads import prepare_heads
@@ -110,6 +110,17 @@ def test_heads_of_128_without_races(hopper, capsys, read_again):
 @needs_interpreter
 def test_two_sequences_of_three_heads(hopper):
     inputs, intervals = random_inputs(5, 2, 128, 3, 64), random_intervals(6, 2, 128, 0.03, 1)
+    check(hopper(on_product(), *inputs, intervals), inputs, intervals)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("read_again", [False, True], ids=["", "values read again"])
+def test_a_program_whose_warpgroups_end_far_apart(hopper, read_again):
+    """Keys 0 to 63 are seen from 2 tiles of queries, those after them from 6: more than the ring holds beyond the first
+    ones' last. Neither the loads nor the first keys' gradients wait for what comes after them."""
+    inputs = random_inputs(17, 1, 384, 1, 64, read_again=read_again)
+    tokens = jnp.zeros((1, 384), jnp.int32).at[0, 70].set(END_OF_TEXT)
+    intervals = window_intervals(document_start(tokens), 3)
     check(hopper(on_product(), *inputs, intervals), inputs, intervals)
 
 

@@ -252,7 +252,7 @@ def _keys_kernel(
 
     def load_mixed():
         """What values were mixed of, to where gradients will be stored."""
-        for computing in range(WARPGROUPS if mixed is not None else 0):
+        for computing in range(WARPGROUPS):
             keys, full = pl.ds(program_key0 + computing * ROWS, ROWS), mixed_full.at[computing]
             of_product = mixed.product.at[sequence, keys, 2 * heads + head]
             plgpu.copy_gmem_to_smem(of_product, dk_smem.at[computing], full)
@@ -261,7 +261,10 @@ def _keys_kernel(
 
     @pl.when(warpgroup == WARPGROUPS)
     def load():
-        tiles.load_ring(stages, lambda n: nearest + n, count_steps, groups, after_reads=True, then=load_mixed)
+        load_others = None if mixed is None else load_mixed
+        tiles.load_ring(
+            stages, lambda n: nearest + n, count_steps, groups, after_reads=True, load_others=load_others
+        )
 
     @pl.when(warpgroup < WARPGROUPS)
     def compute():
