@@ -16,7 +16,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from senano_jax.attention import Implementation, Intervals, attend, takes_hopper
-from senano_jax.attention.hopper_backward import backward_queries, backward_to_product
+from senano_jax.attention.hopper_backward_keys import backward_to_product
+from senano_jax.attention.hopper_backward_queries import backward_queries
 from senano_jax.attention.hopper_forward import forward
 from senano_jax.attention.hopper_heads import Mixed, Turned
 from senano_jax.attention.hopper_tiles import DEFAULT_STAGES
