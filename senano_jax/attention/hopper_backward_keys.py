@@ -32,8 +32,8 @@ from senano_jax.attention.hopper_tiles import (
 
 @functools.partial(jax.jit, static_argnames=("scale", "stages"))  # lowered once for all layers
 def backward_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale: float, stages: int, other_dv=None):
-    """dK and dV, to which `other_dv` is added."""
-    gradients = _call_keys(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale, stages, other_dv, None, None, None)
+    """dK and dV, to which `other_dv` is added, if it is given; each like k."""
+    gradients = _call((q, k, v, dout, lse_BHT, delta_BHT, query_end_BT), scale, stages, other_dv)
     return gradients["dk"], gradients["dv"]
 
 
@@ -43,50 +43,50 @@ def backward_to_product(
     other_dv=None, turned: Turned | None = None, mixed: Mixed | None = None,
 ):  # fmt: skip
     """`dqkv`, [B, T, 3*H, D], of which the heads of values are written, and those of keys if `turned` tells how these
-    were made.
+    were made. Without `mixed`, which tells how values were made, they are the product's own.
 
-    Also by name: "dk" without `turned`; if `mixed` tells how values were made, "dv", and "d_first_share" by row,
-    float32 [B, H, T], to be summed.
+    And by name what is not in it: without `turned` "dk", like k; with `mixed` "dv", like v, and "d_first_share" by row,
+    float32 [B, H, T], to be summed. `other_dv` is added to dV, if it is given.
     """
-    dqkv_ref = jax.new_ref(dqkv)
+    dqkv_ref = jax.new_ref(dqkv)  # to be written in place: the heads of queries are there
     rows = q, k, v, dout, lse_BHT, delta_BHT, query_end_BT
-    gradients = _call_keys(*rows, scale, stages, other_dv, turned, mixed, dqkv_ref)
-    return jax.freeze(dqkv_ref), gradients
+    others = _call(rows, scale, stages, other_dv, turned, mixed, dqkv_ref)
+    return jax.freeze(dqkv_ref), others
 
 
-def _call_keys(
-    q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, scale, stages, other_dv, turned, mixed, dqkv_ref
-) -> dict[str, jax.Array]:
-    width, whole = k.shape[3], jax.ShapeDtypeStruct(k.shape, k.dtype)
-    out_type, mixed_scratch = {}, {}
+def _call(rows, scale, stages, other_dv, turned=None, mixed=None, dqkv_ref=None) -> dict[str, jax.Array]:
+    """Runs the kernel; returns what it does not write to `dqkv_ref`, by name."""
+    _, k, _, _, lse_BHT, *_ = rows
+    width, like_k = k.shape[3], jax.ShapeDtypeStruct(k.shape, k.dtype)
+    out_type = {}
     if turned is None:
-        out_type["dk"] = whole
+        out_type["dk"] = like_k
     if dqkv_ref is None or mixed is not None:
-        out_type["dv"] = whole
+        out_type["dv"] = like_k
+    scratch = {
+        "k_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
+        "v_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
+        "dk_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
+        "dv_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
+        "q_smem": tiles.swizzled(stages, COLUMNS, width),
+        "dout_smem": tiles.swizzled(stages, COLUMNS, width),
+        "lse_smem": plgpu.SMEM((stages, COLUMNS), jnp.float32),
+        "delta_smem": plgpu.SMEM((stages, COLUMNS), jnp.float32),
+        "rows_full": plgpu.Barrier(num_arrivals=2 + (other_dv is not None), num_barriers=WARPGROUPS),
+    }
     if mixed is not None:
         out_type["d_first_share"] = jax.ShapeDtypeStruct(lse_BHT.shape, jnp.float32)
-        mixed_scratch["mixed_full"] = plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS)
+        scratch["mixed_full"] = plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS)
     kernel = tiles.call(
         functools.partial(_kernel, scale=scale),
         k,
         stages,
         name="flash_backward_keys",
         out_type=out_type,
-        scratch={
-            "k_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
-            "v_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
-            "dk_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
-            "dv_smem": tiles.swizzled(WARPGROUPS, ROWS, width),
-            "q_smem": tiles.swizzled(stages, COLUMNS, width),
-            "dout_smem": tiles.swizzled(stages, COLUMNS, width),
-            "lse_smem": plgpu.SMEM((stages, COLUMNS), jnp.float32),
-            "delta_smem": plgpu.SMEM((stages, COLUMNS), jnp.float32),
-            "rows_full": plgpu.Barrier(num_arrivals=2 + (other_dv is not None), num_barriers=WARPGROUPS),
-        }
-        | mixed_scratch,
+        scratch=scratch,
         ring={"q": 2, "dout": 2},
     )
-    return kernel(q, k, v, dout, lse_BHT, delta_BHT, query_end_BT, other_dv, turned, mixed, dqkv_ref)
+    return kernel(*rows, other_dv, turned, mixed, dqkv_ref)
 
 
 def _kernel(
@@ -96,7 +96,13 @@ def _kernel(
     rows_full, q_full, q_empty, dout_full, dout_empty,
     scale: float, stages: int, mixed_full=None,
 ):  # fmt: skip
-    """On transposed tiles: probabilities come out of one product as the left factor of the next."""
+    """On transposed tiles: probabilities come out of one product as the left factor of the next.
+
+    Of a warpgroup's own tiles dk and dv are free until there are gradients, and hold what these are made with:
+    `other_dv` in dv; with `mixed` the product's values in dk and first_v in dv, or, if that is taken, in v as soon as
+    the products are done with it. Then dK goes to k, the gradient of the product's values to dk, dV to dv. Without
+    `mixed` dK goes to dk.
+    """
     warpgroup, sequence, head = lax.axis_index("warpgroup"), lax.axis_index("sequence"), lax.axis_index("head")
     program_key0, heads = lax.axis_index("rows") * PROGRAM_ROWS, k_gmem.shape[2]
     nearest = tiles.floor_div(program_key0, COLUMNS)
@@ -113,7 +119,7 @@ def _kernel(
     )
 
     def load_mixed():
-        """What values were mixed of, to where gradients will be stored."""
+        """What values were mixed of."""
         for computing in range(WARPGROUPS):
             keys, full = pl.ds(program_key0 + computing * ROWS, ROWS), mixed_full.at[computing]
             of_product = mixed.product.at[sequence, keys, 2 * heads + head]
@@ -123,8 +129,8 @@ def _kernel(
 
     @pl.when(warpgroup == WARPGROUPS)
     def load():
-        load_others = None if mixed is None else load_mixed
-        tiles.load_ring(stages, lambda n: nearest + n, count_steps, groups, after_reads=True, load_others=load_others)
+        others = None if mixed is None else load_mixed
+        tiles.load_ring(stages, lambda n: nearest + n, count_steps, groups, after_reads=True, load_others=others)
 
     @pl.when(warpgroup < WARPGROUPS)
     def compute():
@@ -190,7 +196,7 @@ def _kernel(
             dk_KD = pulled_back(dk_KD, plgpu.load(own_k, layout=SCORES), turned, sequence, head, keys, scale)
         stored_dk = own_dk if mixed is None else own_k
         stored_dk[...] = dk_KD.astype(stored_dk.dtype)
-        stores = [(stored_dk, out_gmems["dk"], head) if turned is None else (stored_dk, dqkv_gmem, heads + head)]
+        stores = [(stored_dk, out_gmems["dk"], head) if "dk" in out_gmems else (stored_dk, dqkv_gmem, heads + head)]
         if other_dv_gmem is not None:
             dv_KD += plgpu.load(own_dv, layout=SCORES).astype(jnp.float32)
         if mixed is not None:
