@@ -9,7 +9,7 @@ import pytest
 from oracles import norm, rotary
 
 from senano_jax.kernels.triton import HeadLaunch, HeadLaunches
-from senano_jax.model import heads
+from senano_jax.model import heads_kernels
 from senano_jax.model.heads import prepare_heads
 from senano_jax.model.rotary import rotary_tables
 
@@ -98,12 +98,12 @@ def test_what_attention_that_writes_the_other_gradients_takes():
     """The scales of the norms, and the gradient of keys with an offset into memory whose other parts stay."""
     qkv, _, _, (_, dk, _) = random_inputs(9, 2, 32, 6, 32)
     tables, launch = rotary_tables(32, 32), SMALL.forward
-    *_, q_scale, k_scale = heads.forward(qkv, None, None, tables, 6, True, launch, True, with_scales=True)
+    *_, q_scale, k_scale = heads_kernels.forward(qkv, None, None, tables, 6, True, launch, True, with_scales=True)
     parts = np.asarray(qkv).reshape(2, 32, 3, 6, 32).transpose(2, 0, 3, 1, 4)
     for scale, x in zip((q_scale, k_scale), parts):
         np.testing.assert_allclose(scale[..., None] * x, norm(x), rtol=1e-5)
-    d_qkv = heads.backward_of_offset_keys(jnp.full_like(qkv, 7), qkv, tables, dk, 6, launch, True)
-    expected, _ = heads.backward(qkv, None, None, tables, dk, dk, dk, 6, True, launch, True)
+    d_qkv = heads_kernels.backward_of_offset_keys(jnp.full_like(qkv, 7), qkv, tables, dk, 6, launch, True)
+    expected, _ = heads_kernels.backward(qkv, None, None, tables, dk, dk, dk, 6, True, launch, True)
     d_q, d_k, d_v = jnp.split(d_qkv, 3, axis=-1)
     assert jnp.all(d_q == 7) and jnp.all(d_v == 7)
     np.testing.assert_array_equal(d_k, jnp.split(expected, 3, axis=-1)[1])

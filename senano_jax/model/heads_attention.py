@@ -22,8 +22,9 @@ from senano_jax.attention.hopper_forward import forward
 from senano_jax.attention.hopper_heads import Mixed, Turned
 from senano_jax.attention.hopper_tiles import DEFAULT_STAGES
 from senano_jax.kernels.choice import on_gpu
-from senano_jax.model import heads
+from senano_jax.model import heads_kernels
 from senano_jax.model.elementwise import weighted_sum
+from senano_jax.model.heads import RotaryTables, prepare_heads
 from senano_jax.model.rotary import turning_pairs
 
 
@@ -31,7 +32,7 @@ def attend_heads(
     qkv: Float[Array, "B T 3*H*K"],
     first_v: Float[Array, "B T H K"] | None,
     value_residual: Float[Array, ""],
-    rotary: heads.RotaryTables,
+    rotary: RotaryTables,
     intervals: Intervals,
     num_heads: int,
     scale: float,
@@ -49,7 +50,7 @@ def attend_heads(
     _, T, E = qkv.shape
     if between is None and takes_hopper(implementation, T, E // (3 * num_heads), qkv.dtype):
         return _fused(qkv, first_v, value_residual, rotary, intervals, num_heads, float(scale), offsets_keys)
-    q, k, v = heads.prepare_heads(qkv, first_v, value_residual, rotary, num_heads, offsets_keys=offsets_keys)
+    q, k, v = prepare_heads(qkv, first_v, value_residual, rotary, num_heads, offsets_keys=offsets_keys)
     if between is not None:
         q, k, v = between(q, k, v)
     out = attend(q, k, v, intervals, scale, implementation, with_values=with_values)
@@ -90,8 +91,8 @@ def _fused_bwd(num_heads, scale, offsets_keys, residuals, gradients):
     )  # fmt: skip
     d_qkv = d_product.reshape(qkv.shape)
     if offsets_keys:
-        launch = heads.DEFAULT_LAUNCHES.backward
-        d_qkv = heads.backward_of_offset_keys(d_qkv, qkv, rotary, others["dk"], num_heads, launch, not on_gpu())
+        launch = heads_kernels.DEFAULT_LAUNCHES.backward
+        d_qkv = heads_kernels.backward_of_offset_keys(d_qkv, qkv, rotary, others["dk"], num_heads, launch, not on_gpu())
     if mixed is None:
         return d_qkv, None, None, None, None
     # Left to XLA, which adds those of all layers in one pass.
@@ -103,7 +104,7 @@ _fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)
 
 
 def _prepared(qkv, first_v, value_residual, rotary, num_heads, offsets_keys, *, with_scales=False):
-    launch = heads.DEFAULT_LAUNCHES.forward
-    return heads.forward(
+    launch = heads_kernels.DEFAULT_LAUNCHES.forward
+    return heads_kernels.forward(
         qkv, first_v, value_residual, rotary, num_heads, offsets_keys, launch, not on_gpu(), with_scales
     )
