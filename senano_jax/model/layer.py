@@ -72,32 +72,31 @@ class Attention(nn.Module):
             qkv_BTE = x_BTD @ jnp.swapaxes(qkv_3DD, 0, 1).reshape(D, 3 * D)
         if c.value_embeddings:
             lambdas = self.param("value_lambdas", nn.initializers.constant(0.5), (2,))
-            mixed = None, jnp.float32(0)
-            own, added = lambdas[0], [(lambdas[0], x0_v_BTHK), (lambdas[1], other_v_BTHK)]
+            first_v_BTHK, value_residual = None, jnp.float32(0)
+            own_share, added = lambdas[0], [(lambdas[0], x0_v_BTHK), (lambdas[1], other_v_BTHK)]
         else:
             by_visit = isinstance(c.trunk, Weighted)
             shape = (c.layers.visits_of(self.layer),) if by_visit else ()
             value_residual = self.param("value_residual", nn.initializers.constant(0.5), shape)
             if by_visit:
                 value_residual = value_residual[visit]
-            mixed = other_v_BTHK, value_residual
-            # Added to a sum of which the own values are this share.
-            own, added = 1.0, [(1.0 if other_v_BTHK is None else 1 - value_residual, x0_v_BTHK)]
+            first_v_BTHK = other_v_BTHK
+            # What own values are of the mixture, those of x0 are beside it.
+            own_share, added = 1.0, [(1.0 if first_v_BTHK is None else 1 - value_residual, x0_v_BTHK)]
         added = [(share, v_BTHK) for share, v_BTHK in added if v_BTHK is not None]
-        gains, between = None, None
+        adds_values = c.value_embeddings or added
         if c.query_gains:
             gains = self.param("query_gains", nn.initializers.ones, (c.layers.visits_of(self.layer), c.num_heads))
-        if c.value_embeddings or added or c.query_gains:
 
-            def between(q, k, v):
-                q = q if gains is None else with_gains(q, gains[visit])
-                return q, k, weighted_sum((own, v), *added, dtype=v.dtype)
+        def changed(q, k, v):
+            q = with_gains(q, gains[visit]) if c.query_gains else q
+            return q, k, weighted_sum((own_share, v), *added, dtype=v.dtype) if adds_values else v
 
         y_BTHK, v_BTHK = attend_heads(
-            qkv_BTE, *mixed, rotary, intervals, heads, ATTENTION_SCALE, c.attention,
+            qkv_BTE, first_v_BTHK, value_residual, rotary, intervals, heads, ATTENTION_SCALE, c.attention,
             offsets_keys=c.offsets_keys(self.layer),
             with_values=c.excludes_own_values(self.layer),
-            between=between,
+            between=changed if adds_values or c.query_gains else None,
         )  # fmt: skip
         y_BTHK, v_BTHK = (z.reshape(B, T, c.num_heads, c.head_dim) for z in (y_BTHK, v_BTHK))  # of tokens, not of slots
         for piece in pieces_of(c, self.layer):
