@@ -37,10 +37,11 @@ class Mixed:
 
 
 def pulled_back(dy_RD, y_RD, turned: Turned, sequence, head, rows, factor: float):
-    """`factor` times the gradient of x for `rows`, from that of y; tiles, float32 but y. `turned` is in global memory.
+    """`factor` times the gradient of x for `rows`, from dy, that of y: tiles [64, K] in registers, float32 but y.
 
-    With the norm's scale s and z = s x that is s (dz - mean(z dz) z). A rotation keeps inner products: mean(z dz) is
-    mean(y dy), and what is turned back may be the sum.
+    `turned` is in global memory. With the norm's scale s and z = s x the gradient is s (dz - mean(z dz) z), where z and
+    dz are y and dy turned back. A rotation keeps inner products, so mean(z dz) is mean(y dy), and instead of both their
+    difference is turned back.
     """
     width, turning = y_RD.shape[1], turned.turning
     scale_R = plgpu.load(turned.scale.at[sequence, head, rows], layout=ROW, optimized=False)

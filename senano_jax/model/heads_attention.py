@@ -81,13 +81,15 @@ def _fused_bwd(num_heads, scale, offsets_keys, residuals, gradients):
         dout = jnp.zeros_like(out)
     product = qkv.reshape(*qkv.shape[:2], 3 * num_heads, -1)
     turned_q, turned_k = (Turned(x_scale, *rotary, turning_pairs(q.shape[-1])) for x_scale in (q_scale, k_scale))
+    if offsets_keys:
+        turned_k = None  # the gradient of these keys is stored, for a kernel of its own
     mixed = None if first_v is None else Mixed(product, first_v, value_residual.reshape(1))
     d_product, delta_BHT = backward_queries(
         q, k, v, out, dout, lse_BHT, intervals.key_start, scale, DEFAULT_STAGES.dq, turned_q
     )
     d_product, others = backward_to_product(
         d_product, q, k, v, dout, lse_BHT, delta_BHT, intervals.query_end, scale, DEFAULT_STAGES.dkv,
-        other_dv, None if offsets_keys else turned_k, mixed,
+        other_dv, turned_k, mixed,
     )  # fmt: skip
     d_qkv = d_product.reshape(qkv.shape)
     if offsets_keys:
