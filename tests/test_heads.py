@@ -190,6 +190,24 @@ def test_lowers_for_cuda(batch, length, heads, mixed, offsets_keys):
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("__gpu$xla.gpu.triton") == 2
 
 
+@pytest.mark.parametrize(("batch", "length", "heads"), [(2, 24_576, 6), (1, 1024, 1)])
+def test_lowers_for_cuda_what_attention_that_writes_the_other_gradients_takes(batch, length, heads):
+    if jax.__version_info__ >= (0, 11):
+        pytest.skip("from 0.11 Pallas asks a real device for its architecture")
+    qkv = jax.ShapeDtypeStruct((batch, length, 3 * heads * 128), jnp.bfloat16)
+    dk = jax.ShapeDtypeStruct((batch, length, heads, 128), jnp.bfloat16)
+    launches = heads_kernels.DEFAULT_LAUNCHES
+
+    def run(qkv, d_qkv, dk):
+        tables = rotary_tables(length, 128)
+        prepared = heads_kernels.forward(qkv, None, None, tables, heads, True, launches.forward, False, True)
+        last = heads, launches.backward, False
+        return prepared, heads_kernels.backward_of_offset_keys(d_qkv, qkv, tables, dk, *last)
+
+    text = jax.jit(run).trace(qkv, qkv, dk).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 2 and text.count("output_operand_alias<") == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("offsets_keys", [True, False])
 @pytest.mark.parametrize("mixed", [True, False])

@@ -137,6 +137,25 @@ def test_values_that_nothing_else_reads_have_a_gradient_of_zeros_from_there(hopp
 
 
 @needs_interpreter
+def test_values_alone_have_a_gradient(hopper):
+    """Where nothing reads the output."""
+    qkv, first_v, value_residual, _, other_dv = random_inputs(18, 1, 128, 1, 64)
+    intervals = random_intervals(19, 1, 128, 0.03, 1)
+
+    def gradients(values):
+        _, pullback = jax.vjp(values, qkv, first_v, value_residual)
+        return dict(zip(NAMES[2:], pullback(other_dv)))
+
+    def attended(*inputs):
+        return attend_heads(*inputs, rotary_tables(128, 64), intervals, 1, SCALE, "hopper")[1]
+
+    results = hopper(lambda: gradients(attended))
+    assert not jnp.any(results["d_qkv"][..., : 2 * 64])
+    references = gradients(lambda *inputs: prepare_heads(*inputs, rotary_tables(128, 64), 1)[2])
+    assert max(relative_errors(results, references).values()) < 5e-3
+
+
+@needs_interpreter
 @pytest.mark.parametrize("layer", [1, 2], ids=["paired heads", "key offset and exclusive attention"])
 def test_layers(hopper, layer):
     """As a layer uses it, with the gradients of all that goes in."""
