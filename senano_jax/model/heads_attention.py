@@ -102,6 +102,7 @@ def _fused_bwd(num_heads, scale, offsets_keys, residuals, gradients):
     return d_qkv, d_first_v, jnp.sum(others["d_first_share"]), None, None  # tables and bounds are constants
 
 
+# Symbolic zeros: where nothing else reads the values, no zeros are stored to be added to their gradient.
 _fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)
 
 
