@@ -21,7 +21,6 @@ import platform
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import jax
@@ -59,7 +58,7 @@ def main() -> None:
     result = {
         "seed": args.seed,
         "asked": {COUNTED[fault]: count for fault, count in asked(args).items()},
-        "seconds": round(time.monotonic() - campaign._started),
+        "seconds": round(campaign.seconds),
         "runs": len(runs),
         "runs_equal_to_the_undisturbed_one": len(runs) - len({v.split(":")[0] for v in campaign.violations}),
         "records_compared": sum(len(records(run.folder)) for run in runs if run.finished),

@@ -32,6 +32,11 @@ class Campaign:
         self.violations: list[str] = []
         self._longest: dict[str, float] = {}  # delay after each point, from an undisturbed run
 
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self._started
+
     def reference(self) -> Run:
         """Undisturbed runs: the first one compiles, the second one tells how long a run takes."""
         for name in ("compiling", "reference"):
@@ -77,14 +82,14 @@ class Campaign:
         done = sum(run.finished for run in self._runs)
         bad = len(self.violations) + sum(len(run.violations) for run in self._runs)
         return (
-            f"{time.monotonic() - self._started:.0f} s: {self.counts['kills']} kills "
+            f"{self.seconds:.0f} s: {self.counts['kills']} kills "
             f"({self.counts['kills_inside_a_save']} inside a save), {self.counts['terms']} terms, "
             f"{self.counts['hups']} hups, {self.counts['closed']} closed, {self.counts['full']} full, "
             f"{done} of {len(self._runs)} runs finished, {bad} violations"
         )
 
     def _signals_left(self) -> bool:
-        in_time = time.monotonic() - self._started < 60 * self._args.minutes
+        in_time = self.seconds < 60 * self._args.minutes
         return in_time and sum(self._left.values()) > 0
 
     def _plan(self, run: Run) -> None:

@@ -11,7 +11,7 @@ from senano_jax.model.build import make_model
 from senano_jax.optim.recipe import make_optimizer
 from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.mesh import DATA_AXIS, make_mesh
-from senano_jax.training.state import abstract_state
+from senano_jax.training.state import TrainState, abstract_state
 
 TIMES = ("step_ms", "tokens_per_s", "train_time_ms")
 
@@ -29,7 +29,7 @@ def compare(reference: Path, run: Path) -> list[str]:
     positions = [r["tokens_read"] for r in found if "loss" in r]
     if any(b - a != positions[0] for a, b in zip([0, *positions], positions)):
         faults.append(f"positions are not contiguous: {positions}")
-    wanted, state = final_state(reference), final_state(run)
+    wanted, state = ([np.asarray(leaf) for leaf in jax.tree.leaves(state_of(folder))] for folder in (reference, run))
     if len(wanted) != len(state):
         faults.append("the final state has another structure")
     different = sum(a.tobytes() != b.tobytes() for a, b in zip(wanted, state))
@@ -39,15 +39,21 @@ def compare(reference: Path, run: Path) -> list[str]:
 
 
 def records(run: Path) -> list[dict]:
+    """Those of metrics.jsonl, without their times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
-def final_state(run: Path) -> list[np.ndarray]:
+def abstract_of(run: Path) -> TrainState:
+    """The shapes and types of a run's state."""
     config, _ = read_config(run / "config.json")
-    abstract = abstract_state(
+    return abstract_state(
         make_model(config.model, config.dtype), make_optimizer(config.optimizer, config.steps, DATA_AXIS)
     )
+
+
+def state_of(run: Path, step: int | None = None, devices: int = 1) -> TrainState:
+    """The checkpoint of a step, by default the last of the run's plan."""
+    step = read_config(run / "config.json")[0].steps if step is None else step
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
-        state, _ = checkpoints.restore(config.steps, abstract, make_mesh(1))
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+        return checkpoints.restore(step, abstract_of(run), make_mesh(devices))[0]
