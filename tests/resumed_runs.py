@@ -1,12 +1,12 @@
 """Small runs that are stopped and resumed, for tests of checkpoints: how to make one, and what must be the same."""
 
-import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
 from event_files import shown_scalars
+from faults.comparison import TIMES, records, state_of
 
 from senano_jax import train
 from senano_jax.config_file import read_config
@@ -14,7 +14,7 @@ from senano_jax.model.build import make_model
 from senano_jax.optim.recipe import make_optimizer
 from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.mesh import DATA_AXIS, make_mesh
-from senano_jax.training.state import abstract_state, init_state
+from senano_jax.training.state import init_state
 
 STEPS, BATCH = 6, 256
 SMALL = [
@@ -23,7 +23,6 @@ SMALL = [
     "--data.val-tokens=256", "--data.val-seq-len=256", "--val-every=3", "--devices=1", "--checkpoint-every=2",
     "--checkpoint-keep=9", "--tensorboard",
 ]  # fmt: skip
-TIMES = ("step_ms", "tokens_per_s", "train_time_ms")
 
 
 @pytest.fixture(scope="module")
@@ -39,23 +38,6 @@ def copy(undisturbed, tmp_path):
 
 def resume(run_dir, *flags):
     return train.main([*SMALL, f"--run-dir={run_dir}", *(flags or ["--resume"])])
-
-
-def records(run_dir):
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
-
-
-def abstract_of(run_dir):
-    config, _ = read_config(run_dir / "config.json")
-    return abstract_state(
-        make_model(config.model, config.dtype), make_optimizer(config.optimizer, config.steps, DATA_AXIS)
-    )
-
-
-def state_of(run_dir, step=STEPS, devices=1):
-    with Checkpoints(run_dir / "checkpoints", read_only=True) as checkpoints:
-        return checkpoints.restore(step, abstract_of(run_dir), make_mesh(devices))[0]
 
 
 def steps_of(run_dir):

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 from ablation import report, results, runner, runs
 from ablation.study import read_study
+from faults.comparison import records
 from tiny_study import SCRIPTS, TINY, Command, output_of, times_of
 
 from senano_jax.config import changed
 from senano_jax.errors import UserError
 from senano_jax.training.loop import train
-
-TIMES = ("step_ms", "tokens_per_s", "train_time_ms")
 
 
 @pytest.fixture
@@ -55,11 +54,6 @@ def saved_but_not_finished(root, names):
         if steps and max(steps) < 25:
             return name
     return None
-
-
-def records(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
 def files_of(folder):

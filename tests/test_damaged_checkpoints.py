@@ -6,16 +6,8 @@ import shutil
 import kept_programs
 import pytest
 import resumed_runs
-from resumed_runs import (
-    STEPS,
-    abstract_of,
-    assert_same_bits,
-    assert_same_run,
-    init_state_of,
-    resume,
-    state_of,
-    steps_of,
-)
+from faults.comparison import abstract_of, state_of
+from resumed_runs import STEPS, assert_same_bits, assert_same_run, init_state_of, resume, steps_of
 
 from senano_jax import evaluate
 from senano_jax.errors import UserError

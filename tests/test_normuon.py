@@ -38,7 +38,7 @@ def momentum(step):
 def as_published(average, square, gradient, mu):
     """One step of one matrix in the published orientation, float64: average, mean squares and O."""
     average = average + (1 - mu) * (gradient - average)
-    step = odd_polynomials((1 - mu) * gradient + mu * average, *POLAR_EXPRESS)
+    step = odd_polynomials((1 - mu) * gradient + mu * average, *POLAR_EXPRESS[:3])
     rows, columns = step.shape
     axis, size = (1, columns) if rows >= columns else (0, rows)
     v = np.mean(step**2, axis=axis, keepdims=True)

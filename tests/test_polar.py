@@ -68,7 +68,7 @@ def test_singular_values_in_bfloat16_are_those_of_the_original_program(reference
 
 def test_the_first_iteration_is_polar_express_to_the_last_digit():
     """And its divisor leaves a margin of 2%."""
-    assert ITERATIONS["polar-express"] == (POLAR_EXPRESS, 1.02, 1e-6)
+    assert ITERATIONS["polar-express"][:3] == (POLAR_EXPRESS, 1.02, 1e-6)
 
 
 @pytest.mark.parametrize("name", ITERATIONS)
@@ -78,7 +78,7 @@ def test_it_is_a_function_of_the_singular_values(name, shape):
     matrix = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
     result = orthogonalize(matrix, ITERATIONS[name], jnp.float32)
     assert result.dtype == jnp.float32
-    assert relative_error(result, odd_polynomials(matrix, *ITERATIONS[name])) < 2e-5
+    assert relative_error(result, odd_polynomials(matrix, *ITERATIONS[name][:3])) < 2e-5
 
 
 @pytest.mark.parametrize(
@@ -103,3 +103,14 @@ def test_the_preset_differs_from_the_record_in_its_iteration_alone():
     assert {name: new[name] for name in new if new[name] != plain[name]} == {
         "optimizer.matrices.iteration": "polar-express"
     }
+
+
+@pytest.mark.parametrize("name", ITERATIONS)
+def test_each_matrix_of_a_stack_by_itself_whatever_its_scale(name):
+    """From 1e-3 to 1e12 times as large, beside zeros, which stay."""
+    matrix = np.random.default_rng(5).standard_normal((32, 64)).astype(np.float32)
+    scales = np.array([0, 1e-3, 1, 1e12], np.float32)
+    zero, *results = np.asarray(orthogonalize(scales[:, None, None] * matrix, ITERATIONS[name]), np.float64)
+    assert not zero.any()
+    for result in results:
+        assert relative_error(result, odd_polynomials(matrix, *ITERATIONS[name][:3])) < 0.03

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from faults.comparison import records, state_of
 from pieces_reference import largest_error, reference
-from resumed_runs import assert_same_bits, records, state_of
+from resumed_runs import assert_same_bits
 from test_tokenize_text import write_tables
 from tiny import random_params, random_sequences, tiny_gpt2, tiny_model
 

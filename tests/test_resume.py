@@ -11,18 +11,8 @@ import kept_programs
 import numpy as np
 import pytest
 import resumed_runs
-from resumed_runs import (
-    SMALL,
-    STEPS,
-    assert_same_bits,
-    assert_same_run,
-    init_state_of,
-    losses,
-    records,
-    resume,
-    state_of,
-    steps_of,
-)
+from faults.comparison import records, state_of
+from resumed_runs import SMALL, STEPS, assert_same_bits, assert_same_run, init_state_of, losses, resume, steps_of
 
 from senano_jax import evaluate, train
 from senano_jax.data import sample

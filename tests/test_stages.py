@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import kept_programs
 import numpy as np
 import pytest
-from resumed_runs import assert_same_bits, records, state_of, steps_of
+from faults.comparison import records, state_of
+from resumed_runs import assert_same_bits, steps_of
 from tiny import random_params, random_sequences, tiny_model
 
 from senano_jax import evaluate, train
