@@ -1,6 +1,11 @@
 """Attention speed on one GPU: our kernels, the banded XLA version, and cuDNN's token window as a ceiling.
 
     python scripts/bench_attention.py --shard fineweb_val_000000.bin --out attention.json
+    python scripts/bench_attention.py --length 16384 --implementations heads-stored heads
+
+`heads` is hopper with what comes before it in a layer: its queries, keys and values are made of a product and of the
+first layer's values, and the gradients are those of these. `heads-stored` is the same with the gradients of queries,
+keys and values in memory, for a kernel of their own.
 
 cuDNN knows neither documents nor block windows: it computes causal attention over the last 128*W tokens, another
 model. It is here as the speed of a well-made kernel that has no borders to look at.
@@ -23,19 +28,17 @@ import numpy as np
 from senano_jax.attention.banded import banded_attention
 from senano_jax.attention.flash import flash_attention
 from senano_jax.attention.hopper_flash import hopper_attention
-from senano_jax.attention.intervals import (
-    BLOCK,
-    END_OF_TEXT,
-    Intervals,
-    document_start,
-    window_intervals,
-)
+from senano_jax.attention.intervals import BLOCK, END_OF_TEXT, document_start, window_intervals
 from senano_jax.data.shards import open_shard
 from senano_jax.errors import one_line_errors
 from senano_jax.files import expand_home
 from senano_jax.jax_settings import start_jax
+from senano_jax.model.heads import prepare_heads
+from senano_jax.model.heads_attention import attend_heads
+from senano_jax.model.rotary import rotary_tables
 
 KERNELS = {"hopper": hopper_attention, "flash": flash_attention, "banded": banded_attention}
+OF_PRODUCT = ("heads", "heads-stored")
 COUNTED_TILE = 64  # rows and columns of the tiles whose FLOPs are counted
 FORWARD, FORWARD_AND_BACKWARD = 4, 14  # FLOPs of a counted pair, for each number of a head's width
 MEAN_DOCUMENT = 720  # tokens, FineWeb's mean; the spread below is FineWeb's too
@@ -105,9 +108,19 @@ def cudnn_window(q, k, v, intervals, scale, window_blocks):
     )
 
 
+def of_product(qkv, first_v, value_residual, intervals, scale, *, stored: bool):
+    """Attention's output for a product [B, T, 3*H*D], half of whose values are those of `first_v`."""
+    _, length, heads, width = first_v.shape
+    arguments = (qkv, first_v, value_residual, rotary_tables(length, width))
+    if stored:
+        return hopper_attention(*prepare_heads(*arguments, heads), intervals, scale)
+    return attend_heads(*arguments, intervals, heads, scale, "hopper")[0]
+
+
 def forward_and_backward(attention):
-    def run(q, k, v, intervals, dout):
-        out, pullback = jax.vjp(lambda q, k, v: attention(q, k, v, intervals), q, k, v)
+    def run(*arguments):
+        *inputs, intervals, dout = arguments
+        out, pullback = jax.vjp(lambda *inputs: attention(*inputs, intervals), *inputs)
         return out, pullback(dout)
 
     return run
@@ -122,7 +135,10 @@ def main():
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--windows", type=int, nargs="+", default=[1, 7, 14], help="blocks of 128 tokens")
     parser.add_argument(
-        "--implementations", nargs="+", default=["hopper", "flash", "cudnn", "banded"], choices=[*KERNELS, "cudnn"]
+        "--implementations",
+        nargs="+",
+        default=["hopper", "flash", "cudnn", "banded"],
+        choices=[*KERNELS, "cudnn", *OF_PRODUCT],
     )
     parser.add_argument("--calls", type=int, default=8, help="length of a chain")
     parser.add_argument("--repetitions", type=int, default=20)
@@ -134,6 +150,8 @@ def main():
     tokens = jnp.asarray(load_tokens(args.shard, args.batch, args.length))
     shape = (args.batch, args.length, args.heads, args.width)
     q, k, v, dout = (jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4))
+    product = jax.random.normal(jax.random.key(1), (*shape[:2], 3 * args.heads * args.width), jnp.bfloat16)
+    kernels = KERNELS | {name: functools.partial(of_product, stored=name == "heads-stored") for name in OF_PRODUCT}
     device = jax.devices()[0].device_kind
     print(f"{device}, JAX {jax.__version__}, B T H D = {shape}, documents: {args.shard or 'synthetic'}")
     print(f"{'implementation':>14} {'W':>3} {'fwd ms':>8} {'f+b ms':>8} {'fwd TFLOP/s':>12} {'f+b TFLOP/s':>12}")
@@ -147,12 +165,13 @@ def main():
                 attention = functools.partial(cudnn_window, scale=scale, window_blocks=window)
             else:
                 pairs = counted_pairs(np.asarray(window_intervals(starts, window).key_start))
-                attention = functools.partial(_with_scale, KERNELS[implementation], scale)
+                attention = functools.partial(_with_scale, kernels[implementation], scale)
             intervals = jax.jit(window_intervals)(starts, window)
+            inputs = (product, v, jnp.float32(0.5)) if implementation in OF_PRODUCT else (q, k, v)
             try:
                 milliseconds = [
-                    _measure(attention, (q, k, v, intervals), args),
-                    _measure(forward_and_backward(attention), (q, k, v, intervals, dout), args),
+                    _measure(attention, (*inputs, intervals), args),
+                    _measure(forward_and_backward(attention), (*inputs, intervals, dout), args),
                 ]
             except Exception as error:  # out of memory, no cuDNN, no Hopper: the other rows still count
                 print(f"{implementation:>14} {window:>3} failed: {str(error).splitlines()[0][:120]}")
@@ -184,8 +203,8 @@ def main():
         args.out.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
 
 
-def _with_scale(kernel, scale, q, k, v, intervals: Intervals):
-    return kernel(q, k, v, intervals, scale)
+def _with_scale(kernel, scale, *arguments):
+    return kernel(*arguments, scale)
 
 
 def _measure(function, arguments, args) -> float:

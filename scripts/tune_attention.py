@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from bench_attention import FORWARD_AND_BACKWARD, chain, counted_pairs, load_tokens, median_ms, tflops
 
-from senano_jax.attention import flash, hopper_backward, hopper_forward
+from senano_jax.attention import flash, hopper_backward_keys, hopper_backward_queries, hopper_forward
 from senano_jax.attention.hopper_tiles import DEFAULT_STAGES, Stages
 from senano_jax.attention.intervals import document_start, window_intervals
 from senano_jax.attention.tiles import BFLOAT16, Tile
@@ -58,13 +58,13 @@ def run_hopper_forward(sizes, q, k, v, intervals):
 def run_hopper_dq(sizes, q, k, v, intervals, out, dout, lse, delta):
     del delta
     stages = Stages(dq=sizes[0]).dq
-    return hopper_backward.backward_queries(q, k, v, out, dout, lse, intervals.key_start, SCALE, stages)
+    return hopper_backward_queries.backward_queries(q, k, v, out, dout, lse, intervals.key_start, SCALE, stages)
 
 
 def run_hopper_dkv(sizes, q, k, v, intervals, out, dout, lse, delta):
     del out
     stages = Stages(dkv=sizes[0]).dkv
-    return hopper_backward.backward_keys(q, k, v, dout, lse, delta, intervals.query_end, SCALE, stages)
+    return hopper_backward_keys.backward_keys(q, k, v, dout, lse, delta, intervals.query_end, SCALE, stages)
 
 
 KERNELS = {

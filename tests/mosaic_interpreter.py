@@ -1,5 +1,5 @@
 """JAX's interpreter of Mosaic GPU kernels, with what it lacks: products whose left factor is in registers, and stores
-into their accumulators.
+into their accumulators. Kernels for Triton keep the interpreter of their own.
 
 Barriers, copies and the threads of a block are simulated: a wait without a signal hangs, a signal that none waited for
 is an error. Products are done at once, where a GPU does them later: what must not be overwritten before they are
@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from senano_jax.kernels import triton
+
 needs_interpreter = pytest.mark.skipif(
     jax.__version_info__ < (0, 11) or jax.default_backend() == "gpu",
     reason="JAX 0.10 interprets no products of the tensor cores, and a GPU runs the kernels themselves",
@@ -24,8 +26,19 @@ needs_interpreter = pytest.mark.skipif(
 def interpreted(monkeypatch, **options):
     """Kernels traced in this context run on the CPU; `options` are those of InterpretGPUParams."""
     _complete_interpreter(monkeypatch)
+    monkeypatch.setattr(triton, "call", functools.partial(_outside, triton.call))
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**options)):
         yield
+
+
+def _outside(call, *args, **options):
+    """The kernel of `call`, which may be called in `interpreted`, as it is without that."""
+
+    def run(*operands):
+        with plgpu.force_gpu_interpret_mode(None):
+            return call(*args, **options)(*operands)
+
+    return run
 
 
 def _complete_interpreter(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 from oracles import norm, rotary
 
 from senano_jax.kernels.triton import HeadLaunch, HeadLaunches
+from senano_jax.model import heads_kernels
 from senano_jax.model.heads import prepare_heads
 from senano_jax.model.rotary import rotary_tables
 
@@ -93,6 +94,21 @@ def test_fused_keys_with_dimensions_of_the_key_before(mixed, options):
     assert min(without["k"], without["dqkv"]) > 0.1
 
 
+def test_what_attention_that_writes_the_other_gradients_takes():
+    """The scales of the norms, and the gradient of keys with an offset into memory whose other parts stay."""
+    qkv, _, _, (_, dk, _) = random_inputs(9, 2, 32, 6, 32)
+    tables, launch = rotary_tables(32, 32), SMALL.forward
+    *_, q_scale, k_scale = heads_kernels.forward(qkv, None, None, tables, 6, True, launch, True, with_scales=True)
+    parts = np.asarray(qkv).reshape(2, 32, 3, 6, 32).transpose(2, 0, 3, 1, 4)
+    for scale, x in zip((q_scale, k_scale), parts):
+        np.testing.assert_allclose(scale[..., None] * x, norm(x), rtol=1e-5)
+    d_qkv = heads_kernels.backward_of_offset_keys(jnp.full_like(qkv, 7), qkv, tables, dk, 6, launch, True)
+    expected, _ = heads_kernels.backward(qkv, None, None, tables, dk, dk, dk, 6, True, launch, True)
+    d_q, d_k, d_v = jnp.split(d_qkv, 3, axis=-1)
+    assert jnp.all(d_q == 7) and jnp.all(d_v == 7)
+    np.testing.assert_array_equal(d_k, jnp.split(expected, 3, axis=-1)[1])
+
+
 def test_bfloat16_is_rounded_once():
     """Nearer to float32 than `plain`: the errors are those of one rounding, 2^-9 at most and less on average."""
     inputs = random_inputs(2, 1, 32, 2, 128, dtype=jnp.bfloat16)
@@ -172,6 +188,24 @@ def test_lowers_for_cuda(batch, length, heads, mixed, offsets_keys):
     inputs = qkv, part if mixed else None, weight, (part,) * 3
     traced = value_and_gradients.trace(*inputs, "fused", interpret=False, offsets_keys=offsets_keys)
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("__gpu$xla.gpu.triton") == 2
+
+
+@pytest.mark.parametrize(("batch", "length", "heads"), [(2, 24_576, 6), (1, 1024, 1)])
+def test_lowers_for_cuda_what_attention_that_writes_the_other_gradients_takes(batch, length, heads):
+    if jax.__version_info__ >= (0, 11):
+        pytest.skip("from 0.11 Pallas asks a real device for its architecture")
+    qkv = jax.ShapeDtypeStruct((batch, length, 3 * heads * 128), jnp.bfloat16)
+    dk = jax.ShapeDtypeStruct((batch, length, heads, 128), jnp.bfloat16)
+    launches = heads_kernels.DEFAULT_LAUNCHES
+
+    def run(qkv, d_qkv, dk):
+        tables = rotary_tables(length, 128)
+        prepared = heads_kernels.forward(qkv, None, None, tables, heads, True, launches.forward, False, True)
+        last = heads, launches.backward, False
+        return prepared, heads_kernels.backward_of_offset_keys(d_qkv, qkv, tables, dk, *last)
+
+    text = jax.jit(run).trace(qkv, qkv, dk).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 2 and text.count("output_operand_alias<") == 1
 
 
 @pytest.mark.gpu

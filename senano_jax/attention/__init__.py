@@ -13,7 +13,7 @@ from senano_jax.errors import UserError
 from senano_jax.kernels import triton
 from senano_jax.kernels.choice import on_gpu
 
-__all__ = ["BLOCK", "END_OF_TEXT", "Intervals", "attend", "document_start", "window_intervals"]
+__all__ = ["BLOCK", "END_OF_TEXT", "Intervals", "attend", "document_start", "takes_hopper", "window_intervals"]
 
 Implementation = Literal["auto", "hopper", "flash", "banded", "dense"]
 
@@ -58,8 +58,14 @@ def attend(
     return (out, v) if with_values else out
 
 
+def takes_hopper(implementation: Implementation, length: int, width: int, dtype) -> bool:
+    """Whether `attend` runs the kernels for Hopper GPUs on [B, length, H, width] of this dtype."""
+    asked = implementation in ("auto", "hopper")
+    return asked and hopper_flash.runs_here() and hopper_flash.fits(length, width, dtype)
+
+
 def _fastest(q: Float[Array, "B T H D"]) -> Implementation:
     """Of those that this device runs at q's sizes."""
-    if hopper_flash.runs_here() and hopper_flash.fits(q.shape[1], q.shape[3], q.dtype):
+    if takes_hopper("auto", q.shape[1], q.shape[3], q.dtype):
         return "hopper"
     return "flash" if on_gpu() and triton.fits(q.shape[3]) else "banded"

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from senano_jax.attention.hopper_backward import backward_keys, backward_queries
+from senano_jax.attention.hopper_backward_keys import backward_keys
+from senano_jax.attention.hopper_backward_queries import backward_queries
 from senano_jax.attention.hopper_forward import forward
 from senano_jax.attention.hopper_tiles import DEFAULT_STAGES, SWIZZLED, Stages
 from senano_jax.attention.intervals import BLOCK, Intervals

@@ -82,11 +82,15 @@ def swizzled(*shape: int):
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 
-def load_ring(stages: int, tile_at, count_steps, groups, *, after_reads: bool = False):
+def load_ring(
+    stages: int, tile_at, count_steps, groups, *, after_reads: bool = False, load_others: Callable | None = None
+):
     """The third warpgroup's part: the tiles of columns tile_at(0), tile_at(1), and so on.
 
     `groups` are (loads, full, empty); a load is (all columns in global memory, the ring they go to).
     `after_reads`: threads read the ring, too, not the tensor cores alone; copies must not overtake their reads.
+    `load_others` starts loads of what warpgroups wait for when they are done with their columns. They come after the
+    tiles that fill the ring, but not after all: those may wait for a warpgroup that waits for these.
     """
     plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
 
@@ -104,7 +108,12 @@ def load_ring(stages: int, tile_at, count_steps, groups, *, after_reads: bool = 
 
     load(jnp.int32(0))  # is on its way while the bounds are read
     steps = count_steps()
-    lax.fori_loop(1, steps, lambda n, _: load(n), None)
+    loaded = 1
+    if load_others is not None:
+        loaded = lax.min(steps, stages)
+        lax.fori_loop(1, loaded, lambda n, _: load(n), None)
+        load_others()
+    lax.fori_loop(loaded, steps, lambda n, _: load(n), None)
 
     def drain(n, _):
         for _, _, empty in groups:

@@ -54,8 +54,12 @@ class HeadLaunches:
     backward: HeadLaunch
 
 
-def call(kernel, *, name, grid, in_specs, out_specs, out_shape, launch: Launch, interpret: bool):
-    """`pallas_call` for Triton, with the warps and stages of `launch`."""
+def call(
+    kernel, *, name, grid, in_specs, out_specs, out_shape, launch: Launch, interpret: bool,
+    written_into: dict[int, int] | None = None,
+):  # fmt: skip
+    """`pallas_call` for Triton, with the warps and stages of `launch`; `written_into` are the inputs whose memory
+    becomes that of an output, with the number of that."""
     return pl.pallas_call(
         kernel,
         name=name,
@@ -65,6 +69,7 @@ def call(kernel, *, name, grid, in_specs, out_specs, out_shape, launch: Launch, 
         out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
         interpret=interpret,
+        input_output_aliases=written_into or {},
     )
 
 

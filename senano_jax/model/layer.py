@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from senano_jax.attention import Intervals, attend
+from senano_jax.attention import Intervals
 from senano_jax.model.config import GATE_INPUTS, ModelConfig
 from senano_jax.model.context import Context
 from senano_jax.model.elementwise import weighted_sum
-from senano_jax.model.heads import prepare_heads
+from senano_jax.model.heads_attention import attend_heads
 from senano_jax.model.pieces import pieces_of
 from senano_jax.model.pieces.paired_heads import columns_by_slot, in_slots
 from senano_jax.model.pieces.query_gains import with_gains
@@ -70,34 +70,38 @@ class Attention(nn.Module):
             other_v_BTHK, x0_v_BTHK = (None if v is None else in_slots(v) for v in (other_v_BTHK, x0_v_BTHK))
         else:
             qkv_BTE = x_BTD @ jnp.swapaxes(qkv_3DD, 0, 1).reshape(D, 3 * D)
-        offsets_keys = c.offsets_keys(self.layer)
         if c.value_embeddings:
             lambdas = self.param("value_lambdas", nn.initializers.constant(0.5), (2,))
-            q, k, v = prepare_heads(qkv_BTE, None, jnp.float32(0), rotary, heads, offsets_keys=offsets_keys)
-            others = [(lambdas[0], x0_v_BTHK), (lambdas[1], other_v_BTHK)]
-            others = [(share, other) for share, other in others if other is not None]
-            v = weighted_sum((lambdas[0], v), *others, dtype=v.dtype)
+            first_v_BTHK, value_residual = None, jnp.float32(0)
+            own_share, added = lambdas[0], [(lambdas[0], x0_v_BTHK), (lambdas[1], other_v_BTHK)]
         else:
             by_visit = isinstance(c.trunk, Weighted)
             shape = (c.layers.visits_of(self.layer),) if by_visit else ()
             value_residual = self.param("value_residual", nn.initializers.constant(0.5), shape)
             if by_visit:
                 value_residual = value_residual[visit]
-            q, k, v = prepare_heads(qkv_BTE, other_v_BTHK, value_residual, rotary, heads, offsets_keys=offsets_keys)
-            if x0_v_BTHK is not None:  # added to a sum of which the own values are this share
-                own = 1.0 if other_v_BTHK is None else 1 - value_residual
-                v = weighted_sum((1.0, v), (own, x0_v_BTHK), dtype=v.dtype)
+            first_v_BTHK = other_v_BTHK
+            # What own values are of the mixture, those of x0 are beside it.
+            own_share, added = 1.0, [(1.0 if first_v_BTHK is None else 1 - value_residual, x0_v_BTHK)]
+        added = [(share, v_BTHK) for share, v_BTHK in added if v_BTHK is not None]
+        adds_values = c.value_embeddings or added
         if c.query_gains:
             gains = self.param("query_gains", nn.initializers.ones, (c.layers.visits_of(self.layer), c.num_heads))
-            q = with_gains(q, gains[visit])
-        exclusive = c.excludes_own_values(self.layer)
-        y_BTHK = attend(q, k, v, intervals, ATTENTION_SCALE, c.attention, with_values=exclusive)
-        y_BTHK, v_of_pieces = y_BTHK if exclusive else (y_BTHK, None)
-        y_BTHK, v = (z.reshape(B, T, c.num_heads, c.head_dim) for z in (y_BTHK, v))  # of tokens, if they are of slots
-        read = v_of_pieces if exclusive else v, x_BTD if first_BTG is None else first_BTG
+
+        def changed(q, k, v):
+            q = with_gains(q, gains[visit]) if c.query_gains else q
+            return q, k, weighted_sum((own_share, v), *added, dtype=v.dtype) if adds_values else v
+
+        y_BTHK, v_BTHK = attend_heads(
+            qkv_BTE, first_v_BTHK, value_residual, rotary, intervals, heads, ATTENTION_SCALE, c.attention,
+            offsets_keys=c.offsets_keys(self.layer),
+            with_values=c.excludes_own_values(self.layer),
+            between=changed if adds_values or c.query_gains else None,
+        )  # fmt: skip
+        y_BTHK, v_BTHK = (z.reshape(B, T, c.num_heads, c.head_dim) for z in (y_BTHK, v_BTHK))  # of tokens, not of slots
         for piece in pieces_of(c, self.layer):
-            y_BTHK = piece.after(y_BTHK, *read, visit)
-        return y_BTHK.reshape(B, T, D) @ times(weight, out_DD).astype(x_BTD.dtype), v
+            y_BTHK = piece.after(y_BTHK, v_BTHK, x_BTD if first_BTG is None else first_BTG, visit)
+        return y_BTHK.reshape(B, T, D) @ times(weight, out_DD).astype(x_BTD.dtype), v_BTHK
 
 
 class Mlp(nn.Module):

@@ -1,0 +1,113 @@
+"""Attention over queries, keys and values as `prepare_heads` makes them, where nothing changes these in between.
+
+For Hopper GPUs the two have one gradient: the kernels that add up those of queries, keys and values go on to that of
+the product which these were made of, so that the former never reach memory. They share one buffer, of which each
+writes its own heads. Keys with an offset are the exception: their gradient crosses from token to token, so it is
+stored, and a kernel of its own goes on.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float
+
+from senano_jax.attention import Implementation, Intervals, attend, takes_hopper
+from senano_jax.attention.hopper_backward_keys import backward_to_product
+from senano_jax.attention.hopper_backward_queries import backward_queries
+from senano_jax.attention.hopper_forward import forward
+from senano_jax.attention.hopper_heads import Mixed, Turned
+from senano_jax.attention.hopper_tiles import DEFAULT_STAGES
+from senano_jax.kernels.choice import on_gpu
+from senano_jax.model import heads_kernels
+from senano_jax.model.elementwise import weighted_sum
+from senano_jax.model.heads import RotaryTables, prepare_heads
+from senano_jax.model.rotary import turning_pairs
+
+
+def attend_heads(
+    qkv: Float[Array, "B T 3*H*K"],
+    first_v: Float[Array, "B T H K"] | None,
+    value_residual: Float[Array, ""],
+    rotary: RotaryTables,
+    intervals: Intervals,
+    num_heads: int,
+    scale: float,
+    implementation: Implementation = "auto",
+    *,
+    offsets_keys: bool = False,
+    with_values: bool = False,
+    between: Callable | None = None,
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"]]:
+    """Attention's output and the values that it weighed.
+
+    `qkv`, what is mixed in, `rotary` and `offsets_keys` are those of `prepare_heads`, the other arguments those of
+    `attend`, with its errors. `between`, if it is given, makes of queries, keys and values those that attention takes.
+    """
+    _, T, E = qkv.shape
+    if between is None and takes_hopper(implementation, T, E // (3 * num_heads), qkv.dtype):
+        return _fused(qkv, first_v, value_residual, rotary, intervals, num_heads, float(scale), offsets_keys)
+    q, k, v = prepare_heads(qkv, first_v, value_residual, rotary, num_heads, offsets_keys=offsets_keys)
+    if between is not None:
+        q, k, v = between(q, k, v)
+    out = attend(q, k, v, intervals, scale, implementation, with_values=with_values)
+    return out if with_values else (out, v)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _fused(qkv, first_v, value_residual, rotary, intervals, num_heads, scale, offsets_keys):
+    q, k, v = _prepared(qkv, first_v, value_residual, rotary, num_heads, offsets_keys)
+    out, _ = forward(q, k, v, intervals.key_start, scale, DEFAULT_STAGES.forward)
+    return out, v
+
+
+def _fused_fwd(qkv, first_v, value_residual, rotary, intervals, num_heads, scale, offsets_keys):
+    inputs = qkv, first_v, value_residual, rotary, intervals
+    inputs = qkv, first_v, value_residual, rotary, intervals = jax.tree.map(lambda primal: primal.value, inputs)
+    q, k, v, *scales = _prepared(qkv, first_v, value_residual, rotary, num_heads, offsets_keys, with_scales=True)
+    out, lse_BHT = forward(q, k, v, intervals.key_start, scale, DEFAULT_STAGES.forward)
+    out = checkpoint_name(out, "attention_out")
+    lse_BHT = checkpoint_name(lse_BHT, "attention_lse")
+    return (out, v), (*inputs, q, k, v, *scales, out, lse_BHT)
+
+
+def _fused_bwd(num_heads, scale, offsets_keys, residuals, gradients):
+    qkv, first_v, value_residual, rotary, intervals, q, k, v, q_scale, k_scale, out, lse_BHT = residuals
+    dout, other_dv = (None if isinstance(gradient, SymbolicZero) else gradient for gradient in gradients)
+    if dout is None:
+        dout = jnp.zeros_like(out)
+    product = qkv.reshape(*qkv.shape[:2], 3 * num_heads, -1)
+    turned_q, turned_k = (Turned(x_scale, *rotary, turning_pairs(q.shape[-1])) for x_scale in (q_scale, k_scale))
+    if offsets_keys:
+        turned_k = None  # the gradient of these keys is stored, for a kernel of its own
+    mixed = None if first_v is None else Mixed(product, first_v, value_residual.reshape(1))
+    d_product, delta_BHT = backward_queries(
+        q, k, v, out, dout, lse_BHT, intervals.key_start, scale, DEFAULT_STAGES.dq, turned_q
+    )
+    d_product, others = backward_to_product(
+        d_product, q, k, v, dout, lse_BHT, delta_BHT, intervals.query_end, scale, DEFAULT_STAGES.dkv,
+        other_dv, turned_k, mixed,
+    )  # fmt: skip
+    d_qkv = d_product.reshape(qkv.shape)
+    if offsets_keys:
+        launch = heads_kernels.DEFAULT_LAUNCHES.backward
+        d_qkv = heads_kernels.backward_of_offset_keys(d_qkv, qkv, rotary, others["dk"], num_heads, launch, not on_gpu())
+    if mixed is None:
+        return d_qkv, None, None, None, None
+    # Left to XLA, which adds those of all layers in one pass.
+    d_first_v = weighted_sum((value_residual, others["dv"]), dtype=first_v.dtype)
+    return d_qkv, d_first_v, jnp.sum(others["d_first_share"]), None, None  # tables and bounds are constants
+
+
+# Symbolic zeros: where nothing else reads the values, no zeros are stored to be added to their gradient.
+_fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)
+
+
+def _prepared(qkv, first_v, value_residual, rotary, num_heads, offsets_keys, *, with_scales=False):
+    launch = heads_kernels.DEFAULT_LAUNCHES.forward
+    return heads_kernels.forward(
+        qkv, first_v, value_residual, rotary, num_heads, offsets_keys, launch, not on_gpu(), with_scales
+    )
