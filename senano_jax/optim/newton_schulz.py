@@ -15,8 +15,8 @@ class Iteration(NamedTuple):
     margin: float = 1.0
     epsilon: float = 1e-7
     scaled: bool = False
-    """Whether Y = X / s is iterated, s growing by a in each step: Y + P Y is one product on a GPU, where sums begin with
-    Y. The bits are others than those of a X + P X, the errors as large."""
+    """Whether Y = X / s is iterated, s growing by a in each step: Y + P Y is one product on a GPU, where its sums begin
+    with Y. The bits are others than those of a X + P X, the errors as large."""
 
 
 ITERATIONS = {
