@@ -67,13 +67,13 @@ def orthogonalize(
     """
     x = matrices.astype(dtype if iteration.scaled else jnp.float32)
     norm = iteration.margin * jnp.linalg.norm(x.astype(jnp.float32), axis=(-2, -1), keepdims=True)
+    scale = norm + iteration.epsilon
+    # A loop: fewer programs to compile, and what a step begins with is in `dtype` and nothing else.
     coefficients = jnp.asarray(iteration.coefficients, jnp.float32)
     if not iteration.scaled:
-        x = (x / (norm + iteration.epsilon)).astype(dtype)
-        return jax.lax.scan(_step, x, coefficients)[
-            0
-        ]  # a loop: fewer programs to compile, and x between them in `dtype`
-    (y, scale), _ = jax.lax.scan(_scaled_step, (x, 1 / (norm + iteration.epsilon)), coefficients)
+        x, _ = jax.lax.scan(_step, (x / scale).astype(dtype), coefficients)
+        return x
+    (y, scale), _ = jax.lax.scan(_scaled_step, (x, 1 / scale), coefficients)
     return (scale * y.astype(jnp.float32)).astype(dtype)
 
 
