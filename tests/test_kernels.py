@@ -82,6 +82,7 @@ def test_recomputation_is_told_from_the_backward_pass():
         ("flash_backward_keys_2", "", kernels.ATTENTION_BACKWARD),
         ("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_NNN", "", kernels.PRODUCTS),
         ("gemm_fusion_dot_12", "", kernels.PRODUCTS),
+        ("matmul_mosaic_gpu_kernel", f"{STEP}/jvp(Gpt)/Gpt.features/layer_0/mlp/jvp()/mpmd_map", kernels.PRODUCTS),
         ("nvjet_sm90_tst_192x192", f"{STEP}/jvp(Gpt)/while/body/dot_general", "head + loss"),
         ("nvjet_sm90_tst_192x192", "jit(step)/optimizer/dot_general", "optimiser"),
         ("ynn_fusion.3", f"{STEP}/jvp(Gpt)/Gpt.features/layer_0/attention/while/body/dot", kernels.ATTENTION_FORWARD),
