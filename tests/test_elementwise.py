@@ -1,10 +1,15 @@
 """Sums that are rounded once, rows of a table, and what their gradients add up to."""
 
+import functools
+import re
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from senano_jax.model.elementwise import rows_of, weighted_sum
+from senano_jax.model.elementwise import columns_as_rows, rows_of, weighted_sum
 
 
 def test_a_weighted_sum_is_rounded_once():
@@ -42,3 +47,28 @@ def test_a_token_that_occurs_often_keeps_its_gradient():
     assert gradient.dtype == jnp.bfloat16
     expected = jnp.array([[0, 0], [4000, 4000], [1000, 1000], [0, 0]], jnp.bfloat16)
     np.testing.assert_array_equal(gradient, expected)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["operation by operation", "compiled"])
+def test_columns_as_rows(transform):
+    """The same numbers and gradients, to the bit, as those of the columns."""
+    matrix = jax.random.normal(jax.random.key(0), (8, 5))
+    inputs = jnp.array([[4, 0, 4], [2, 2, 2]])
+    weights = jax.random.normal(jax.random.key(1), (2, 3, 8))
+
+    def loss(matrix, rows):
+        return jnp.sum(weights * jnp.tanh(rows(matrix)[inputs])) + jnp.sum(matrix**2)
+
+    results = (
+        transform(jax.value_and_grad(functools.partial(loss, rows=rows)))(matrix)
+        for rows in (columns_as_rows, jnp.transpose)
+    )
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def test_columns_as_rows_are_stored_row_by_row():
+    """On their way out of the matrix and on that of the gradient back."""
+    gradient = jax.grad(lambda matrix: jnp.sum(columns_as_rows(matrix)[jnp.array([3, 1, 3])] ** 2))
+    program = jax.jit(gradient).lower(jnp.ones((8, 5))).as_text()
+    stored = re.findall(r"@LayoutConstraint.*result_layouts = \[dense<(.*?)> .*-> tensor<(\w+)>", program)
+    assert Counter(stored) == {("[1, 0]", "8x5xf32"): 2, ("[1, 0]", "5x8xf32"): 2}

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 # PyTorch's rms_norm takes the float32 epsilon for bfloat16 inputs too.
@@ -21,6 +22,17 @@ def weighted_sum(*terms: tuple[Float[Array, ""], Float[Array, "*S"]], dtype: jnp
     over many layers the residual stream drifts. PyTorch rounds once too when it compiles such a sum.
     """
     return sum(weight * x.astype(jnp.float32) for weight, x in terms).astype(dtype)
+
+
+def columns_as_rows(matrix: Float[Array, "D V"]) -> Float[Array, "V D"]:
+    """The transpose, stored row by row, and so its gradient.
+
+    Left to itself XLA stores neither: rows are strided columns, of which a gather and a scatter touch a line of memory
+    for each number. Without the barrier it would still scatter into the matrix.
+    """
+    by_rows = Layout(major_to_minor=(0, 1))
+    rows = with_layout_constraint(with_layout_constraint(matrix, by_rows).T, by_rows)
+    return lax.optimization_barrier(rows)
 
 
 def rows_of(table: Float[Array, "V D"], indices: Int[Array, "*S"], dtype: jnp.dtype) -> Float[Array, "*S D"]:

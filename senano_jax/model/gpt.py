@@ -9,7 +9,7 @@ from senano_jax.attention import document_start, window_intervals
 from senano_jax.model.cap import capped
 from senano_jax.model.config import ModelConfig
 from senano_jax.model.context import Context
-from senano_jax.model.elementwise import norm, rows_of
+from senano_jax.model.elementwise import columns_as_rows, norm, rows_of
 from senano_jax.model.loss import cross_entropy
 from senano_jax.model.pieces.input_correction import InputCorrection
 from senano_jax.model.pieces.paired_heads import slots_of
@@ -98,7 +98,7 @@ class Gpt(nn.Module):
         inputs = inputs.astype(jnp.int32)
         starts = document_start(inputs)
         windows = {True: window_intervals(starts, window_blocks), False: window_intervals(starts, window_blocks // 2)}
-        rows = rows_of(self.head.T if c.tied else self.embedding, inputs, self.dtype)
+        rows = rows_of(columns_as_rows(self.head) if c.tied else self.embedding, inputs, self.dtype)
         if self.input_correction is not None:
             rows = self.input_correction(rows, inputs)
         x0 = norm(rows if self.smear is None else self.smear(rows))
