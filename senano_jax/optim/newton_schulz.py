@@ -16,7 +16,7 @@ class Iteration(NamedTuple):
     epsilon: float = 1e-7
     scaled: bool = False
     """Whether Y = X / s is iterated, s growing by a in each step: Y + P Y is one product on a GPU, where its sums begin
-    with Y. The bits are others than those of a X + P X, the errors as large."""
+    with Y. The bits are others than those of a X + P X, the errors as large there."""
 
 
 ITERATIONS = {
@@ -67,13 +67,13 @@ def orthogonalize(
     """
     x = matrices.astype(dtype if iteration.scaled else jnp.float32)
     norm = iteration.margin * jnp.linalg.norm(x.astype(jnp.float32), axis=(-2, -1), keepdims=True)
-    scale = norm + iteration.epsilon
+    divisor = norm + iteration.epsilon
     # A loop: fewer programs to compile, and what a step begins with is in `dtype` and nothing else.
     coefficients = jnp.asarray(iteration.coefficients, jnp.float32)
     if not iteration.scaled:
-        x, _ = jax.lax.scan(_step, (x / scale).astype(dtype), coefficients)
+        x, _ = jax.lax.scan(_step, (x / divisor).astype(dtype), coefficients)
         return x
-    (y, scale), _ = jax.lax.scan(_scaled_step, (x, 1 / scale), coefficients)
+    (y, scale), _ = jax.lax.scan(_scaled_step, (x, 1 / divisor), coefficients)
     return (scale * y.astype(jnp.float32)).astype(dtype)
 
 
@@ -88,7 +88,7 @@ def _scaled_step(state, coefficients):
     (y, scale), (a, b, c), dtype = state, coefficients, state[0].dtype
     gram = (scale * scale * _matmul(y, y.mT)).astype(dtype)
     polynomial = (b / a * gram.astype(jnp.float32) + c / a * _matmul(gram, gram)).astype(dtype)
-    # The product in `dtype`: so XLA makes the sum a part of it, and rounds that alone.
+    # The product in `dtype`: so XLA makes the sum a part of it on a GPU, and rounds that alone. A CPU rounds both.
     return (y + jnp.matmul(polynomial, y, preferred_element_type=dtype), a * scale), None
 
 
