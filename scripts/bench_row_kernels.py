@@ -6,11 +6,12 @@
 
 `heads` is prepare_heads, `offset-heads` the same with key offsets; `gated-exclusive` is what attention gives with both
 pieces; `stream-mlp` the weighted stream beside an MLP, of which the backward pass alone is fused: the MLP is left out.
+`stream-mix` is the stream with a skip connection and its norm, backward alone, too.
 `loss` is log-sum-exp and gradient of 8,192 tokens' logits, whatever the flags for sizes say.
 
 Time is the median over repetitions of a jitted chain of calls, divided by its length; backward is the difference of
 forward and backward together and forward alone. Bytes count each tensor once, in and out. The ratio is that of the
-plain version's time, forward and backward, to this one's. A launch is TOKENS,HEADS,WARPS, of stream-mlp and loss
+plain version's time, forward and backward, to this one's. A launch is TOKENS,HEADS,WARPS, of the streams and loss
 ROWS,WARPS. The loss's kernel for Hopper GPUs is hopper,LINES: lines of 128 logits that a warpgroup works on at a time.
 """
 
@@ -26,7 +27,7 @@ from bench_attention import chain, median_ms
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.jax_settings import start_jax
 from senano_jax.kernels.triton import HeadLaunch, HeadLaunches, RowLaunch
-from senano_jax.model import hopper_loss, loss_kernel
+from senano_jax.model import hopper_loss, loss_kernel, stream_mix, stream_mlp
 from senano_jax.model.cap import capped
 from senano_jax.model.elementwise import norm, weighted_sum
 from senano_jax.model.heads import prepare_heads
@@ -34,7 +35,6 @@ from senano_jax.model.loss import CHUNK_TOKENS
 from senano_jax.model.pieces.gated_exclusive import gated_exclusive
 from senano_jax.model.rotary import rotary_tables
 from senano_jax.model.soft_cap import SoftCap
-from senano_jax.model.stream_mlp import StreamWeights, backward
 
 OF_HEADS = ("16,6,4", "16,3,4", "16,1,4", "8,6,2", "8,2,2", "8,1,2", "4,6,1", "32,6,8", "32,1,4")
 OF_ROWS = ("4,4", "2,2", "1,1", "8,8", "4,8")
@@ -85,7 +85,7 @@ def stream(shape: tuple[int, int, int, int]) -> Case:
     """x, x0, what is added and two gradients in, two gradients out."""
     rows = (*shape[:2], shape[2] * shape[3])
     arrays = random([rows] * 5)
-    weights = StreamWeights(*map(jnp.float32, (0.9, 0.1, 1.0)))
+    weights = stream_mlp.StreamWeights(*map(jnp.float32, (0.9, 0.1, 1.0)))
 
     def plain(x, x0, added, d_out, d_normed):
         def both(x, x0, added, weights):
@@ -97,12 +97,34 @@ def stream(shape: tuple[int, int, int, int]) -> Case:
 
     def fused(launch):
         given = RowLaunch(*_numbers(launch, 2))
-        return lambda x, x0, added, d_out, d_normed: backward(
+        return lambda x, x0, added, d_out, d_normed: stream_mlp.backward(
             x, x0, added, weights, d_out, d_normed, launch=given, interpret=False
         )
 
     megabytes = (0.0, 7 * arrays[0].nbytes / 1e6)
     return Case(arrays, None, lambda launch: plain if launch is None else fused(launch), megabytes, OF_ROWS)
+
+
+def mixture(shape: tuple[int, int, int, int]) -> Case:
+    """The mixture, a skip connection, x0 and two gradients in, two gradients out; the plain one reads x, too."""
+    rows = (*shape[:2], shape[2] * shape[3])
+    x, skip, x0, *gradients = random([rows] * 5)
+    weights = stream_mix.MixWeights(*map(jnp.float32, (0.9, 0.5, 0.1)))
+
+    def plain(x, skip, x0, *gradients):
+        pull_back = jax.vjp(functools.partial(stream_mix.stream_mix, implementation="plain"), x, skip, x0, weights)[1]
+        d_x, d_skip, _, d_weights = pull_back(gradients)
+        return d_x, d_skip, d_weights
+
+    def fused(launch):
+        given = RowLaunch(*_numbers(launch, 2))
+        return lambda mixed, skip, x0, *gradients: stream_mix.backward(
+            mixed, skip, x0, weights, *gradients, launch=given, interpret=False
+        )
+
+    megabytes = (0.0, 7 * x.nbytes / 1e6)
+    arguments = (x, skip, x0, *gradients)
+    return Case(arguments, None, lambda launch: plain if launch is None else fused(launch), megabytes, OF_ROWS)
 
 
 def loss(shape: tuple[int, int, int, int]) -> Case:
@@ -139,6 +161,7 @@ CASES = {
     "offset-heads": functools.partial(heads, offsets_keys=True),
     "gated-exclusive": gated,
     "stream-mlp": stream,
+    "stream-mix": mixture,
     "loss": loss,
 }
 

@@ -27,6 +27,7 @@ def norm_fork(
     implementation: Implementation = "auto",
     *,
     apart: int | None = None,
+    rounded_gradient: bool = False,
     launch: triton.RowLaunch = DEFAULT_LAUNCH,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]] | tuple[Float[Array, "B T _"], ...]:
@@ -40,14 +41,15 @@ def norm_fork(
 
     The backward pass of `fused` is a Pallas kernel for NVIDIA GPUs that rounds the sum of both gradients once, and
     takes them in the types that they come in: that of a float32 stream is a product with the next layer's weight, whose
-    own rounding would err the same way for all tokens. Widths are a power of two times at most 8. `auto` means `fused`
-    on a GPU wherever it can; `interpret` runs it in plain XLA, the default where there is no GPU.
+    own rounding would err the same way for all tokens. With `rounded_gradient` it rounds the stream's to x's type
+    before: for readers whose gradient has been rounded, or is a sum of such. Widths are a power of two times at most 8.
+    `auto` means `fused` on a GPU wherever it can; `interpret` runs it in plain XLA, the default where there is no GPU.
     """
     terms = (x,) if added is None else (x, added)
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
     if not takes_fused(implementation, on_gpu(), whole_rows.fits(x.shape, launch), f"{rows} rows of {width}"):
         return _summed_and_normalised(terms, apart)
-    return _fused(terms, apart, launch, not on_gpu() if interpret is None else interpret)
+    return _fused(terms, apart, rounded_gradient, launch, not on_gpu() if interpret is None else interpret)
 
 
 def _summed_and_normalised(terms, apart):
@@ -56,18 +58,20 @@ def _summed_and_normalised(terms, apart):
     return (total, normed) if apart is None else (total, normed, normed[..., :apart])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _fused(terms, apart, launch, interpret):
-    return _fused_fwd(terms, apart, launch, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _fused(terms, apart, rounded_gradient, launch, interpret):
+    return _fused_fwd(terms, apart, rounded_gradient, launch, interpret)[0]
 
 
-def _fused_fwd(terms, apart, launch, interpret):
+def _fused_fwd(terms, apart, rounded_gradient, launch, interpret):
     terms = lax.optimization_barrier(terms)  # or XLA reads all that x is the sum of a second time, to normalise it
     return _summed_and_normalised(terms, apart), terms
 
 
-def _fused_bwd(apart, launch, interpret, terms, gradients):
-    total = backward(terms, *gradients, launch=launch, interpret=interpret)
+def _fused_bwd(apart, rounded_gradient, launch, interpret, terms, gradients):
+    dx, *others = gradients
+    dx = dx.astype(terms[0].dtype) if rounded_gradient else dx
+    total = backward(terms, dx, *others, launch=launch, interpret=interpret)
     return ((total,) * len(terms),)
 
 

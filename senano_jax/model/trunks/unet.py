@@ -10,10 +10,10 @@ from jaxtyping import Array, Float
 
 from senano_jax.model.config import ModelConfig
 from senano_jax.model.context import Context
-from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.layer import Layer
 from senano_jax.model.norm_fork import norm_fork
 from senano_jax.model.remat import rematerialised
+from senano_jax.model.stream_mix import MixWeights, is_fused, stream_mix
 
 
 class UNetLayer(Layer):
@@ -24,11 +24,11 @@ class UNetLayer(Layer):
         self.lambdas = self.param("lambdas", lambda key: jnp.array([1.0, 0.0]))
 
     def mixed(self, x_BTD, skip, x0_BTD):
-        """The stream, rounded once after the weighted sum. `skip` is None or (weight, output of an earlier
-        application)."""
+        """The stream, rounded once after the weighted sum, and its norm. `skip` is None or (weight, output of an
+        earlier application)."""
         lambdas = self.lambdas
-        skips = [] if skip is None else [(lambdas[0] * skip[0], skip[1])]
-        return weighted_sum((lambdas[0], x_BTD), *skips, (lambdas[1], x0_BTD), dtype=x0_BTD.dtype)
+        skip_weight, skip_BTD = (None, None) if skip is None else (lambdas[0] * skip[0], skip[1])
+        return stream_mix(x_BTD, skip_BTD, x0_BTD, MixWeights(lambdas[0], skip_weight, lambdas[1]))
 
     def __call__(self, x_BTD, skip, context: Context, visit=0):
         """Applies the layer; returns the new residual stream and the values of its attention, None without one.
@@ -36,12 +36,12 @@ class UNetLayer(Layer):
         `x_BTD` may be of either type. The stream comes back in float32, its sum with the outputs of attention and MLP
         not rounded; callers round what they store.
         """
-        x_BTD = self.mixed(x_BTD, skip, context.x0)
-        y_BTD, v_BTHK = None, None
+        x_BTD, normed_BTD = self.mixed(x_BTD, skip, context.x0)
+        v_BTHK = None
         if self.has_attention:
-            x_BTD, normed_BTD, *first = norm_fork(x_BTD, apart=self.reads_apart)
-            y_BTD, v_BTHK = self.attend(normed_BTD, context, visit, None, None, *first)
-        x_BTD, normed_BTD = norm_fork(x_BTD, y_BTD)
+            y_BTD, v_BTHK = self.attend(normed_BTD, context, visit)
+            # The stream's gradient comes from stream_mix of the next layer, rounded once.
+            x_BTD, normed_BTD = norm_fork(x_BTD, y_BTD, rounded_gradient=is_fused(x_BTD.shape))
         mlp_BTD = self.mlp(normed_BTD)
         return x_BTD.astype(jnp.float32) + mlp_BTD.astype(jnp.float32), v_BTHK
 
