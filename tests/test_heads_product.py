@@ -101,8 +101,9 @@ def multiply(heads, length, width, **options):
         (2, 64, 128, 2, 64, SMALL),
         (1, 128, 128, 4, 64, Tile(stages=2, piece=64)),
         (1, 256, 128, 3, 64, Tile(columns=192, stages=2, shared="b", piece=64)),
+        (1, 256, 64, 2, 128, Tile(rows=64, columns=256, stages=2, shared="b", piece=256)),
     ],
-    ids=["one load", "ring goes round", "two sequences", "small", "pieces", "three pieces"],
+    ids=["one load", "ring goes round", "two sequences", "small", "pieces", "three pieces", "wide"],
 )
 def test_heads_interpreted(hopper, capsys, batch, length, depth, heads, width, tile, mixed, with_residuals):
     """With barriers and copies simulated: a wait without a signal hangs, a signal that none waited for is an error."""
@@ -310,6 +311,7 @@ def random_shapes(batch, length, depth, heads, width, mixed):
         (1, 128, 64, 2, 128, None),  # one load, and fewer tiles than blocks
         (2, 4096, 768, 6, 128, None),
         (2, 4096, 768, 6, 128, Tile(shared="b")),
+        (2, 4096, 768, 6, 128, Tile(rows=64, columns=256, stages=4, shared="b", piece=256)),
         (3, 1024, 384, 12, 64, None),
         (2, 1024, 384, 12, 64, Tile(columns=192, stages=4, shared="b", piece=64)),
     ],
