@@ -126,6 +126,7 @@ def _finish(part: Part, cos_gmem, sin_gmem, first_v_gmem, share_gmem, out, *, wi
 
     if mixed:
         pl.when(is_value)(lambda: load_first_v(0))
+        share = share_gmem[0]  # on its way while the part is multiplied
     acc = part.multiply()
 
     def in_acc(piece, r, c):
@@ -136,7 +137,6 @@ def _finish(part: Part, cos_gmem, sin_gmem, first_v_gmem, share_gmem, out, *, wi
     def store_values():
         for piece in range(tile.pieces):
             if mixed:
-                share = share_gmem[0]
                 plgpu.barrier_wait(part.loaded)
                 for r, c in blocks():
                     first_v_RK = in_smem(r, c)[...].astype(jnp.float32)
