@@ -3,16 +3,19 @@
     python scripts/bench_row_kernels.py                       # all of them
     python scripts/bench_row_kernels.py stream-mlp --launches 4,4 2,2 1,1
     python scripts/bench_row_kernels.py loss --launches 4,4 hopper,12
+    python scripts/bench_row_kernels.py heads-product --batch 4 --launches 128,128,5,8,a,128
 
-`heads` is prepare_heads, `offset-heads` the same with key offsets; `gated-exclusive` is what attention gives with both
-pieces; `stream-mlp` the weighted stream beside an MLP, of which the backward pass alone is fused: the MLP is left out.
-`stream-mix` is the stream with a skip connection and its norm, backward alone, too.
-`loss` is log-sum-exp and gradient of 8,192 tokens' logits, whatever the flags for sizes say.
+`heads` is prepare_heads, `offset-heads` the same with key offsets; `heads-product` is the product and prepare_heads,
+with what the backward pass needs, forward alone: two kernels, or the one for Hopper GPUs. `gated-exclusive` is what
+attention gives with both pieces; `stream-mlp` the weighted stream beside an MLP, of which the backward pass alone is
+fused: the MLP is left out. `stream-mix` is the stream with a skip connection and its norm, backward alone, too. `loss`
+is log-sum-exp and gradient of 8,192 tokens, whatever the flags for sizes say.
 
 Time is the median over repetitions of a jitted chain of calls, divided by its length; backward is the difference of
 forward and backward together and forward alone. Bytes count each tensor once, in and out. The ratio is that of the
 plain version's time, forward and backward, to this one's. A launch is TOKENS,HEADS,WARPS, of the streams and loss
 ROWS,WARPS. The loss's kernel for Hopper GPUs is hopper,LINES: lines of 128 logits that a warpgroup works on at a time.
+Those of heads-product are tiles, as tune_matmul.py has them.
 """
 
 import argparse
@@ -23,20 +26,33 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from bench_attention import chain, median_ms
+from tune_matmul import parse_tile
 
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.jax_settings import start_jax
 from senano_jax.kernels.triton import HeadLaunch, HeadLaunches, RowLaunch
-from senano_jax.model import hopper_loss, loss_kernel, stream_mix, stream_mlp
+from senano_jax.model import heads_kernels, hopper_loss, loss_kernel, stream_mix, stream_mlp
 from senano_jax.model.cap import capped
 from senano_jax.model.elementwise import norm, weighted_sum
 from senano_jax.model.heads import prepare_heads
+from senano_jax.model.heads_product import heads_matmul
 from senano_jax.model.loss import CHUNK_TOKENS
 from senano_jax.model.pieces.gated_exclusive import gated_exclusive
 from senano_jax.model.rotary import rotary_tables
 from senano_jax.model.soft_cap import SoftCap
 
 OF_HEADS = ("16,6,4", "16,3,4", "16,1,4", "8,6,2", "8,2,2", "8,1,2", "4,6,1", "32,6,8", "32,1,4")
+OF_HEADS_PRODUCT = (
+    "128,128,5,8,a,128",  # these two are heads_product.TILES
+    "128,128,5,8,b,128",
+    "128,128,5,4,a,128",
+    "128,128,5,16,a,128",
+    "128,128,4,8,a,128",
+    "64,256,4,8,b,128",
+    "64,256,4,8,b,256",
+    "64,256,4,16,b,256",
+    "64,128,6,8,b,128",
+)
 OF_ROWS = ("4,4", "2,2", "1,1", "8,8", "4,8")
 OF_LOGITS = (*OF_ROWS, "1,4", "1,8", *(f"hopper,{lines}" for lines in (4, 8, 12, 16, 20)))
 LOGITS = 50_304  # of a token
@@ -48,7 +64,7 @@ class Case(NamedTuple):
 
     arguments: Sequence[jax.Array]
     forward: Callable[[str | None], Callable] | None  # None: only the backward pass is timed
-    both: Callable[[str | None], Callable]
+    both: Callable[[str | None], Callable] | None  # None: only the forward pass is timed
     megabytes: tuple[float, float]  # forward and backward
     launches: Sequence[str]
 
@@ -66,6 +82,31 @@ def heads(shape: tuple[int, int, int, int], *, offsets_keys: bool = False) -> Ca
     megabytes = [(parts * first_v.nbytes + 2 * rotary[0].nbytes) / 1e6 for parts in (7, 11)]
     arguments = (qkv, first_v, jnp.float32(0.5), *gradients)
     return Case(arguments, prepare, lambda launch: with_gradients(prepare(launch), 3), tuple(megabytes), OF_HEADS)
+
+
+def heads_product(shape: tuple[int, int, int, int]) -> Case:
+    """x, w and first_v in, q, k, v, own values and scales out; the plain version writes and reads the product, too."""
+    batch, length, count, width = shape
+    dim = count * width
+    x, w, first_v = random([(batch, length, dim), (dim, 3 * dim), shape])
+    rotary = jax.jit(rotary_tables, static_argnums=(0, 1))(length, width)
+
+    def stored(x, w, first_v, share):
+        launch = heads_kernels.DEFAULT_LAUNCHES.forward
+        return heads_kernels.forward(x @ w, first_v, share, rotary, count, False, launch, False, True)
+
+    def multiply(launch):
+        if launch is None:
+            return stored
+        tile = parse_tile(launch, "--launches")
+        return lambda x, w, first_v, share: heads_matmul(
+            x, w, first_v, share, rotary, count, with_residuals=True, tile=tile
+        )
+
+    scales = 2 * 4 * batch * count * length
+    megabytes = ((6 * first_v.nbytes + w.nbytes + 2 * rotary[0].nbytes + scales) / 1e6, 0.0)
+    arguments = (x, w / dim**0.5, first_v, jnp.float32(0.5))
+    return Case(arguments, multiply, None, megabytes, OF_HEADS_PRODUCT)
 
 
 def gated(shape: tuple[int, int, int, int]) -> Case:
@@ -159,6 +200,7 @@ def loss(shape: tuple[int, int, int, int]) -> Case:
 CASES = {
     "heads": heads,
     "offset-heads": functools.partial(heads, offsets_keys=True),
+    "heads-product": heads_product,
     "gated-exclusive": gated,
     "stream-mlp": stream,
     "stream-mix": mixture,
@@ -185,23 +227,23 @@ def with_gradients(function: Callable, inputs: int) -> Callable:
 def table(case: Case, launches: Sequence[str], calls: int, repetitions: int) -> None:
     """Prints it line by line; a launch that does not work has one that says why."""
     columns = [*(f"{name + ' us':>8}" for name in PASSES), *(f"{name + ' GB/s':>9}" for name in PASSES), " ratio"]
-    print(" " * 12, *columns)
+    print(" " * 18, *columns)
     plain_us = None
     for launch in (None, *launches):
         name = launch or "plain"
         try:
             forward_us = 0.0 if case.forward is None else _measure(case.forward(launch), case, calls, repetitions)
-            both_us = _measure(case.both(launch), case, calls, repetitions)
+            both_us = forward_us if case.both is None else _measure(case.both(launch), case, calls, repetitions)
         except UserError:
             raise
         except Exception as error:  # too many registers, no memory: the other rows still count
-            print(f"{name:>12} failed: {str(error).splitlines()[0][:120]}", flush=True)
+            print(f"{name:>18} failed: {str(error).splitlines()[0][:120]}", flush=True)
             continue
         plain_us = plain_us or both_us
         times = (forward_us, both_us - forward_us, both_us)
         megabytes = (*case.megabytes, sum(case.megabytes))
         speeds = [f"{1e3 * mb / us:9.0f}" if us else f"{'-':>9}" for mb, us in zip(megabytes, times)]
-        print(f"{name:>12}", *(f"{us:8.1f}" for us in times), *speeds, f"{plain_us / both_us:6.2f}", flush=True)
+        print(f"{name:>18}", *(f"{us:8.1f}" for us in times), *speeds, f"{plain_us / both_us:6.2f}", flush=True)
 
 
 def _of_heads(launch: str | None) -> dict:

@@ -57,15 +57,15 @@ class Timing(NamedTuple):
     wrong: int
 
 
-def parse_tile(text: str) -> Tile:
-    """Raises UserError for what does not follow TEMPLATE or is no possible tile."""
+def parse_tile(text: str, flag: str = "--tiles") -> Tile:
+    """Raises UserError, which names the flag, for what does not follow TEMPLATE or is no possible tile."""
     values = text.split(",")
     if len(values) != len(FIELDS):
-        raise UserError(f"--tiles {text}: give {TEMPLATE}, as in {CANDIDATES[0]}")
+        raise UserError(f"{flag} {text}: give {TEMPLATE}, as in {CANDIDATES[0]}")
     try:
         return Tile(**{name: value if name == "shared" else int(value) for name, value in zip(FIELDS, values)})
     except ValueError as error:
-        raise UserError(f"--tiles {text}: {error}") from None
+        raise UserError(f"{flag} {text}: {error}") from None
 
 
 def measure(shape: Shape, direction: str, names: list[str], repetitions: int) -> dict[str, Timing | str]:

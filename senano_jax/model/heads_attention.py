@@ -3,7 +3,8 @@
 For Hopper GPUs the two have one gradient: the kernels that add up those of queries, keys and values go on to that of
 the product which these were made of, so that the former never reach memory. They share one buffer, of which each
 writes its own heads. Keys with an offset are the exception: their gradient crosses from token to token, so it is
-stored, and a kernel of its own goes on.
+stored, and a kernel of its own goes on. Where there is no offset, the product need not be stored either: the kernel
+that multiplies makes queries, keys and values of it.
 """
 
 import functools
@@ -22,10 +23,39 @@ from senano_jax.attention.hopper_forward import forward
 from senano_jax.attention.hopper_heads import Mixed, Turned
 from senano_jax.attention.hopper_tiles import DEFAULT_STAGES
 from senano_jax.kernels.choice import on_gpu
-from senano_jax.model import heads_kernels
+from senano_jax.model import heads_kernels, heads_product
 from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.heads import RotaryTables, prepare_heads
 from senano_jax.model.rotary import turning_pairs
+
+
+def attend_product(
+    x: Float[Array, "B T D"],
+    w: Float[Array, "D 3*H*K"],
+    first_v: Float[Array, "B T H K"] | None,
+    value_residual: Float[Array, ""],
+    rotary: RotaryTables,
+    intervals: Intervals,
+    num_heads: int,
+    scale: float,
+    implementation: Implementation = "auto",
+    *,
+    offsets_keys: bool = False,
+    with_values: bool = False,
+    between: Callable | None = None,
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"]]:
+    """`attend_heads` of x w, which is not stored, nor rounded, where a kernel makes queries, keys and values of it."""
+    batch, length, depth = x.shape
+    width = w.shape[1] // (3 * num_heads)
+    fits = takes_hopper(implementation, length, width, x.dtype) and heads_product.fits(
+        batch, length, depth, num_heads, width, x.dtype
+    )
+    if fits and between is None and not offsets_keys:
+        return _fused_product(x, w, first_v, value_residual, rotary, intervals, num_heads, float(scale))
+    return attend_heads(
+        x @ w, first_v, value_residual, rotary, intervals, num_heads, scale, implementation,
+        offsets_keys=offsets_keys, with_values=with_values, between=between,
+    )  # fmt: skip
 
 
 def attend_heads(
@@ -76,34 +106,82 @@ def _fused_fwd(qkv, first_v, value_residual, rotary, intervals, num_heads, scale
 
 def _fused_bwd(num_heads, scale, offsets_keys, residuals, gradients):
     qkv, first_v, value_residual, rotary, intervals, q, k, v, q_scale, k_scale, out, lse_BHT = residuals
-    dout, other_dv = (None if isinstance(gradient, SymbolicZero) else gradient for gradient in gradients)
-    if dout is None:
-        dout = jnp.zeros_like(out)
     product = qkv.reshape(*qkv.shape[:2], 3 * num_heads, -1)
-    turned_q, turned_k = (Turned(x_scale, *rotary, turning_pairs(q.shape[-1])) for x_scale in (q_scale, k_scale))
+    mixed = None if first_v is None else Mixed(product, first_v, value_residual.reshape(1), 2 * num_heads)
+    turned_q, turned_k = _turned(q_scale, k_scale, rotary)
     if offsets_keys:
         turned_k = None  # the gradient of these keys is stored, for a kernel of its own
-    mixed = None if first_v is None else Mixed(product, first_v, value_residual.reshape(1))
-    d_product, delta_BHT = backward_queries(
-        q, k, v, out, dout, lse_BHT, intervals.key_start, scale, DEFAULT_STAGES.dq, turned_q
-    )
-    d_product, others = backward_to_product(
-        d_product, q, k, v, dout, lse_BHT, delta_BHT, intervals.query_end, scale, DEFAULT_STAGES.dkv,
-        other_dv, turned_k, mixed,
-    )  # fmt: skip
+    d_product, others = _gradient(q, k, v, out, lse_BHT, intervals, scale, turned_q, turned_k, mixed, gradients)
     d_qkv = d_product.reshape(qkv.shape)
     if offsets_keys:
         launch = heads_kernels.DEFAULT_LAUNCHES.backward
         d_qkv = heads_kernels.backward_of_offset_keys(d_qkv, qkv, rotary, others["dk"], num_heads, launch, not on_gpu())
-    if mixed is None:
-        return d_qkv, None, None, None, None
-    # Left to XLA, which adds those of all layers in one pass.
-    d_first_v = weighted_sum((value_residual, others["dv"]), dtype=first_v.dtype)
-    return d_qkv, d_first_v, jnp.sum(others["d_first_share"]), None, None  # tables and bounds are constants
+    return d_qkv, *_gradients_of_mixed(mixed, others), None, None  # tables and bounds are constants
 
 
 # Symbolic zeros: where nothing else reads the values, no zeros are stored to be added to their gradient.
 _fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _fused_product(x, w, first_v, value_residual, rotary, intervals, num_heads, scale):
+    heads = heads_product.heads_matmul(x, w, first_v, value_residual, rotary, num_heads)
+    out, _ = forward(heads.q, heads.k, heads.v, intervals.key_start, scale, DEFAULT_STAGES.forward)
+    return out, heads.v
+
+
+def _fused_product_fwd(x, w, first_v, value_residual, rotary, intervals, num_heads, scale):
+    inputs = x, w, first_v, value_residual, rotary, intervals
+    inputs = x, w, first_v, value_residual, rotary, intervals = jax.tree.map(lambda primal: primal.value, inputs)
+    heads = heads_product.heads_matmul(x, w, first_v, value_residual, rotary, num_heads, with_residuals=True)
+    out, lse_BHT = forward(heads.q, heads.k, heads.v, intervals.key_start, scale, DEFAULT_STAGES.forward)
+    out = checkpoint_name(out, "attention_out")
+    lse_BHT = checkpoint_name(lse_BHT, "attention_lse")
+    return (out, heads.v), (*inputs, heads, out, lse_BHT)
+
+
+def _fused_product_bwd(num_heads, scale, residuals, gradients):
+    x, w, first_v, value_residual, rotary, intervals, heads, out, lse_BHT = residuals
+    mixed = None if first_v is None else Mixed(heads.own_v, first_v, value_residual.reshape(1), 0)
+    d_product, others = _gradient(
+        heads.q, heads.k, heads.v, out, lse_BHT, intervals, scale,
+        *_turned(heads.q_scale, heads.k_scale, rotary), mixed, gradients,
+    )  # fmt: skip
+    x_ND, d_NE = x.reshape(-1, x.shape[2]), d_product.reshape(-1, w.shape[1])
+    d_x, d_w = (d_NE @ w.T).reshape(x.shape), x_ND.T @ d_NE
+    return d_x, d_w, *_gradients_of_mixed(mixed, others), None, None  # tables and bounds are constants
+
+
+_fused_product.defvjp(_fused_product_fwd, _fused_product_bwd, symbolic_zeros=True)
+
+
+def _turned(q_scale, k_scale, rotary):
+    """How queries and keys were made."""
+    return (Turned(x_scale, *rotary, turning_pairs(2 * rotary[0].shape[-1])) for x_scale in (q_scale, k_scale))
+
+
+def _gradient(q, k, v, out, lse_BHT, intervals, scale, turned_q, turned_k, mixed, gradients):
+    """Of the product, [B, T, 3*H, K], given those of the output and of the values; and what `backward_to_product`
+    gives beside it."""
+    dout, other_dv = (None if isinstance(gradient, SymbolicZero) else gradient for gradient in gradients)
+    if dout is None:
+        dout = jnp.zeros_like(out)
+    d_product, delta_BHT = backward_queries(
+        q, k, v, out, dout, lse_BHT, intervals.key_start, scale, DEFAULT_STAGES.dq, turned_q
+    )
+    return backward_to_product(
+        d_product, q, k, v, dout, lse_BHT, delta_BHT, intervals.query_end, scale, DEFAULT_STAGES.dkv,
+        other_dv, turned_k, mixed,
+    )  # fmt: skip
+
+
+def _gradients_of_mixed(mixed, others):
+    """Of first_v and of its share."""
+    if mixed is None:
+        return None, None
+    # Left to XLA, which adds those of all layers in one pass.
+    d_first_v = weighted_sum((mixed.first_share[0], others["dv"]), dtype=mixed.first_v.dtype)
+    return d_first_v, jnp.sum(others["d_first_share"])
 
 
 def _prepared(qkv, first_v, value_residual, rotary, num_heads, offsets_keys, *, with_scales=False):

@@ -3,6 +3,7 @@
 How they meet the residual stream is a trunk's matter, whose layers add it to this class.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -13,7 +14,7 @@ from senano_jax.attention import Intervals
 from senano_jax.model.config import GATE_INPUTS, ModelConfig
 from senano_jax.model.context import Context
 from senano_jax.model.elementwise import weighted_sum
-from senano_jax.model.heads_attention import attend_heads
+from senano_jax.model.heads_attention import attend_heads, attend_product
 from senano_jax.model.pieces import pieces_of
 from senano_jax.model.pieces.paired_heads import columns_by_slot, in_slots
 from senano_jax.model.pieces.query_gains import with_gains
@@ -66,10 +67,11 @@ class Attention(nn.Module):
         # One product, so that its gradient is one too.
         qkv_3DD, heads = by_rows(gain_D, qkv_3DD).astype(x_BTD.dtype), c.num_heads
         if self.layer in c.paired_heads:
-            qkv_BTE, heads = in_slots(x_BTD @ columns_by_slot(qkv_3DD)), c.num_heads // 2
+            heads = c.num_heads // 2
+            attend_made = functools.partial(attend_heads, in_slots(x_BTD @ columns_by_slot(qkv_3DD)))
             other_v_BTHK, x0_v_BTHK = (None if v is None else in_slots(v) for v in (other_v_BTHK, x0_v_BTHK))
         else:
-            qkv_BTE = x_BTD @ jnp.swapaxes(qkv_3DD, 0, 1).reshape(D, 3 * D)
+            attend_made = functools.partial(attend_product, x_BTD, jnp.swapaxes(qkv_3DD, 0, 1).reshape(D, 3 * D))
         if c.value_embeddings:
             lambdas = self.param("value_lambdas", nn.initializers.constant(0.5), (2,))
             first_v_BTHK, value_residual = None, jnp.float32(0)
@@ -92,8 +94,8 @@ class Attention(nn.Module):
             q = with_gains(q, gains[visit]) if c.query_gains else q
             return q, k, weighted_sum((own_share, v), *added, dtype=v.dtype) if adds_values else v
 
-        y_BTHK, v_BTHK = attend_heads(
-            qkv_BTE, first_v_BTHK, value_residual, rotary, intervals, heads, ATTENTION_SCALE, c.attention,
+        y_BTHK, v_BTHK = attend_made(
+            first_v_BTHK, value_residual, rotary, intervals, heads, ATTENTION_SCALE, c.attention,
             offsets_keys=c.offsets_keys(self.layer),
             with_values=c.excludes_own_values(self.layer),
             between=changed if adds_values or c.query_gains else None,
