@@ -43,8 +43,10 @@ from senano_jax.model.soft_cap import SoftCap
 
 OF_HEADS = ("16,6,4", "16,3,4", "16,1,4", "8,6,2", "8,2,2", "8,1,2", "4,6,1", "32,6,8", "32,1,4")
 OF_HEADS_PRODUCT = (
-    "128,128,5,8,a,128",  # these two are heads_product.TILES
-    "128,128,5,8,b,128",
+    "128,128,5,8,b,128",  # these two are heads_product.TILES
+    "128,128,5,8,a,128",
+    "128,128,5,4,b,128",
+    "128,128,5,16,b,128",
     "128,128,5,4,a,128",
     "128,128,5,16,a,128",
     "128,128,4,8,a,128",

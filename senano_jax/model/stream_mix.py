@@ -21,7 +21,7 @@ from senano_jax.kernels import triton, whole_rows
 from senano_jax.kernels.choice import Implementation, on_gpu, takes_fused
 from senano_jax.model.elementwise import NORM_EPSILON, norm, weighted_sum
 
-DEFAULT_LAUNCH = triton.RowLaunch(rows=2, warps=2)
+DEFAULT_LAUNCH = triton.RowLaunch(rows=1, warps=1)
 
 
 class MixWeights(NamedTuple):

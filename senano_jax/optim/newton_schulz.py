@@ -68,12 +68,13 @@ def orthogonalize(
     x = matrices.astype(dtype if iteration.scaled else jnp.float32)
     norm = iteration.margin * jnp.linalg.norm(x.astype(jnp.float32), axis=(-2, -1), keepdims=True)
     divisor = norm + iteration.epsilon
-    # A loop: fewer programs to compile, and what a step begins with is in `dtype` and nothing else.
     coefficients = jnp.asarray(iteration.coefficients, jnp.float32)
     if not iteration.scaled:
+        # A loop: fewer programs to compile, and what a step begins with is in `dtype` and nothing else.
         x, _ = jax.lax.scan(_step, (x / divisor).astype(dtype), coefficients)
         return x
-    (y, scale), _ = jax.lax.scan(_scaled_step, (x, 1 / divisor), coefficients)
+    # A loop would copy y, which its product reads, to the place where the product's sums begin with it.
+    (y, scale), _ = jax.lax.scan(_scaled_step, (x, 1 / divisor), coefficients, unroll=True)
     return (scale * y.astype(jnp.float32)).astype(dtype)
 
 
