@@ -124,6 +124,14 @@ def tabulate(runs: Sequence[Run], tokens_per_step: int) -> list[Row]:
     return rows
 
 
+def medians(run: Run) -> str:
+    """Such as "1,376.0 ms at a window of 1, 1,591.0 ms at 14": all that is known if the next program fails."""
+    windows = dict.fromkeys(step.window for step in run.steps)
+    ms = {w: statistics.median(step.ms for step in run.steps if step.window == w) for w in windows}
+    first, *others = (f"{value:,.1f} ms at {window}" for window, value in ms.items())
+    return ", ".join([first.replace(" at ", " at a window of "), *others])
+
+
 def format_rows(rows: Sequence[Row], programs: Sequence[str]) -> str:
     """A plain table: window, then ms a step, tokens/s and n of each program, then ours over each PyTorch variant."""
     torch_programs = [p for p in programs if p != OURS] if OURS in programs else []
@@ -187,7 +195,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"round {round_}: {VARIANTS[variant]} ...", flush=True)
             run = run_ours(args, round_) if variant == "ours" else run_torch(variant, args, round_)
             runs.append(run)
-            print(f"  {len(run.steps)} steps that count, {run.seconds:.0f} s in all", flush=True)
+            print(f"  {len(run.steps)} steps that count, {run.seconds:.0f} s in all; {medians(run)}", flush=True)
     rows = tabulate(runs, args.batch_tokens)
     print("\n" + format_rows(rows, [VARIANTS[v] for v in args.variants]))
     print(f"window: blocks of 128 tokens; medians without the first {args.warmup} steps of a window; n steps")

@@ -64,6 +64,12 @@ def patched(best: bool, train_files: str = "/shards/*.bin", source: str = STAND_
     return apply_patches(source, bench.patches(train_files, (1, 14), 20, best=best, split=split), "train_gpt.py")
 
 
+def test_a_run_says_what_it_found_before_the_next_one_begins():
+    steps = tuple(bench.StepTime(window, ms) for window, ms in [(1, 5), (1, 7), (1, 6), (14, 1234.5)])
+    run = bench.Run(bench.OURS, 1, 9.0, steps)
+    assert bench.medians(run) == "6.0 ms at a window of 1, 1,234.5 ms at 14"
+
+
 def test_as_shipped_changes_only_files_steps_windows_validation_and_loader():
     changed = [
         (old.strip(), new.strip())

@@ -40,8 +40,9 @@ class UNetLayer(Layer):
         v_BTHK = None
         if self.has_attention:
             y_BTD, v_BTHK = self.attend(normed_BTD, context, visit)
-            # The stream's gradient comes from stream_mix of the next layer, rounded once.
-            x_BTD, normed_BTD = norm_fork(x_BTD, y_BTD, rounded_gradient=is_fused(x_BTD.shape))
+            # In the second half the stream's gradient comes from stream_mix of the next layer alone, rounded once.
+            rounded = skip is not None and is_fused(x_BTD.shape)
+            x_BTD, normed_BTD = norm_fork(x_BTD, y_BTD, rounded_gradient=rounded)
         mlp_BTD = self.mlp(normed_BTD)
         return x_BTD.astype(jnp.float32) + mlp_BTD.astype(jnp.float32), v_BTHK
 
