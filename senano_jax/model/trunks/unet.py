@@ -40,7 +40,8 @@ class UNetLayer(Layer):
         v_BTHK = None
         if self.has_attention:
             y_BTD, v_BTHK = self.attend(normed_BTD, context, visit)
-            # In the second half the stream's gradient comes from stream_mix of the next layer alone, rounded once.
+            # In the second half its gradient comes from the next layer's stream_mix alone, which rounded it, or, at the
+            # end, from the last norm.
             rounded = skip is not None and is_fused(x_BTD.shape)
             x_BTD, normed_BTD = norm_fork(x_BTD, y_BTD, rounded_gradient=rounded)
         mlp_BTD = self.mlp(normed_BTD)
