@@ -1,5 +1,7 @@
 """The stream beside its norm: on a CPU the fused backward pass runs interpreted, the same code as on a GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,19 @@ def test_a_float32_gradient_is_rounded_with_what_is_added_to_it_and_not_before()
     found = pullback((dx, dy))[0]
     half_a_digit = jnp.exp2(jnp.floor(jnp.log2(jnp.abs(exact))) - 8)
     assert jnp.max(jnp.abs(found.astype(jnp.float32) - exact) / half_a_digit) < 1.01
+
+
+def test_a_gradient_that_was_rounded_is_read_in_its_type():
+    """Told that it was, the kernel rounds what comes in as float32: it gives the same as for numbers that need none."""
+    x, _, dy = (array.astype(jnp.bfloat16) for array in random(5, 96))
+    dx = 1.03 * random(6, 96)[0]
+
+    def gradient(dx, rounded_gradient):
+        fork = functools.partial(norm_fork, implementation="fused", rounded_gradient=rounded_gradient)
+        return jax.vjp(lambda x: fork(x, x / 16), x)[1]((dx, dy))[0]
+
+    np.testing.assert_array_equal(gradient(dx, True), gradient(dx.astype(jnp.bfloat16).astype(jnp.float32), False))
+    assert np.any(gradient(dx, True) != gradient(dx, False))
 
 
 @pytest.mark.parametrize("width", [32, 96, 768])  # one part, three narrow ones, three wide ones
