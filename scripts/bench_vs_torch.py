@@ -126,10 +126,8 @@ def tabulate(runs: Sequence[Run], tokens_per_step: int) -> list[Row]:
 
 def medians(run: Run) -> str:
     """Such as "1,376.0 ms at a window of 1, 1,591.0 ms at 14": all that is known if the next program fails."""
-    windows = dict.fromkeys(step.window for step in run.steps)
-    ms = {w: statistics.median(step.ms for step in run.steps if step.window == w) for w in windows}
-    first, *others = (f"{value:,.1f} ms at {window}" for window, value in ms.items())
-    return ", ".join([first.replace(" at ", " at a window of "), *others])
+    ms = {row.window: row.ms[run.program] for row in tabulate([run], tokens_per_step=0)}
+    return ", ".join(f"{ms[window]:,.1f} ms at {'' if n else 'a window of '}{window}" for n, window in enumerate(ms))
 
 
 def format_rows(rows: Sequence[Row], programs: Sequence[str]) -> str:

@@ -11,15 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
 from mosaic_interpreter import interpreted, needs_interpreter
 from test_flash import SCALE
 from test_heads import relative_errors
-from test_heads_attention import random_intervals
+from test_heads_attention import check_layers_on_gpu, random_intervals, sharded_gradients
 from test_hopper_flash import lowered, needs_lowering, on_hopper
 from tiny import tiny_model
 
-from senano_jax.attention import Intervals
 from senano_jax.kernels import hopper_matmul
 from senano_jax.kernels.hopper_tile import Tile
 from senano_jax.model import heads_attention
@@ -224,42 +222,13 @@ def test_refuses_what_it_does_not_take():
         multiply(2, 192, 64)(*inputs)
 
 
-def loss_of_layers(x, ws, weights, key_start, query_end):
-    """As the model uses it: the first layer's values are mixed into those of others, scanned and rematerialised."""
-    tables = rotary_tables(x.shape[1], 64)
-    keep = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
-
-    @functools.partial(jax.checkpoint, policy=keep)
-    def layer(x, w, first_v, share):
-        return attend_product(x, w, first_v, share, tables, Intervals(key_start, query_end), 2, SCALE)
-
-    def added(x, out):
-        return x + out.reshape(x.shape)
-
-    out, first_v = layer(x, ws[0], None, weights[0])
-    x, _ = jax.lax.scan(
-        lambda x, given: (added(x, layer(x, given[0], first_v, given[1])[0]), None),
-        added(x, out),
-        (ws[1:], weights[1:]),
-    )
-    return jnp.sum(x.astype(jnp.float32) ** 2)
-
-
-def sharded_gradients():
-    mesh, rows = Mesh(np.array(jax.devices()[:2]), "d"), PartitionSpec("d")
-    everywhere = PartitionSpec()
-    of_rows = rows, everywhere, everywhere, rows, rows
-    gradients = jax.grad(loss_of_layers, argnums=(0, 1, 2))
-
-    def summed(*arguments):
-        d_x, *others = gradients(*arguments)
-        return d_x, *jax.lax.psum(others, "d")
-
-    return jax.jit(jax.shard_map(summed, mesh=mesh, in_specs=of_rows, out_specs=of_rows[:3], check_vma=False))
+def attend_layer(x, first_v, w, share, tables, intervals):
+    return attend_product(x, w, first_v, share, tables, intervals, 2, SCALE)
 
 
 def layers_arguments(array, length=256):
-    return array((4, length, 128), jnp.bfloat16), array((3, 128, 384), jnp.bfloat16), array((3,), jnp.float32)
+    of_layers = array((3, 128, 384), jnp.bfloat16), array((3,), jnp.float32)
+    return array((4, length, 128), jnp.bfloat16), of_layers
 
 
 @pytest.fixture
@@ -276,7 +245,7 @@ def test_lowers_inside_scan_remat_and_shard_map():
     what they were made of is not. The first layer's kernel of keys and values has one input more, the gradient from
     all others, and its products and that kernel have none of what is mixed in."""
     bounds = jax.ShapeDtypeStruct((4, 256), jnp.int32)
-    text = lowered(sharded_gradients(), *layers_arguments(jax.ShapeDtypeStruct), bounds, bounds)
+    text = lowered(sharded_gradients(attend_layer), *layers_arguments(jax.ShapeDtypeStruct), bounds, bounds)
     inputs = [len(names.split(",")) for names in re.findall(r"@mosaic_gpu_v2\((.*?)\)", text)]
     product, attention, queries, keys = 4, 4, 7 + 3, 8 + 3
     assert sorted(inputs) == sorted([product, product + 2, attention] * 2 + [queries, keys + 1, keys + 3])
@@ -352,9 +321,4 @@ def test_agrees_with_the_stored_product_at_the_record_s_sizes_and_has_the_same_b
 def test_inside_scan_remat_and_shard_map_on_gpu(monkeypatch):
     rng = np.random.default_rng(10)
     arguments = layers_arguments(lambda shape, dtype: jnp.asarray(0.1 * rng.standard_normal(shape), dtype), 512)
-    intervals = random_intervals(11, 4, 512, 0.01, 2)
-    results = sharded_gradients()(*arguments, *intervals)
-    monkeypatch.setattr(heads_attention, "takes_hopper", lambda *_: False)
-    references = sharded_gradients()(*arguments, *intervals)
-    errors = relative_errors(dict(zip(NAMES, results)), dict(zip(NAMES, references)))
-    assert max(errors.values()) < 2e-2, errors
+    check_layers_on_gpu(monkeypatch, attend_layer, arguments, 11)

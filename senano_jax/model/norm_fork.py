@@ -42,7 +42,7 @@ def norm_fork(
     The backward pass of `fused` is a Pallas kernel for NVIDIA GPUs that rounds the sum of both gradients once, and
     takes them in the types that they come in: that of a float32 stream is a product with the next layer's weight, whose
     own rounding would err the same way for all tokens. With `rounded_gradient` it rounds the stream's to x's type
-    before: for readers whose gradient has been rounded, or is a sum of such. Widths are a power of two times at most 8.
+    before: for a reader whose gradient has been rounded so, once. Widths are a power of two times at most 8.
     `auto` means `fused` on a GPU wherever it can; `interpret` runs it in plain XLA, the default where there is no GPU.
     """
     terms = (x,) if added is None else (x, added)
@@ -105,10 +105,9 @@ def _backward_kernel(*refs, terms: int):
     for apart_ref in refs[terms + 2 :]:  # at most one
         dy = [_with_first(dy_RP, part, apart_ref) for part, dy_RP in zip(parts, dy)]
     x = [sum(of_part) for of_part in zip(*of_terms)]
-    scale_R1 = lax.rsqrt(whole_rows.mean(x, x) + NORM_EPSILON)
-    along_R1 = scale_R1 * scale_R1 * whole_rows.mean(x, dy)
-    for part, x_RP, dx_RP, dy_RP in zip(parts, x, dx, dy):
-        total_ref[:, part] = (dx_RP + scale_R1 * (dy_RP - along_R1 * x_RP)).astype(total_ref.dtype)
+    of_norm = whole_rows.norm_gradient(x, dy, NORM_EPSILON)
+    for part, dx_RP, of_norm_RP in zip(parts, dx, of_norm):
+        total_ref[:, part] = (dx_RP + of_norm_RP).astype(total_ref.dtype)
 
 
 def _with_first(dy_RP, part: pl.Slice, apart_ref):

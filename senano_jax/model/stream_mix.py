@@ -127,14 +127,10 @@ def _backward_kernel(weight_x_ref, dy_ref, d_normed_ref, *refs):
         [ref[:, part].astype(jnp.float32) for part in parts] for ref in (dy_ref, d_normed_ref, *refs[:terms])
     )
     d_mixed_ref, d_x_ref, *sum_refs = refs[terms:]
-    scale_R1 = lax.rsqrt(whole_rows.mean(mixed, mixed) + NORM_EPSILON)
-    along_R1 = scale_R1 * scale_R1 * whole_rows.mean(mixed, d_normed)
-    d_mixed = [
-        dy_RP + scale_R1 * (d_normed_RP - along_R1 * mixed_RP)
-        for dy_RP, d_normed_RP, mixed_RP in zip(dy, d_normed, mixed)
-    ]
+    of_norm = whole_rows.norm_gradient(mixed, d_normed, NORM_EPSILON)
+    d_mixed = [dy_RP + of_norm_RP for dy_RP, of_norm_RP in zip(dy, of_norm)]
     for part, d_mixed_RP in zip(parts, d_mixed):
         d_mixed_ref[:, part] = d_mixed_RP.astype(d_mixed_ref.dtype)
         d_x_ref[:, part] = (weight_x_ref[0] * d_mixed_RP).astype(d_x_ref.dtype)
     for sum_ref, term in zip(sum_refs, (mixed, *others)):
-        sum_ref[0] = jnp.sum(sum(d_RP * term_RP for d_RP, term_RP in zip(d_mixed, term)))
+        sum_ref[0] = whole_rows.dot(d_mixed, term)

@@ -132,17 +132,10 @@ def _backward_kernel(weights_ref, d_out_ref, d_normed_ref, *refs):
         [ref[:, part].astype(jnp.float32) for part in parts] for ref in (d_out_ref, d_normed_ref, *term_refs)
     )
     total = [of_x * x_RP + of_x0 * x0_RP + sum(rest) for x_RP, x0_RP, *rest in zip(x, x0, *added)]
-    scale_R1 = lax.rsqrt(whole_rows.mean(total, total) + NORM_EPSILON)
-    along_R1 = scale_R1 * scale_R1 * whole_rows.mean(total, d_normed)
-    d_sum = [
-        of_sum * d_out_RP + scale_R1 * (d_normed_RP - along_R1 * total_RP)
-        for d_out_RP, d_normed_RP, total_RP in zip(d_out, d_normed, total)
-    ]
+    of_norm = whole_rows.norm_gradient(total, d_normed, NORM_EPSILON)
+    d_sum = [of_sum * d_out_RP + of_norm_RP for d_out_RP, of_norm_RP in zip(d_out, of_norm)]
     for part, d_sum_RP in zip(parts, d_sum):
         d_sum_ref[:, part] = d_sum_RP.astype(d_sum_ref.dtype)
         d_x_ref[:, part] = (of_x * d_sum_RP).astype(d_x_ref.dtype)
-    weight_x_ref[0], weight_x0_ref[0], weight_sum_ref[0] = _dot(d_sum, x), _dot(d_sum, x0), _dot(d_out, total)
-
-
-def _dot(a, b):
-    return jnp.sum(sum(a_RP * b_RP for a_RP, b_RP in zip(a, b)))
+    weight_x_ref[0], weight_x0_ref[0] = whole_rows.dot(d_sum, x), whole_rows.dot(d_sum, x0)
+    weight_sum_ref[0] = whole_rows.dot(d_out, total)
