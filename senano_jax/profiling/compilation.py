@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import jax
 
+from senano_jax.kernels.hopper_compilation import compile_kernels_beside
+
 # Without command buffers (CUDA graphs) every kernel of a trace carries the name of its operation.
 UNGROUPED_KERNELS = {"xla_gpu_enable_command_buffer": ""}
 
@@ -61,6 +63,7 @@ def compile_program(jitted: Callable, *arguments: Any) -> Program:
     traced_at = time.perf_counter()
     lowered = traced.lower()
     lowered_at = time.perf_counter()
+    compile_kernels_beside(lowered)
     with _cache_events() as events:
         compiled = lowered.compile()
     compiled_at = time.perf_counter()

@@ -15,6 +15,7 @@ from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import TokenStream, require_tokens
 from senano_jax.files import expand_home
 from senano_jax.jax_settings import start_jax
+from senano_jax.kernels.hopper_compilation import compile_kernels_beside
 from senano_jax.model.build import count_parameters
 from senano_jax.output import lasting_output
 from senano_jax.plan import Plan
@@ -107,7 +108,10 @@ def train(
             progress.doing("compiling" if step in (first_step, stage.first) else "")
             stream.resize(stage.seq_len, stage.sequences)
             tokens = place_batch(wiring.mesh, next(stream).tokens, wiring.micro_batches[stage.index])
-            state, metrics = wiring.train_steps[stage.index](state, tokens, *inputs)
+            train_step = wiring.train_steps[stage.index]
+            if step in (first_step, stage.first):
+                compile_kernels_beside(train_step.lower(state, tokens, *inputs))
+            state, metrics = train_step(state, tokens, *inputs)
             for value in metrics:  # starts the copy now: one asked for later would wait for the steps queued behind
                 value.copy_to_host_async()
             finished = waiter.submit(wait_for_step, metrics, vote(stop.received is not None), clock)
