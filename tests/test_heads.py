@@ -102,11 +102,13 @@ def test_what_attention_that_writes_the_other_gradients_takes():
     parts = np.asarray(qkv).reshape(2, 32, 3, 6, 32).transpose(2, 0, 3, 1, 4)
     for scale, x in zip((q_scale, k_scale), parts):
         np.testing.assert_allclose(scale[..., None] * x, norm(x), rtol=1e-5)
-    d_qkv = heads_kernels.backward_of_offset_keys(jnp.full_like(qkv, 7), qkv, tables, dk, 6, launch, True)
+    _, k, *_ = heads_kernels.forward(qkv, None, None, tables, 6, False, launch, True)
+    others = jnp.full((2, 32, 18, 32), 7, qkv.dtype)
+    d_product = heads_kernels.backward_of_offset_keys(others, k, k_scale, tables, dk, launch, True)
     expected, _ = heads_kernels.backward(qkv, None, None, tables, dk, dk, dk, 6, True, launch, True)
-    d_q, d_k, d_v = jnp.split(d_qkv, 3, axis=-1)
+    d_q, d_k, d_v = jnp.split(d_product, 3, axis=2)
     assert jnp.all(d_q == 7) and jnp.all(d_v == 7)
-    np.testing.assert_array_equal(d_k, jnp.split(expected, 3, axis=-1)[1])
+    np.testing.assert_allclose(d_k, expected.reshape(others.shape)[:, :, 6:12], rtol=1e-4, atol=1e-6)
 
 
 def test_bfloat16_is_rounded_once():
@@ -198,13 +200,15 @@ def test_lowers_for_cuda_what_attention_that_writes_the_other_gradients_takes(ba
     dk = jax.ShapeDtypeStruct((batch, length, heads, 128), jnp.bfloat16)
     launches = heads_kernels.DEFAULT_LAUNCHES
 
-    def run(qkv, d_qkv, dk):
+    def run(qkv, d_product, dk):
         tables = rotary_tables(length, 128)
         prepared = heads_kernels.forward(qkv, None, None, tables, heads, True, launches.forward, False, True)
-        last = heads, launches.backward, False
-        return prepared, heads_kernels.backward_of_offset_keys(d_qkv, qkv, tables, dk, *last)
+        _, k, _, _, k_scale = prepared
+        last = launches.backward, False
+        return prepared, heads_kernels.backward_of_offset_keys(d_product, k, k_scale, tables, dk, *last)
 
-    text = jax.jit(run).trace(qkv, qkv, dk).lower(lowering_platforms=("cuda",)).as_text()
+    d_product = jax.ShapeDtypeStruct((batch, length, 3 * heads, 128), jnp.bfloat16)
+    text = jax.jit(run).trace(qkv, d_product, dk).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 2 and text.count("output_operand_alias<") == 1
 
 

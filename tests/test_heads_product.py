@@ -30,23 +30,24 @@ NAMES = ("out", "v", "d_x", "d_w", "d_first_v", "d_value_residual")
 SMALL = Tile(rows=64, columns=128, stages=2, shared="b")
 
 
-def random_inputs(seed, batch, length, depth, heads, width, *, mixed=True, dtype=jnp.bfloat16):
+def random_inputs(seed, batch, length, depth, heads, width, *, slots=1, mixed=True, dtype=jnp.bfloat16):
     """x, w, first_v or None, value_residual, and the gradients of the output and of the values. first_v is so much like
     the first gradient that the sum over both, value_residual's, does not vanish."""
     rng = np.random.default_rng(seed)
-    shapes = (batch, length, depth), (depth, 3 * heads * width), *[(batch, length, heads, width)] * 3
+    of_heads = (batch, slots * length, heads, width)
+    shapes = (batch, length, depth), (depth, slots * 3 * heads * width), *[of_heads] * 3
     x, w, first_v, dout, other_dv = (rng.standard_normal(shape, np.float32) for shape in shapes)
     arrays = x, w / depth**0.5, (first_v + dout) / 2, dout, other_dv
     x, w, first_v, dout, other_dv = (jnp.asarray(array, dtype) for array in arrays)
     return x, w, first_v if mixed else None, jnp.float32(0.3), dout, other_dv
 
 
-def heads_in_float32(x, w, first_v, value_residual, heads):
+def heads_in_float32(x, w, first_v, value_residual, heads, slots=1):
     """By name, what `heads_matmul` returns with residuals."""
-    batch, length, _ = x.shape
+    batch, length = x.shape[0], slots * x.shape[1]
     x, w, first_v = jax.tree.map(lambda z: z.astype(jnp.float32), (x, w, first_v))
     with jax.default_matmul_precision("highest"):
-        qkv = x @ w
+        qkv = (x @ w).reshape(batch, length, -1)
     width = qkv.shape[2] // (3 * heads)
     q, k, v = prepare_heads(qkv, first_v, value_residual, rotary_tables(length, width), heads, "plain")
     own_q, own_k, own_v = jnp.moveaxis(qkv.reshape(batch, length, 3, heads, width), 2, 0)
@@ -56,9 +57,9 @@ def heads_in_float32(x, w, first_v, value_residual, heads):
     }  # fmt: skip
 
 
-def check_heads(results, inputs, heads, with_residuals, rtol=2**-8, atol=1e-5):
+def check_heads(results, inputs, heads, with_residuals, slots=1, rtol=2**-8, atol=1e-5):
     """Against float32, of which all but the scales are rounded to bfloat16."""
-    expected = heads_in_float32(*inputs, heads)
+    expected = heads_in_float32(*inputs, heads, slots)
     names = [name for name, x in expected.items() if x is not None and (with_residuals or name in ("q", "k", "v"))]
     assert [name for name, x in results._asdict().items() if x is not None] == names
     for name in names:
@@ -111,6 +112,16 @@ def test_heads_interpreted(hopper, capsys, batch, length, depth, heads, width, t
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
+@needs_interpreter
+@pytest.mark.parametrize(("heads", "width", "tile"), [(1, 128, None), (2, 64, SMALL)], ids=["one head", "small"])
+def test_heads_of_slots_interpreted(hopper, capsys, heads, width, tile):
+    """Each row of the product is two rows of heads, at places of their own; two sequences."""
+    *inputs, _, _ = random_inputs(12, 2, 256, 64, heads, width, slots=2)
+    run = multiply(heads, 512, width, slots=2, with_residuals=True, tile=tile)
+    check_heads(hopper(run, *inputs, detect_races=True), inputs, heads, True, slots=2)
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
 def value_and_gradients(attention, x, w, first_v, value_residual, dout, other_dv, intervals):
     """By name: the output, the values and the gradients of what these were made of. Without `other_dv` nothing else
     reads the values."""
@@ -126,14 +137,15 @@ def value_and_gradients(attention, x, w, first_v, value_residual, dout, other_dv
     return dict(zip(NAMES, (*results, *(gradients if first_v is not None else gradients[:2]))))
 
 
-def stored(x, w, *others, **options):
-    return attend_heads(x @ w, *others, **options)
+def stored(x, w, *others, slots=1, **options):
+    return attend_heads((x @ w).reshape(x.shape[0], slots * x.shape[1], -1), *others, **options)
 
 
-def check(results, inputs, intervals, bound=5e-3):
+def check(results, inputs, intervals, bound=5e-3, **options):
     """Against float32 and dense attention, from which bfloat16 differs by its roundings."""
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
-    dense = jax.jit(functools.partial(value_and_gradients, functools.partial(stored, implementation="dense")))
+    attend_stored = functools.partial(stored, implementation="dense", **options)
+    dense = jax.jit(functools.partial(value_and_gradients, attend_stored))
     with jax.default_matmul_precision("highest"):
         errors = relative_errors(results, dense(*exact, intervals))
     assert max(errors.values()) < bound, errors
@@ -149,7 +161,13 @@ def never_stored(monkeypatch):
     monkeypatch.setattr(heads_attention, "attend_heads", fail)
 
 
-ON_PRODUCT = functools.partial(value_and_gradients, functools.partial(attend_product, implementation="hopper"))
+def on_product(**options):
+    return functools.partial(value_and_gradients, functools.partial(attend_product, implementation="hopper", **options))
+
+
+OF_LAYERS = pytest.mark.parametrize(
+    "options", [{}, {"offsets_keys": True}, {"slots": 2}], ids=["", "offset keys", "slots"]
+)
 
 
 @needs_interpreter
@@ -162,14 +180,31 @@ ON_PRODUCT = functools.partial(value_and_gradients, functools.partial(attend_pro
 def test_gradients_interpreted(hopper, capsys, batch, heads, width, mixed, read_again):
     *inputs, other_dv = random_inputs(1, batch, 256, 64, heads, width, mixed=mixed)
     inputs, intervals = (*inputs, other_dv if read_again else None), random_intervals(2, batch, 256, 0.02, 1)
-    check(hopper(ON_PRODUCT, *inputs, intervals, detect_races=True), inputs, intervals)
+    check(hopper(on_product(), *inputs, intervals, detect_races=True), inputs, intervals)
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
 @needs_interpreter
-def test_a_layer(monkeypatch, hopper):
+@pytest.mark.usefixtures("never_stored")
+@pytest.mark.parametrize("options", [{"offsets_keys": True}, {"slots": 2}, {"slots": 2, "offsets_keys": True}], ids=str)
+def test_gradients_of_other_layers_interpreted(hopper, capsys, options):
+    """Across both ends of two sequences, with the values read again."""
+    inputs = random_inputs(13, 2, 256, 64, 2, 64, slots=options.get("slots", 1))
+    intervals = random_intervals(14, 2, inputs[-1].shape[1], 0.02, 1)
+    results = hopper(on_product(**options), *inputs, intervals, detect_races=True)
+    check(results, inputs, intervals, **options)
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    "changes", [{}, {"key_offset": "all"}, {"num_heads": 4, "dim": 256, "paired_heads": (1,)}],
+    ids=["", "key offset", "paired heads"],
+)  # fmt: skip
+def test_a_layer(monkeypatch, hopper, changes):
     """As a layer uses it, with the gradients of all that goes in."""
-    config = tiny_model(dim=128, num_heads=2, exclusive_attention=True, head_gate=True).config
+    options = {"dim": 128, "num_heads": 2, "exclusive_attention": True, "head_gate": True}
+    config = tiny_model(**options | changes).config
     tokens, inputs = attention_alone.tokens_with_documents(3, 100), attention_alone.random_inputs(config, 1)
     rounded = inputs._replace(x=inputs.x.astype(jnp.bfloat16), first_v=inputs.first_v.astype(jnp.bfloat16))
     weights = [jax.random.normal(jax.random.key(n), x.shape) for n, x in enumerate(inputs[1:3])]
@@ -191,7 +226,6 @@ def test_a_layer(monkeypatch, hopper):
 @pytest.mark.parametrize(
     ("changes", "options"),
     [
-        ({}, {"offsets_keys": True}),
         ({}, {"between": lambda q, k, v: (q, k, v)}),
         ({"dtype": jnp.float32}, {}),
         ({}, {"implementation": "dense"}),
@@ -200,7 +234,7 @@ def test_a_layer(monkeypatch, hopper):
         ({"width": 32}, {}),
         ({"heads": 3}, {}),
     ],
-    ids=["offset keys", "something between", "float32", "other attention", "length", "depth", "width", "heads"],
+    ids=["something between", "float32", "other attention", "length", "depth", "width", "heads"],
 )
 def test_stores_the_product_where_no_kernel_takes_it_all(monkeypatch, changes, options):
     monkeypatch.setattr(hopper_matmul, "runs_here", lambda: True)
@@ -293,22 +327,35 @@ def test_heads_on_gpu(batch, length, depth, heads, width, tile, mixed, with_resi
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.usefixtures("never_stored")
-@pytest.mark.parametrize("read_again", [False, True], ids=["", "values read again"])
-@pytest.mark.parametrize("mixed", [False, True], ids=["", "mixed values"])
-@pytest.mark.parametrize(("heads", "width"), [(2, 64), (2, 128)])
-def test_gradients_on_gpu(heads, width, mixed, read_again):
-    *inputs, other_dv = random_inputs(6, 1, 4096, 256, heads, width, mixed=mixed)
-    inputs, intervals = (*inputs, other_dv if read_again else None), random_intervals(7, 1, 4096, 0.002, 3)
-    check(jax.jit(ON_PRODUCT)(*inputs, intervals), inputs, intervals, 1e-2)
+def test_heads_of_slots_on_gpu():
+    *inputs, _, _ = random_inputs(15, 2, 4096, 768, 3, 128, slots=2)
+    run = jax.jit(multiply(3, 8192, 128, slots=2, with_residuals=True))
+    check_heads(run(*inputs), inputs, 3, True, slots=2, rtol=2**-7, atol=1e-3)
 
 
 @pytest.mark.gpu
 @on_hopper
-def test_agrees_with_the_stored_product_at_the_record_s_sizes_and_has_the_same_bits_every_time():
-    inputs = random_inputs(8, 4, 16384, 768, 6, 128)
-    intervals = random_intervals(9, 4, 16384, 1 / 720, 7)
-    run, reference = jax.jit(ON_PRODUCT), jax.jit(functools.partial(value_and_gradients, stored))
+@pytest.mark.usefixtures("never_stored")
+@OF_LAYERS
+@pytest.mark.parametrize("read_again", [False, True], ids=["", "values read again"])
+@pytest.mark.parametrize("mixed", [False, True], ids=["", "mixed values"])
+@pytest.mark.parametrize(("heads", "width"), [(2, 64), (2, 128)])
+def test_gradients_on_gpu(heads, width, mixed, read_again, options):
+    *inputs, other_dv = random_inputs(6, 1, 4096, 256, heads, width, mixed=mixed, slots=options.get("slots", 1))
+    length = other_dv.shape[1]
+    inputs, intervals = (*inputs, other_dv if read_again else None), random_intervals(7, 1, length, 0.002, 3)
+    check(jax.jit(on_product(**options))(*inputs, intervals), inputs, intervals, 1e-2, **options)
+
+
+@pytest.mark.gpu
+@on_hopper
+@OF_LAYERS
+def test_agrees_with_the_stored_product_at_the_record_s_sizes_and_has_the_same_bits_every_time(options):
+    slots = options.get("slots", 1)
+    inputs = random_inputs(8, 4, 16384, 768, 6 // slots, 128, slots=slots)
+    intervals = random_intervals(9, 4, slots * 16384, 1 / 720, 7)
+    reference = jax.jit(functools.partial(value_and_gradients, functools.partial(stored, **options)))
+    run = jax.jit(on_product(**options))
     results = run(*inputs, intervals)
     errors = relative_errors(results, reference(*inputs, intervals))
     assert max(errors.values()) < 1e-2, errors

@@ -2,9 +2,9 @@
 
 For Hopper GPUs the two have one gradient: the kernels that add up those of queries, keys and values go on to that of
 the product which these were made of, so that the former never reach memory. They share one buffer, of which each
-writes its own heads. Keys with an offset are the exception: their gradient crosses from token to token, so it is
-stored, and a kernel of its own goes on. Where there is no offset, the product need not be stored either: the kernel
-that multiplies makes queries, keys and values of it.
+writes its own heads. Nor need the product itself be stored: the kernel that multiplies makes queries, keys and values
+of it. Keys with an offset are the exception: what crosses from token to token does so in passes of its own, one
+forward and one backward.
 """
 
 import functools
@@ -26,13 +26,14 @@ from senano_jax.kernels.choice import on_gpu
 from senano_jax.model import heads_kernels, heads_product
 from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.heads import RotaryTables, prepare_heads
+from senano_jax.model.pieces.key_offset import offset_keys
 from senano_jax.model.rotary import turning_pairs
 
 
 def attend_product(
     x: Float[Array, "B T D"],
-    w: Float[Array, "D 3*H*K"],
-    first_v: Float[Array, "B T H K"] | None,
+    w: Float[Array, "D S*3*H*K"],
+    first_v: Float[Array, "B S*T H K"] | None,
     value_residual: Float[Array, ""],
     rotary: RotaryTables,
     intervals: Intervals,
@@ -40,20 +41,26 @@ def attend_product(
     scale: float,
     implementation: Implementation = "auto",
     *,
+    slots: int = 1,
     offsets_keys: bool = False,
     with_values: bool = False,
     between: Callable | None = None,
-) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"]]:
-    """`attend_heads` of x w, which is not stored, nor rounded, where a kernel makes queries, keys and values of it."""
+) -> tuple[Float[Array, "B S*T H K"], Float[Array, "B S*T H K"]]:
+    """`attend_heads` of x w, which is not stored, nor rounded, where a kernel makes queries, keys and values of it.
+
+    With S `slots` a row of x w is as many rows, one after the other, of what `attend_heads` takes.
+    """
     batch, length, depth = x.shape
-    width = w.shape[1] // (3 * num_heads)
-    fits = takes_hopper(implementation, length, width, x.dtype) and heads_product.fits(
+    width = w.shape[1] // (slots * 3 * num_heads)
+    fits = takes_hopper(implementation, slots * length, width, x.dtype) and heads_product.fits(
         batch, length, depth, num_heads, width, x.dtype
     )
-    if fits and between is None and not offsets_keys:
-        return _fused_product(x, w, first_v, value_residual, rotary, intervals, num_heads, float(scale))
+    if fits and between is None:
+        static = num_heads, float(scale), slots, offsets_keys
+        return _fused_product(x, w, first_v, value_residual, rotary, intervals, *static)
     return attend_heads(
-        x @ w, first_v, value_residual, rotary, intervals, num_heads, scale, implementation,
+        (x @ w).reshape(batch, slots * length, -1), first_v, value_residual, rotary, intervals, num_heads, scale,
+        implementation,
         offsets_keys=offsets_keys, with_values=with_values, between=between,
     )  # fmt: skip
 
@@ -78,8 +85,8 @@ def attend_heads(
     `attend`, with its errors. `between`, if it is given, makes of queries, keys and values those that attention takes.
     """
     _, T, E = qkv.shape
-    if between is None and takes_hopper(implementation, T, E // (3 * num_heads), qkv.dtype):
-        return _fused(qkv, first_v, value_residual, rotary, intervals, num_heads, float(scale), offsets_keys)
+    if between is None and not offsets_keys and takes_hopper(implementation, T, E // (3 * num_heads), qkv.dtype):
+        return _fused(qkv, first_v, value_residual, rotary, intervals, num_heads, float(scale))
     q, k, v = prepare_heads(qkv, first_v, value_residual, rotary, num_heads, offsets_keys=offsets_keys)
     if between is not None:
         q, k, v = between(q, k, v)
@@ -87,66 +94,69 @@ def attend_heads(
     return out if with_values else (out, v)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _fused(qkv, first_v, value_residual, rotary, intervals, num_heads, scale, offsets_keys):
-    q, k, v = _prepared(qkv, first_v, value_residual, rotary, num_heads, offsets_keys)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _fused(qkv, first_v, value_residual, rotary, intervals, num_heads, scale):
+    q, k, v = _prepared(qkv, first_v, value_residual, rotary, num_heads)
     out, _ = forward(q, k, v, intervals.key_start, scale, DEFAULT_STAGES.forward)
     return out, v
 
 
-def _fused_fwd(qkv, first_v, value_residual, rotary, intervals, num_heads, scale, offsets_keys):
+def _fused_fwd(qkv, first_v, value_residual, rotary, intervals, num_heads, scale):
     inputs = qkv, first_v, value_residual, rotary, intervals
     inputs = qkv, first_v, value_residual, rotary, intervals = jax.tree.map(lambda primal: primal.value, inputs)
-    q, k, v, *scales = _prepared(qkv, first_v, value_residual, rotary, num_heads, offsets_keys, with_scales=True)
+    q, k, v, *scales = _prepared(qkv, first_v, value_residual, rotary, num_heads, with_scales=True)
     out, lse_BHT = forward(q, k, v, intervals.key_start, scale, DEFAULT_STAGES.forward)
     out = checkpoint_name(out, "attention_out")
     lse_BHT = checkpoint_name(lse_BHT, "attention_lse")
     return (out, v), (*inputs, q, k, v, *scales, out, lse_BHT)
 
 
-def _fused_bwd(num_heads, scale, offsets_keys, residuals, gradients):
+def _fused_bwd(num_heads, scale, residuals, gradients):
     qkv, first_v, value_residual, rotary, intervals, q, k, v, q_scale, k_scale, out, lse_BHT = residuals
     product = qkv.reshape(*qkv.shape[:2], 3 * num_heads, -1)
     mixed = None if first_v is None else Mixed(product, first_v, value_residual.reshape(1), 2 * num_heads)
-    turned_q, turned_k = _turned(q_scale, k_scale, rotary)
-    if offsets_keys:
-        turned_k = None  # the gradient of these keys is stored, for a kernel of its own
-    d_product, others = _gradient(q, k, v, out, lse_BHT, intervals, scale, turned_q, turned_k, mixed, gradients)
-    d_qkv = d_product.reshape(qkv.shape)
-    if offsets_keys:
-        launch = heads_kernels.DEFAULT_LAUNCHES.backward
-        d_qkv = heads_kernels.backward_of_offset_keys(d_qkv, qkv, rotary, others["dk"], num_heads, launch, not on_gpu())
-    return d_qkv, *_gradients_of_mixed(mixed, others), None, None  # tables and bounds are constants
+    turned = _turned(q_scale, k_scale, rotary)
+    d_product, others = _gradient(q, k, v, out, lse_BHT, intervals, scale, *turned, mixed, gradients)
+    return d_product.reshape(qkv.shape), *_gradients_of_mixed(mixed, others), None, None  # the rest are constants
 
 
 # Symbolic zeros: where nothing else reads the values, no zeros are stored to be added to their gradient.
 _fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _fused_product(x, w, first_v, value_residual, rotary, intervals, num_heads, scale):
-    heads = heads_product.heads_matmul(x, w, first_v, value_residual, rotary, num_heads)
-    out, _ = forward(heads.q, heads.k, heads.v, intervals.key_start, scale, DEFAULT_STAGES.forward)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def _fused_product(x, w, first_v, value_residual, rotary, intervals, num_heads, scale, slots, offsets_keys):
+    heads = heads_product.heads_matmul(x, w, first_v, value_residual, rotary, num_heads, slots)
+    k = offset_keys(heads.k) if offsets_keys else heads.k
+    out, _ = forward(heads.q, k, heads.v, intervals.key_start, scale, DEFAULT_STAGES.forward)
     return out, heads.v
 
 
-def _fused_product_fwd(x, w, first_v, value_residual, rotary, intervals, num_heads, scale):
+def _fused_product_fwd(x, w, first_v, value_residual, rotary, intervals, num_heads, scale, slots, offsets_keys):
     inputs = x, w, first_v, value_residual, rotary, intervals
     inputs = x, w, first_v, value_residual, rotary, intervals = jax.tree.map(lambda primal: primal.value, inputs)
-    heads = heads_product.heads_matmul(x, w, first_v, value_residual, rotary, num_heads, with_residuals=True)
-    out, lse_BHT = forward(heads.q, heads.k, heads.v, intervals.key_start, scale, DEFAULT_STAGES.forward)
+    heads = heads_product.heads_matmul(x, w, first_v, value_residual, rotary, num_heads, slots, with_residuals=True)
+    k = offset_keys(heads.k) if offsets_keys else heads.k
+    out, lse_BHT = forward(heads.q, k, heads.v, intervals.key_start, scale, DEFAULT_STAGES.forward)
     out = checkpoint_name(out, "attention_out")
     lse_BHT = checkpoint_name(lse_BHT, "attention_lse")
-    return (out, heads.v), (*inputs, heads, out, lse_BHT)
+    return (out, heads.v), (*inputs, heads, k, out, lse_BHT)
 
 
-def _fused_product_bwd(num_heads, scale, residuals, gradients):
-    x, w, first_v, value_residual, rotary, intervals, heads, out, lse_BHT = residuals
+def _fused_product_bwd(num_heads, scale, slots, offsets_keys, residuals, gradients):
+    x, w, first_v, value_residual, rotary, intervals, heads, k, out, lse_BHT = residuals
     mixed = None if first_v is None else Mixed(heads.own_v, first_v, value_residual.reshape(1), 0)
+    turned_q, turned_k = _turned(heads.q_scale, heads.k_scale, rotary)
+    if offsets_keys:
+        turned_k = None  # the gradient of these keys is stored, for a kernel of its own
     d_product, others = _gradient(
-        heads.q, heads.k, heads.v, out, lse_BHT, intervals, scale,
-        *_turned(heads.q_scale, heads.k_scale, rotary), mixed, gradients,
-    )  # fmt: skip
+        heads.q, k, heads.v, out, lse_BHT, intervals, scale, turned_q, turned_k, mixed, gradients
+    )
+    if offsets_keys:
+        launch = heads_kernels.DEFAULT_LAUNCHES.backward
+        d_product = heads_kernels.backward_of_offset_keys(
+            d_product, heads.k, heads.k_scale, rotary, others["dk"], launch, not on_gpu()
+        )
     x_ND, d_NE = x.reshape(-1, x.shape[2]), d_product.reshape(-1, w.shape[1])
     d_x, d_w = (d_NE @ w.T).reshape(x.shape), x_ND.T @ d_NE
     return d_x, d_w, *_gradients_of_mixed(mixed, others), None, None  # tables and bounds are constants
@@ -184,8 +194,8 @@ def _gradients_of_mixed(mixed, others):
     return d_first_v, jnp.sum(others["d_first_share"])
 
 
-def _prepared(qkv, first_v, value_residual, rotary, num_heads, offsets_keys, *, with_scales=False):
+def _prepared(qkv, first_v, value_residual, rotary, num_heads, *, with_scales=False):
     launch = heads_kernels.DEFAULT_LAUNCHES.forward
     return heads_kernels.forward(
-        qkv, first_v, value_residual, rotary, num_heads, offsets_keys, launch, not on_gpu(), with_scales
+        qkv, first_v, value_residual, rotary, num_heads, False, launch, not on_gpu(), with_scales
     )

@@ -39,14 +39,13 @@ def forward(
     mixed = first_v is not None
     batch, length, _, num_heads, _ = qkv.shape
     heads = jax.ShapeDtypeStruct((batch, length, *qkv.shape[3:]), qkv.dtype)
-    scale = pl.BlockSpec((None, *part.block_shape[2:0:-1]), lambda h, t, b: (b, h, t))
     scales = jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32)
     return triton.call(
         functools.partial(_forward_kernel, mixed=mixed, offsets_keys=offsets_keys, with_scales=with_scales),
         name="heads_forward",
         grid=grid,
         in_specs=[table, table, all_parts] + [part, scalar] * mixed + [_whole(all_parts, qkv)] * offsets_keys,
-        out_specs=[part, part, part] + [scale, scale] * with_scales,
+        out_specs=[part, part, part] + [_scales(part), _scales(part)] * with_scales,
         out_shape=[heads, heads, heads] + [scales, scales] * with_scales,
         launch=launch,
         interpret=interpret,
@@ -78,23 +77,24 @@ def backward(
     return dqkv.reshape(shape), jnp.sum(rest[0]) if mixed else None
 
 
-@functools.partial(jax.jit, static_argnames=("num_heads", "launch", "interpret"))  # lowered once for all layers
-def backward_of_offset_keys(d_qkv, qkv, rotary, dk, num_heads: int, launch: HeadLaunch, interpret: bool):
-    """`d_qkv` with the gradients of what keys with the offset were made of: for attention that writes the others."""
-    shape, (d_qkv, qkv) = qkv.shape, (_apart(x, num_heads) for x in (d_qkv, qkv))
-    grid, _, table, part, all_parts, _ = _blocks(qkv.shape, launch)
-    keys = _keys_alone(all_parts)
+@functools.partial(jax.jit, static_argnames=("launch", "interpret"))  # lowered once for all layers
+def backward_of_offset_keys(d_product, k, k_scale, rotary, dk, launch: HeadLaunch, interpret: bool):
+    """`d_product` [B, T, 3*H, K] with the gradient of what keys with the offset were made of, in its second third: for
+    attention that writes the others. `k` are keys before the offset, normalised and turned, `k_scale` [B, H, T] what
+    the norm multiplied them by, float32, and `dk` is the gradient of the keys that attention took."""
+    shape, d_product = d_product.shape, _apart(d_product, k.shape[2])
+    grid, _, table, part, all_parts, _ = _blocks(d_product.shape, launch)
     return triton.call(
         _offset_keys_backward_kernel,
         name="offset_keys_backward",
         grid=grid,
-        in_specs=[table, table, keys, part, _whole(part, dk), pl.BlockSpec(memory_space=pl.ANY)],
-        out_specs=keys,
-        out_shape=jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
+        in_specs=[table, table, part, _scales(part), part, _whole(part, dk), pl.BlockSpec(memory_space=pl.ANY)],
+        out_specs=_keys_alone(all_parts),
+        out_shape=jax.ShapeDtypeStruct(d_product.shape, d_product.dtype),
         launch=launch,
         interpret=interpret,
-        written_into={5: 0},
-    )(*rotary, qkv, dk, dk, d_qkv).reshape(shape)
+        written_into={6: 0},
+    )(*rotary, k, k_scale, dk, dk, d_product).reshape(shape)
 
 
 def _apart(qkv, num_heads: int):
@@ -114,6 +114,11 @@ def _blocks(shape, launch: HeadLaunch):
         pl.BlockSpec((None, tokens, 3, heads, width), lambda h, t, b: (b, t, 0, h, 0)),
         pl.BlockSpec((1, None, None), lambda h, t, b: (h, t, b)),
     )
+
+
+def _scales(part: pl.BlockSpec) -> pl.BlockSpec:
+    """Of an array [B, H, T] what belongs to a part."""
+    return pl.BlockSpec((None, *part.block_shape[2:0:-1]), lambda h, t, b: (b, h, t))
 
 
 def _keys_alone(all_parts: pl.BlockSpec) -> pl.BlockSpec:
@@ -189,12 +194,16 @@ def _backward_kernel(cos_ref, sin_ref, qkv_ref, dq_ref, dk_ref, dv_ref, *refs, m
         dw_ref[0] = jnp.sum(dw_RE)
 
 
-def _offset_keys_backward_kernel(cos_ref, sin_ref, k_ref, dk_ref, whole_dk_ref, _, d_k_ref):
+def _offset_keys_backward_kernel(cos_ref, sin_ref, k_ref, scale_ref, dk_ref, whole_dk_ref, _, d_x_ref):
+    """As `pulled_back` of attention/hopper_heads.py, after the gradient of the offset."""
     cos_RE, sin_RE, token_R = cos_ref[...], sin_ref[...], _tokens(dk_ref)
 
     def pull_back(h, carry):
         k, dk = _halves(k_ref, h), _with_what_rests(_halves(dk_ref, h), whole_dk_ref, h, token_R)
-        _store(d_k_ref, _normalised_gradient(*k, *_turned(*dk, cos_RE, -sin_RE)), h)
+        along_R1 = _mean(*(k_RE * dk_RE for k_RE, dk_RE in zip(k, dk)))
+        scale_R1 = scale_ref[h, :][:, None]
+        d = [scale_R1 * (dk_RE - along_R1 * k_RE) for k_RE, dk_RE in zip(k, dk)]
+        _store(d_x_ref, _turned(*d, cos_RE, -sin_RE), h)
         return carry
 
     lax.fori_loop(0, dk_ref.shape[1], pull_back, None)

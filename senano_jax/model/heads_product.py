@@ -1,8 +1,8 @@
 """Queries, keys and values from the product that they are made of, before it is stored: for Hopper GPUs, in one kernel.
 
 heads_kernels.py reads the product from memory. Here a warpgroup has whole heads of it in registers, float32, where it
-normalises, turns or mixes them, so that the product itself is never written. Keys with an offset are not made here:
-they have numbers of the token before, which another warpgroup may work on.
+normalises, turns or mixes them, so that the product itself is never written. Keys get no offset here: it takes numbers
+of the token before, which another warpgroup may work on.
 
 Names end in their dimensions: R the rows, tokens, that are worked on at a time, K the width of a head, E the pairs of
 it that turn.
@@ -42,52 +42,60 @@ class Heads(NamedTuple):
 
 
 def fits(batch: int, length: int, depth: int, num_heads: int, width: int, dtype) -> bool:
-    """Whether the kernel runs here, and takes [batch, length, depth] x [depth, 3 num_heads width] of this dtype."""
+    """Whether the kernel runs here, and takes [batch, length, depth] x [depth, slots 3 num_heads width] of this dtype,
+    however many slots there are."""
     return hopper_matmul.runs_here() and _tile_for(batch, length, depth, num_heads, width, dtype) is not None
 
 
-@functools.partial(jax.jit, static_argnames=("num_heads", "with_residuals", "tile"))  # lowered once for all layers
+# Lowered once for all layers.
+@functools.partial(jax.jit, static_argnames=("num_heads", "slots", "with_residuals", "tile"))
 def heads_matmul(
     x: Float[Array, "B T D"],
-    w: Float[Array, "D 3*H*K"],
-    first_v: Float[Array, "B T H K"] | None,
+    w: Float[Array, "D S*3*H*K"],
+    first_v: Float[Array, "B S*T H K"] | None,
     value_residual: Float[Array, ""],
     rotary: RotaryTables,
     num_heads: int,
+    slots: int = 1,
     *,
     with_residuals: bool = False,
     tile: Tile | None = None,
 ) -> Heads:
     """What `prepare_heads` makes of x w, which is not rounded in between; bfloat16.
 
+    With S `slots` a row of x w is as many rows of heads, one after the other, in a sequence of S T (paired_heads.py).
     `with_residuals` asks for what the backward pass needs. Without a tile, the first one of TILES that fits. Raises
     ValueError for sizes or a dtype that the kernel does not take.
     """
     batch, length, depth = x.shape
-    width = w.shape[1] // (3 * num_heads)
+    width = w.shape[1] // (slots * 3 * num_heads)
     tile = _tile_for(batch, length, depth, num_heads, width, x.dtype, TILES if tile is None else (tile,))
     if tile is None:
         raise ValueError(f"no kernel for {num_heads} heads of a product of {x.shape} and {w.shape} in {x.dtype}")
     tokens, mixed = batch * length, first_v is not None
-    of_heads = jax.ShapeDtypeStruct((tokens, num_heads * width), x.dtype)
-    scales = jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32)
+    of_heads = jax.ShapeDtypeStruct((tokens, slots * num_heads * width), x.dtype)
+    scales = jax.ShapeDtypeStruct((batch, num_heads, slots, length), jnp.float32)
     out_type = {"q": of_heads, "k": of_heads, "v": of_heads}
     if with_residuals:
         out_type |= {"q_scale": scales, "k_scale": scales} | ({"own_v": of_heads} if mixed else {})
     out = hopper_pipeline.call(
-        functools.partial(_finish, width=width, length=length, tile=tile),
+        functools.partial(_finish, num_heads=num_heads, width=width, length=length, tile=tile),
         x.reshape(tokens, depth),
         w,
-        *rotary,
+        *(table.reshape(length, slots, -1) for table in rotary),
         first_v.reshape(of_heads.shape) if mixed else None,
         value_residual.reshape(1) if mixed else None,
         tile=tile,
         out_type=out_type,
         name="heads_matmul",  # profiles count it among the products
     )
-    shapes = {"q_scale": scales.shape, "k_scale": scales.shape}
-    by_token = (batch, length, num_heads, width)
-    return Heads(*(out[name].reshape(shapes.get(name, by_token)) if name in out else None for name in Heads._fields))
+
+    def of_rows(name):
+        if name.endswith("scale"):
+            return out[name].swapaxes(2, 3).reshape(batch, num_heads, slots * length)
+        return out[name].reshape(batch, slots * length, num_heads, width)
+
+    return Heads(*(of_rows(name) if name in out else None for name in Heads._fields))
 
 
 def _tile_for(batch, length, depth, num_heads, width, dtype, tiles=TILES) -> Tile | None:
@@ -102,10 +110,14 @@ def _tile_for(batch, length, depth, num_heads, width, dtype, tiles=TILES) -> Til
     return next((tile for tile in tiles if takes(tile)), None)
 
 
-def _finish(part: Part, cos_gmem, sin_gmem, first_v_gmem, share_gmem, out, *, width: int, length: int, tile: Tile):
+def _finish(
+    part: Part, cos_gmem, sin_gmem, first_v_gmem, share_gmem, out, *, num_heads: int, width: int, length: int,
+    tile: Tile,
+):  # fmt: skip
     row, column = part.place()
-    third = lax.div(column, out["q"].shape[1])
-    column -= third * out["q"].shape[1]
+    thirds, of_third = lax.div(column, num_heads * width), lax.rem(column, num_heads * width)
+    slot, third = lax.div(thirds, 3), lax.rem(thirds, 3)
+    column = slot * (num_heads * width) + of_third
     sequence, token = lax.div(row, length), lax.rem(row, length)
     is_value, mixed = third == len(TURNED), first_v_gmem is not None
 
@@ -158,13 +170,13 @@ def _finish(part: Part, cos_gmem, sin_gmem, first_v_gmem, share_gmem, out, *, wi
         for piece in range(tile.pieces):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for r, c in blocks():
-                rows, head = pl.ds(token + r, ROWS), lax.div(column + (piece * tile.piece + c), width)
-                y_RK, scale_R = _turned(in_acc(piece, r, c), cos_gmem, sin_gmem, rows)
+                rows, head = pl.ds(token + r, ROWS), lax.div(of_third + (piece * tile.piece + c), width)
+                y_RK, scale_R = _turned(in_acc(piece, r, c), cos_gmem, sin_gmem, (rows, slot))
                 in_smem(r, c)[...] = y_RK.astype(part.smem.dtype)
                 for n, name in enumerate(TURNED):
                     if f"{name}_scale" in out:
                         pl.when(third == n)(
-                            functools.partial(_store, out[f"{name}_scale"].at[sequence, head, rows], scale_R)
+                            functools.partial(_store, out[f"{name}_scale"].at[sequence, head, slot, rows], scale_R)
                         )
             plgpu.commit_smem()
             for n, name in enumerate(TURNED):
@@ -175,12 +187,13 @@ def _store(ref, x):
     ref[...] = x
 
 
-def _turned(x_RK, cos_gmem, sin_gmem, rows):
-    """One head of queries or keys, float32, normalised and turned by the positions `rows`; and the norm's scale."""
+def _turned(x_RK, cos_gmem, sin_gmem, positions):
+    """One head of queries or keys, float32, normalised and turned by its positions, which are rows of a slot; and the
+    norm's scale."""
     width = x_RK.shape[1]
     half, turning = width // 2, turning_pairs(width)
     cos_RE, sin_RE = (
-        plgpu.load(table.at[rows, 0, pl.ds(0, turning)], layout=SCORES, optimized=False)
+        plgpu.load(table.at[*positions, pl.ds(0, turning)], layout=SCORES, optimized=False)
         for table in (cos_gmem, sin_gmem)
     )
     scale_R = lax.rsqrt(jnp.sum(x_RK * x_RK, axis=1) * (1 / width) + NORM_EPSILON)

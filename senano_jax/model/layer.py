@@ -3,7 +3,6 @@
 How they meet the residual stream is a trunk's matter, whose layers add it to this class.
 """
 
-import functools
 from typing import Literal
 
 import jax
@@ -14,7 +13,7 @@ from senano_jax.attention import Intervals
 from senano_jax.model.config import GATE_INPUTS, ModelConfig
 from senano_jax.model.context import Context
 from senano_jax.model.elementwise import weighted_sum
-from senano_jax.model.heads_attention import attend_heads, attend_product
+from senano_jax.model.heads_attention import attend_product
 from senano_jax.model.pieces import pieces_of
 from senano_jax.model.pieces.paired_heads import columns_by_slot, in_slots
 from senano_jax.model.pieces.query_gains import with_gains
@@ -65,13 +64,12 @@ class Attention(nn.Module):
         out_DD = self.param("out", output_init(c.output_init, "uniform"), (D, D))
 
         # One product, so that its gradient is one too.
-        qkv_3DD, heads = by_rows(gain_D, qkv_3DD).astype(x_BTD.dtype), c.num_heads
+        qkv_3DD = by_rows(gain_D, qkv_3DD).astype(x_BTD.dtype)
         if self.layer in c.paired_heads:
-            heads = c.num_heads // 2
-            attend_made = functools.partial(attend_heads, in_slots(x_BTD @ columns_by_slot(qkv_3DD)))
+            slots, qkv_DE = 2, columns_by_slot(qkv_3DD)
             other_v_BTHK, x0_v_BTHK = (None if v is None else in_slots(v) for v in (other_v_BTHK, x0_v_BTHK))
         else:
-            attend_made = functools.partial(attend_product, x_BTD, jnp.swapaxes(qkv_3DD, 0, 1).reshape(D, 3 * D))
+            slots, qkv_DE = 1, jnp.swapaxes(qkv_3DD, 0, 1).reshape(D, 3 * D)
         if c.value_embeddings:
             lambdas = self.param("value_lambdas", nn.initializers.constant(0.5), (2,))
             first_v_BTHK, value_residual = None, jnp.float32(0)
@@ -94,8 +92,10 @@ class Attention(nn.Module):
             q = with_gains(q, gains[visit]) if c.query_gains else q
             return q, k, weighted_sum((own_share, v), *added, dtype=v.dtype) if adds_values else v
 
-        y_BTHK, v_BTHK = attend_made(
-            first_v_BTHK, value_residual, rotary, intervals, heads, ATTENTION_SCALE, c.attention,
+        y_BTHK, v_BTHK = attend_product(
+            x_BTD, qkv_DE, first_v_BTHK, value_residual, rotary, intervals, c.num_heads // slots, ATTENTION_SCALE,
+            c.attention,
+            slots=slots,
             offsets_keys=c.offsets_keys(self.layer),
             with_values=c.excludes_own_values(self.layer),
             between=changed if adds_values or c.query_gains else None,
