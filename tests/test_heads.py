@@ -11,6 +11,7 @@ from oracles import norm, rotary
 from senano_jax.kernels.triton import HeadLaunch, HeadLaunches
 from senano_jax.model import heads_kernels
 from senano_jax.model.heads import prepare_heads
+from senano_jax.model.pieces.key_offset import offset_keys
 from senano_jax.model.rotary import rotary_tables
 
 # Different shapes of program for the two directions, both smaller than the default's.
@@ -92,6 +93,13 @@ def test_fused_keys_with_dimensions_of_the_key_before(mixed, options):
     assert max(errors.values()) < 1e-6, errors
     without = relative_errors(value_and_gradients(*inputs, "plain"), references)
     assert min(without["k"], without["dqkv"]) > 0.1
+
+
+@pytest.mark.parametrize("launch", [heads_kernels.DEFAULT_LAUNCHES.forward, SMALL.forward], ids=["default", "small"])
+@pytest.mark.parametrize("width", [32, 128])
+def test_the_offset_by_itself_has_the_same_bits(width, launch):
+    k = jnp.asarray(np.random.default_rng(10).standard_normal((2, 64, 6, width)), jnp.bfloat16)
+    np.testing.assert_array_equal(heads_kernels.offset_keys(k, launch, True), offset_keys(k))
 
 
 def test_what_attention_that_writes_the_other_gradients_takes():

@@ -26,7 +26,6 @@ from senano_jax.kernels.choice import on_gpu
 from senano_jax.model import heads_kernels, heads_product
 from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.heads import RotaryTables, prepare_heads
-from senano_jax.model.pieces.key_offset import offset_keys
 from senano_jax.model.rotary import turning_pairs
 
 
@@ -127,7 +126,7 @@ _fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
 def _fused_product(x, w, first_v, value_residual, rotary, intervals, num_heads, scale, slots, offsets_keys):
     heads = heads_product.heads_matmul(x, w, first_v, value_residual, rotary, num_heads, slots)
-    k = offset_keys(heads.k) if offsets_keys else heads.k
+    k = _with_offset(heads.k) if offsets_keys else heads.k
     out, _ = forward(heads.q, k, heads.v, intervals.key_start, scale, DEFAULT_STAGES.forward)
     return out, heads.v
 
@@ -136,7 +135,7 @@ def _fused_product_fwd(x, w, first_v, value_residual, rotary, intervals, num_hea
     inputs = x, w, first_v, value_residual, rotary, intervals
     inputs = x, w, first_v, value_residual, rotary, intervals = jax.tree.map(lambda primal: primal.value, inputs)
     heads = heads_product.heads_matmul(x, w, first_v, value_residual, rotary, num_heads, slots, with_residuals=True)
-    k = offset_keys(heads.k) if offsets_keys else heads.k
+    k = _with_offset(heads.k) if offsets_keys else heads.k
     out, lse_BHT = forward(heads.q, k, heads.v, intervals.key_start, scale, DEFAULT_STAGES.forward)
     out = checkpoint_name(out, "attention_out")
     lse_BHT = checkpoint_name(lse_BHT, "attention_lse")
@@ -163,6 +162,10 @@ def _fused_product_bwd(num_heads, scale, slots, offsets_keys, residuals, gradien
 
 
 _fused_product.defvjp(_fused_product_fwd, _fused_product_bwd, symbolic_zeros=True)
+
+
+def _with_offset(k):
+    return heads_kernels.offset_keys(k, heads_kernels.DEFAULT_LAUNCHES.forward, not on_gpu())
 
 
 def _turned(q_scale, k_scale, rotary):

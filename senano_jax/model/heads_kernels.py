@@ -1,5 +1,5 @@
-"""The kernels behind heads.py, for NVIDIA GPUs: of queries, keys and values, of their gradient, and of that of keys
-with an offset alone. Each reads and writes every tensor once.
+"""The kernels behind heads.py, for NVIDIA GPUs: of queries, keys and values and of their gradient; and of the offset of
+keys and of its gradient by themselves. Each reads and writes every tensor once.
 
 Names end in their dimensions: R the tokens of a program, E the halves of a head between which rotary pairs lie.
 """
@@ -78,6 +78,23 @@ def backward(
 
 
 @functools.partial(jax.jit, static_argnames=("launch", "interpret"))  # lowered once for all layers
+def offset_keys(k, launch: HeadLaunch, interpret: bool):
+    """As that of pieces/key_offset.py, to the bit; XLA's own kernel takes three times what the memory needs."""
+    batch, length, num_heads, width = k.shape
+    grid, _, _, part, _, _ = _blocks((batch, length, 3, num_heads, width), launch)
+    return triton.call(
+        _offset_keys_kernel,
+        name="offset_keys",
+        grid=grid,
+        in_specs=[part, _whole(part, k)],
+        out_specs=part,
+        out_shape=jax.ShapeDtypeStruct(k.shape, k.dtype),
+        launch=launch,
+        interpret=interpret,
+    )(k, k)
+
+
+@functools.partial(jax.jit, static_argnames=("launch", "interpret"))  # lowered once for all layers
 def backward_of_offset_keys(d_product, k, k_scale, rotary, dk, launch: HeadLaunch, interpret: bool):
     """`d_product` [B, T, 3*H, K] with the gradient of what keys with the offset were made of, in its second third: for
     attention that writes the others. `k` are keys before the offset, normalised and turned, `k_scale` [B, H, T] what
@@ -142,21 +159,21 @@ def _forward_kernel(cos_ref, sin_ref, qkv_ref, *refs, mixed: bool, offsets_keys:
     whole_qkv_ref = refs[-1] if offsets_keys else None
     cos_RE, sin_RE = cos_ref[...], sin_ref[...]
     w = weight_ref[0] if mixed else None
-    token_R = _tokens(k_ref) if offsets_keys else None
+    before_R = _tokens_before(k_ref) if offsets_keys else None
 
     def prepare(h, carry):
         # All loads come before the stores, which the compiler may not move them across.
         q, k, v = (_halves(qkv_ref, part, h) for part in range(3))
         if mixed:
             v = [(1 - w) * own_RE + w * first_RE for own_RE, first_RE in zip(v, _halves(first_v_ref, h))]
-        if offsets_keys:  # the first token keeps its own
-            before = _halves(whole_qkv_ref, 1, h, tokens=jnp.maximum(token_R - 1, 0))
+        if offsets_keys:
+            before = _halves(whole_qkv_ref, 1, h, tokens=before_R)
         if with_scales:
             q_scale_R1, k_scale_R1 = _scale(*q), _scale(*k)
         _store(q_ref, _turned(*_normalised(*q), cos_RE, sin_RE), h)
         k = _turned(*_normalised(*k), cos_RE, sin_RE)
         if offsets_keys:
-            k = [jnp.where(_rests(own_RE), before_RE, own_RE) for own_RE, before_RE in zip(k, _normalised(*before))]
+            k = _with_rests(k, _normalised(*before))
         _store(k_ref, k, h)
         _store(v_ref, v, h)
         if with_scales:
@@ -182,7 +199,7 @@ def _backward_kernel(cos_ref, sin_ref, qkv_ref, dq_ref, dk_ref, dv_ref, *refs, m
                 dw_RE += dv_RE * (first_RE - own_RE)
             dv = [(1 - w) * dv_RE for dv_RE in dv]
         if offsets_keys:
-            dk = _with_what_rests(dk, whole_dk_ref, h, token_R)
+            dk = _gradient_of_offset(dk, whole_dk_ref, h, token_R)
         # A rotation's transpose turns the other way.
         _store(dqkv_ref, _normalised_gradient(*q, *_turned(*dq, cos_RE, -sin_RE)), 0, h)
         _store(dqkv_ref, _normalised_gradient(*k, *_turned(*dk, cos_RE, -sin_RE)), 1, h)
@@ -194,12 +211,22 @@ def _backward_kernel(cos_ref, sin_ref, qkv_ref, dq_ref, dk_ref, dv_ref, *refs, m
         dw_ref[0] = jnp.sum(dw_RE)
 
 
+def _offset_keys_kernel(k_ref, whole_k_ref, out_ref):
+    before_R = _tokens_before(k_ref)
+
+    def move(h, carry):
+        _store(out_ref, _with_rests(_halves(k_ref, h), _halves(whole_k_ref, h, tokens=before_R)), h)
+        return carry
+
+    lax.fori_loop(0, k_ref.shape[1], move, None)
+
+
 def _offset_keys_backward_kernel(cos_ref, sin_ref, k_ref, scale_ref, dk_ref, whole_dk_ref, _, d_x_ref):
     """As `pulled_back` of attention/hopper_heads.py, after the gradient of the offset."""
     cos_RE, sin_RE, token_R = cos_ref[...], sin_ref[...], _tokens(dk_ref)
 
     def pull_back(h, carry):
-        k, dk = _halves(k_ref, h), _with_what_rests(_halves(dk_ref, h), whole_dk_ref, h, token_R)
+        k, dk = _halves(k_ref, h), _gradient_of_offset(_halves(dk_ref, h), whole_dk_ref, h, token_R)
         along_R1 = _mean(*(k_RE * dk_RE for k_RE, dk_RE in zip(k, dk)))
         scale_R1 = scale_ref[h, :][:, None]
         d = [scale_R1 * (dk_RE - along_R1 * k_RE) for k_RE, dk_RE in zip(k, dk)]
@@ -209,8 +236,13 @@ def _offset_keys_backward_kernel(cos_ref, sin_ref, k_ref, scale_ref, dk_ref, who
     lax.fori_loop(0, dk_ref.shape[1], pull_back, None)
 
 
-def _with_what_rests(dk, whole_dk_ref, h, token_R):
-    """Of keys before the offset: what rests went to the next key, and the first token's to its own as well."""
+def _with_rests(own, before):
+    """Halves whose numbers that carry no position are those of other halves."""
+    return [jnp.where(_rests(own_RE), before_RE, own_RE) for own_RE, before_RE in zip(own, before)]
+
+
+def _gradient_of_offset(dk, whole_dk_ref, h, token_R):
+    """Of keys before it: what rests went to the next key, and the first token's to its own as well."""
     last = whole_dk_ref.shape[0] - 1
     after = _halves(whole_dk_ref, h, tokens=jnp.minimum(token_R + 1, last))
     followed_R1, first_R1 = (token_R < last)[:, None], (token_R == 0)[:, None]
@@ -227,6 +259,11 @@ def _with_what_rests(dk, whole_dk_ref, h, token_R):
 def _tokens(ref):
     """int32 [R]: the places in their sequence of the tokens that `ref`, a part, holds."""
     return pl.program_id(1) * ref.shape[0] + jnp.arange(ref.shape[0], dtype=jnp.int32)
+
+
+def _tokens_before(ref):
+    """Those before these; the first token of a sequence is before itself."""
+    return jnp.maximum(_tokens(ref) - 1, 0)
 
 
 def _rests(x_RE):
