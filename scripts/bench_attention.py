@@ -4,8 +4,8 @@
     python scripts/bench_attention.py --length 16384 --implementations heads-stored heads
 
 `heads` is hopper with what comes before it in a layer: its queries, keys and values are made of a product and of the
-first layer's values, and the gradients are those of these. `heads-stored` is the same with the gradients of queries,
-keys and values in memory, for a kernel of their own.
+first layer's values, and the gradients are those of the product's operands and of these. `heads-stored` is the same
+with the product and the gradients of queries, keys and values in memory, for kernels of their own.
 
 cuDNN knows neither documents nor block windows: it computes causal attention over the last 128*W tokens, another
 model. It is here as the speed of a well-made kernel that has no borders to look at.
@@ -34,7 +34,7 @@ from senano_jax.errors import one_line_errors
 from senano_jax.files import expand_home
 from senano_jax.jax_settings import start_jax
 from senano_jax.model.heads import prepare_heads
-from senano_jax.model.heads_attention import attend_heads
+from senano_jax.model.heads_attention import attend_product
 from senano_jax.model.rotary import rotary_tables
 
 KERNELS = {"hopper": hopper_attention, "flash": flash_attention, "banded": banded_attention}
@@ -108,13 +108,13 @@ def cudnn_window(q, k, v, intervals, scale, window_blocks):
     )
 
 
-def of_product(qkv, first_v, value_residual, intervals, scale, *, stored: bool):
+def of_product(x, w, first_v, value_residual, intervals, scale, *, stored: bool):
     """Attention's output for a product [B, T, 3*H*D], half of whose values are those of `first_v`."""
     _, length, heads, width = first_v.shape
-    arguments = (qkv, first_v, value_residual, rotary_tables(length, width))
+    others = (first_v, value_residual, rotary_tables(length, width))
     if stored:
-        return hopper_attention(*prepare_heads(*arguments, heads), intervals, scale)
-    return attend_heads(*arguments, intervals, heads, scale, "hopper")[0]
+        return hopper_attention(*prepare_heads(x @ w, *others, heads), intervals, scale)
+    return attend_product(x, w, *others, intervals, heads, scale, "hopper")[0]
 
 
 def forward_and_backward(attention):
@@ -150,7 +150,8 @@ def main():
     tokens = jnp.asarray(load_tokens(args.shard, args.batch, args.length))
     shape = (args.batch, args.length, args.heads, args.width)
     q, k, v, dout = (jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4))
-    product = jax.random.normal(jax.random.key(1), (*shape[:2], 3 * args.heads * args.width), jnp.bfloat16)
+    x, dim = q.reshape(*shape[:2], -1), args.heads * args.width
+    w = jax.random.normal(jax.random.key(1), (dim, 3 * dim), jnp.bfloat16) / dim**0.5
     kernels = KERNELS | {name: functools.partial(of_product, stored=name == "heads-stored") for name in OF_PRODUCT}
     device = jax.devices()[0].device_kind
     print(f"{device}, JAX {jax.__version__}, B T H D = {shape}, documents: {args.shard or 'synthetic'}")
@@ -167,7 +168,7 @@ def main():
                 pairs = counted_pairs(np.asarray(window_intervals(starts, window).key_start))
                 attention = functools.partial(_with_scale, kernels[implementation], scale)
             intervals = jax.jit(window_intervals)(starts, window)
-            inputs = (product, v, jnp.float32(0.5)) if implementation in OF_PRODUCT else (q, k, v)
+            inputs = (x, w, v, jnp.float32(0.5)) if implementation in OF_PRODUCT else (q, k, v)
             try:
                 milliseconds = [
                     _measure(attention, (*inputs, intervals), args),

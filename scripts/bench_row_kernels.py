@@ -38,6 +38,7 @@ from senano_jax.model.heads import prepare_heads
 from senano_jax.model.heads_product import heads_matmul
 from senano_jax.model.loss import CHUNK_TOKENS
 from senano_jax.model.pieces.gated_exclusive import gated_exclusive
+from senano_jax.model.pieces.key_offset import offset_keys
 from senano_jax.model.rotary import rotary_tables
 from senano_jax.model.soft_cap import SoftCap
 
@@ -95,7 +96,7 @@ def heads_product(shape: tuple[int, int, int, int]) -> Case:
 
     def stored(x, w, first_v, share):
         launch = heads_kernels.DEFAULT_LAUNCHES.forward
-        return heads_kernels.forward(x @ w, first_v, share, rotary, count, False, launch, False, True)
+        return heads_kernels.forward(x @ w, first_v, share, rotary, count, False, launch, False)
 
     def multiply(launch):
         if launch is None:
@@ -109,6 +110,18 @@ def heads_product(shape: tuple[int, int, int, int]) -> Case:
     megabytes = ((6 * first_v.nbytes + w.nbytes + 2 * rotary[0].nbytes + scales) / 1e6, 0.0)
     arguments = (x, w / dim**0.5, first_v, jnp.float32(0.5))
     return Case(arguments, multiply, None, megabytes, OF_HEADS_PRODUCT)
+
+
+def offset(shape: tuple[int, int, int, int]) -> Case:
+    """Keys in, keys with an offset out."""
+    [k] = random([shape])
+
+    def move(launch):
+        if launch is None:
+            return offset_keys
+        return lambda k: heads_kernels.offset_keys(k, HeadLaunch(*_numbers(launch, 3)), False)
+
+    return Case((k,), move, None, (2 * k.nbytes / 1e6, 0.0), OF_HEADS)
 
 
 def gated(shape: tuple[int, int, int, int]) -> Case:
@@ -203,6 +216,7 @@ CASES = {
     "heads": heads,
     "offset-heads": functools.partial(heads, offsets_keys=True),
     "heads-product": heads_product,
+    "offset-keys": offset,
     "gated-exclusive": gated,
     "stream-mlp": stream,
     "stream-mix": mixture,

@@ -10,6 +10,7 @@ from oracles import norm, rotary
 
 from senano_jax.kernels.triton import HeadLaunch, HeadLaunches
 from senano_jax.model import heads_kernels
+from senano_jax.model.elementwise import NORM_EPSILON
 from senano_jax.model.heads import prepare_heads
 from senano_jax.model.pieces.key_offset import offset_keys
 from senano_jax.model.rotary import rotary_tables
@@ -102,15 +103,13 @@ def test_the_offset_by_itself_has_the_same_bits(width, launch):
     np.testing.assert_array_equal(heads_kernels.offset_keys(k, launch, True), offset_keys(k))
 
 
-def test_what_attention_that_writes_the_other_gradients_takes():
-    """The scales of the norms, and the gradient of keys with an offset into memory whose other parts stay."""
+def test_the_gradient_of_the_offset_by_itself():
+    """Into memory whose other parts stay, from keys before the offset and their scale in place of the product."""
     qkv, _, _, (_, dk, _) = random_inputs(9, 2, 32, 6, 32)
     tables, launch = rotary_tables(32, 32), SMALL.forward
-    *_, q_scale, k_scale = heads_kernels.forward(qkv, None, None, tables, 6, True, launch, True, with_scales=True)
-    parts = np.asarray(qkv).reshape(2, 32, 3, 6, 32).transpose(2, 0, 3, 1, 4)
-    for scale, x in zip((q_scale, k_scale), parts):
-        np.testing.assert_allclose(scale[..., None] * x, norm(x), rtol=1e-5)
-    _, k, *_ = heads_kernels.forward(qkv, None, None, tables, 6, False, launch, True)
+    _, k, _ = heads_kernels.forward(qkv, None, None, tables, 6, False, launch, True)
+    own_k = qkv.reshape(2, 32, 3, 6, 32)[:, :, 1]
+    k_scale = jax.lax.rsqrt(jnp.mean(own_k**2, axis=-1) + NORM_EPSILON).swapaxes(1, 2)
     others = jnp.full((2, 32, 18, 32), 7, qkv.dtype)
     d_product = heads_kernels.backward_of_offset_keys(others, k, k_scale, tables, dk, launch, True)
     expected, _ = heads_kernels.backward(qkv, None, None, tables, dk, dk, dk, 6, True, launch, True)
@@ -201,22 +200,20 @@ def test_lowers_for_cuda(batch, length, heads, mixed, offsets_keys):
 
 
 @pytest.mark.parametrize(("batch", "length", "heads"), [(2, 24_576, 6), (1, 1024, 1)])
-def test_lowers_for_cuda_what_attention_that_writes_the_other_gradients_takes(batch, length, heads):
+def test_the_offset_by_itself_lowers_for_cuda(batch, length, heads):
     if jax.__version_info__ >= (0, 11):
         pytest.skip("from 0.11 Pallas asks a real device for its architecture")
-    qkv = jax.ShapeDtypeStruct((batch, length, 3 * heads * 128), jnp.bfloat16)
-    dk = jax.ShapeDtypeStruct((batch, length, heads, 128), jnp.bfloat16)
     launches = heads_kernels.DEFAULT_LAUNCHES
 
-    def run(qkv, d_product, dk):
-        tables = rotary_tables(length, 128)
-        prepared = heads_kernels.forward(qkv, None, None, tables, heads, True, launches.forward, False, True)
-        _, k, _, _, k_scale = prepared
-        last = launches.backward, False
-        return prepared, heads_kernels.backward_of_offset_keys(d_product, k, k_scale, tables, dk, *last)
+    def run(k, k_scale, d_product, dk):
+        tables, last = rotary_tables(length, 128), (launches.backward, False)
+        d_product = heads_kernels.backward_of_offset_keys(d_product, k, k_scale, tables, dk, *last)
+        return heads_kernels.offset_keys(k, launches.forward, False), d_product
 
+    k = jax.ShapeDtypeStruct((batch, length, heads, 128), jnp.bfloat16)
+    k_scale = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
     d_product = jax.ShapeDtypeStruct((batch, length, 3 * heads, 128), jnp.bfloat16)
-    text = jax.jit(run).trace(qkv, d_product, dk).lower(lowering_platforms=("cuda",)).as_text()
+    text = jax.jit(run).trace(k, k_scale, d_product, k).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 2 and text.count("output_operand_alias<") == 1
 
 

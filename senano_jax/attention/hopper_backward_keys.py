@@ -122,7 +122,7 @@ def _kernel(
         """What values were mixed of."""
         for computing in range(WARPGROUPS):
             keys, full = pl.ds(program_key0 + computing * ROWS, ROWS), mixed_full.at[computing]
-            own_gmem = mixed.own.at[sequence, keys, mixed.first_head + head]
+            own_gmem = mixed.own.at[sequence, keys, head]
             plgpu.copy_gmem_to_smem(own_gmem, dk_smem.at[computing], full)
             if other_dv_gmem is None:
                 plgpu.copy_gmem_to_smem(mixed.first_v.at[sequence, keys, head], dv_smem.at[computing], full)

@@ -29,12 +29,11 @@ class Turned:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mixed:
-    """How values were made: (1 - first_share) v + first_share first_v, with v of the product: `own` from a head on."""
+    """How values were made: (1 - first_share) own + first_share first_v."""
 
-    own: Float[Array, "B T heads K"]
+    own: Float[Array, "B T H K"]
     first_v: Float[Array, "B T H K"]
     first_share: Float[Array, "1"]
-    first_head: int = field(metadata={"static": True})  # of `own`: 2 H if it is the whole product
 
 
 def pulled_back(dy_RD, y_RD, turned: Turned, sequence, head, rows, factor: float):

@@ -1,10 +1,9 @@
-"""Attention over queries, keys and values as `prepare_heads` makes them, where nothing changes these in between.
+"""Attention over queries, keys and values as `prepare_heads` makes them of a product.
 
 For Hopper GPUs the two have one gradient: the kernels that add up those of queries, keys and values go on to that of
 the product which these were made of, so that the former never reach memory. They share one buffer, of which each
 writes its own heads. Nor need the product itself be stored: the kernel that multiplies makes queries, keys and values
-of it. Keys with an offset are the exception: what crosses from token to token does so in passes of its own, one
-forward and one backward.
+of it. Only the offset of keys, which crosses from token to token, has passes of its own, one forward and one backward.
 """
 
 import functools
@@ -45,47 +44,21 @@ def attend_product(
     with_values: bool = False,
     between: Callable | None = None,
 ) -> tuple[Float[Array, "B S*T H K"], Float[Array, "B S*T H K"]]:
-    """`attend_heads` of x w, which is not stored, nor rounded, where a kernel makes queries, keys and values of it.
+    """Attention's output and the values that it weighed, of queries, keys and values that are made of x w.
 
-    With S `slots` a row of x w is as many rows, one after the other, of what `attend_heads` takes.
+    What is mixed in, `rotary` and `offsets_keys` are those of `prepare_heads`, which takes a row of x w, or with S
+    `slots` as many rows, one after the other. The other arguments are those of `attend`, with its errors. `between`, if
+    it is given, makes of queries, keys and values those that attention takes.
+
+    Where a kernel takes all of it, x w is neither stored nor rounded.
     """
     batch, length, depth = x.shape
-    width = w.shape[1] // (slots * 3 * num_heads)
-    fits = takes_hopper(implementation, slots * length, width, x.dtype) and heads_product.fits(
-        batch, length, depth, num_heads, width, x.dtype
-    )
-    if fits and between is None:
+    rows, width = slots * length, w.shape[1] // (slots * 3 * num_heads)
+    fits = heads_product.fits(batch, length, depth, num_heads, width, x.dtype)
+    if fits and between is None and takes_hopper(implementation, rows, width, x.dtype):
         static = num_heads, float(scale), slots, offsets_keys
-        return _fused_product(x, w, first_v, value_residual, rotary, intervals, *static)
-    return attend_heads(
-        (x @ w).reshape(batch, slots * length, -1), first_v, value_residual, rotary, intervals, num_heads, scale,
-        implementation,
-        offsets_keys=offsets_keys, with_values=with_values, between=between,
-    )  # fmt: skip
-
-
-def attend_heads(
-    qkv: Float[Array, "B T 3*H*K"],
-    first_v: Float[Array, "B T H K"] | None,
-    value_residual: Float[Array, ""],
-    rotary: RotaryTables,
-    intervals: Intervals,
-    num_heads: int,
-    scale: float,
-    implementation: Implementation = "auto",
-    *,
-    offsets_keys: bool = False,
-    with_values: bool = False,
-    between: Callable | None = None,
-) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"]]:
-    """Attention's output and the values that it weighed.
-
-    `qkv`, what is mixed in, `rotary` and `offsets_keys` are those of `prepare_heads`, the other arguments those of
-    `attend`, with its errors. `between`, if it is given, makes of queries, keys and values those that attention takes.
-    """
-    _, T, E = qkv.shape
-    if between is None and not offsets_keys and takes_hopper(implementation, T, E // (3 * num_heads), qkv.dtype):
-        return _fused(qkv, first_v, value_residual, rotary, intervals, num_heads, float(scale))
+        return _fused(x, w, first_v, value_residual, rotary, intervals, *static)
+    qkv = (x @ w).reshape(batch, rows, -1)
     q, k, v = prepare_heads(qkv, first_v, value_residual, rotary, num_heads, offsets_keys=offsets_keys)
     if between is not None:
         q, k, v = between(q, k, v)
@@ -93,45 +66,15 @@ def attend_heads(
     return out if with_values else (out, v)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _fused(qkv, first_v, value_residual, rotary, intervals, num_heads, scale):
-    q, k, v = _prepared(qkv, first_v, value_residual, rotary, num_heads)
-    out, _ = forward(q, k, v, intervals.key_start, scale, DEFAULT_STAGES.forward)
-    return out, v
-
-
-def _fused_fwd(qkv, first_v, value_residual, rotary, intervals, num_heads, scale):
-    inputs = qkv, first_v, value_residual, rotary, intervals
-    inputs = qkv, first_v, value_residual, rotary, intervals = jax.tree.map(lambda primal: primal.value, inputs)
-    q, k, v, *scales = _prepared(qkv, first_v, value_residual, rotary, num_heads, with_scales=True)
-    out, lse_BHT = forward(q, k, v, intervals.key_start, scale, DEFAULT_STAGES.forward)
-    out = checkpoint_name(out, "attention_out")
-    lse_BHT = checkpoint_name(lse_BHT, "attention_lse")
-    return (out, v), (*inputs, q, k, v, *scales, out, lse_BHT)
-
-
-def _fused_bwd(num_heads, scale, residuals, gradients):
-    qkv, first_v, value_residual, rotary, intervals, q, k, v, q_scale, k_scale, out, lse_BHT = residuals
-    product = qkv.reshape(*qkv.shape[:2], 3 * num_heads, -1)
-    mixed = None if first_v is None else Mixed(product, first_v, value_residual.reshape(1), 2 * num_heads)
-    turned = _turned(q_scale, k_scale, rotary)
-    d_product, others = _gradient(q, k, v, out, lse_BHT, intervals, scale, *turned, mixed, gradients)
-    return d_product.reshape(qkv.shape), *_gradients_of_mixed(mixed, others), None, None  # the rest are constants
-
-
-# Symbolic zeros: where nothing else reads the values, no zeros are stored to be added to their gradient.
-_fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
-def _fused_product(x, w, first_v, value_residual, rotary, intervals, num_heads, scale, slots, offsets_keys):
+def _fused(x, w, first_v, value_residual, rotary, intervals, num_heads, scale, slots, offsets_keys):
     heads = heads_product.heads_matmul(x, w, first_v, value_residual, rotary, num_heads, slots)
     k = _with_offset(heads.k) if offsets_keys else heads.k
     out, _ = forward(heads.q, k, heads.v, intervals.key_start, scale, DEFAULT_STAGES.forward)
     return out, heads.v
 
 
-def _fused_product_fwd(x, w, first_v, value_residual, rotary, intervals, num_heads, scale, slots, offsets_keys):
+def _fused_fwd(x, w, first_v, value_residual, rotary, intervals, num_heads, scale, slots, offsets_keys):
     inputs = x, w, first_v, value_residual, rotary, intervals
     inputs = x, w, first_v, value_residual, rotary, intervals = jax.tree.map(lambda primal: primal.value, inputs)
     heads = heads_product.heads_matmul(x, w, first_v, value_residual, rotary, num_heads, slots, with_residuals=True)
@@ -142,9 +85,9 @@ def _fused_product_fwd(x, w, first_v, value_residual, rotary, intervals, num_hea
     return (out, heads.v), (*inputs, heads, k, out, lse_BHT)
 
 
-def _fused_product_bwd(num_heads, scale, slots, offsets_keys, residuals, gradients):
+def _fused_bwd(num_heads, scale, slots, offsets_keys, residuals, gradients):
     x, w, first_v, value_residual, rotary, intervals, heads, k, out, lse_BHT = residuals
-    mixed = None if first_v is None else Mixed(heads.own_v, first_v, value_residual.reshape(1), 0)
+    mixed = None if first_v is None else Mixed(heads.own_v, first_v, value_residual.reshape(1))
     turned_q, turned_k = _turned(heads.q_scale, heads.k_scale, rotary)
     if offsets_keys:
         turned_k = None  # the gradient of these keys is stored, for a kernel of its own
@@ -161,7 +104,8 @@ def _fused_product_bwd(num_heads, scale, slots, offsets_keys, residuals, gradien
     return d_x, d_w, *_gradients_of_mixed(mixed, others), None, None  # tables and bounds are constants
 
 
-_fused_product.defvjp(_fused_product_fwd, _fused_product_bwd, symbolic_zeros=True)
+# Symbolic zeros: where nothing else reads the values, no zeros are stored to be added to their gradient.
+_fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)
 
 
 def _with_offset(k):
@@ -195,10 +139,3 @@ def _gradients_of_mixed(mixed, others):
     # Left to XLA, which adds those of all layers in one pass.
     d_first_v = weighted_sum((mixed.first_share[0], others["dv"]), dtype=mixed.first_v.dtype)
     return d_first_v, jnp.sum(others["d_first_share"])
-
-
-def _prepared(qkv, first_v, value_residual, rotary, num_heads, *, with_scales=False):
-    launch = heads_kernels.DEFAULT_LAUNCHES.forward
-    return heads_kernels.forward(
-        qkv, first_v, value_residual, rotary, num_heads, False, launch, not on_gpu(), with_scales
-    )

@@ -27,26 +27,22 @@ DEFAULT_LAUNCHES = HeadLaunches(
 # --- launches: one program a group of heads, block of tokens and sequence ---
 
 
-@functools.partial(jax.jit, static_argnames=(*STATIC, "with_scales"))  # lowered once for all layers
+@functools.partial(jax.jit, static_argnames=STATIC)  # lowered once for all layers
 def forward(
-    qkv, first_v, value_residual, rotary, num_heads: int, offsets_keys: bool, launch: HeadLaunch, interpret: bool,
-    with_scales: bool = False,
-):  # fmt: skip
-    """q, k and v, each [B, T, H, K]; `with_scales` what the norms multiplied queries and keys by, too, each float32
-    [B, H, T]."""
+    qkv, first_v, value_residual, rotary, num_heads: int, offsets_keys: bool, launch: HeadLaunch, interpret: bool
+):
+    """q, k and v, each [B, T, H, K]."""
     qkv = _apart(qkv, num_heads)
     grid, scalar, table, part, all_parts, _ = _blocks(qkv.shape, launch)
     mixed = first_v is not None
-    batch, length, _, num_heads, _ = qkv.shape
-    heads = jax.ShapeDtypeStruct((batch, length, *qkv.shape[3:]), qkv.dtype)
-    scales = jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32)
+    heads = jax.ShapeDtypeStruct((*qkv.shape[:2], *qkv.shape[3:]), qkv.dtype)
     return triton.call(
-        functools.partial(_forward_kernel, mixed=mixed, offsets_keys=offsets_keys, with_scales=with_scales),
+        functools.partial(_forward_kernel, mixed=mixed, offsets_keys=offsets_keys),
         name="heads_forward",
         grid=grid,
         in_specs=[table, table, all_parts] + [part, scalar] * mixed + [_whole(all_parts, qkv)] * offsets_keys,
-        out_specs=[part, part, part] + [_scales(part), _scales(part)] * with_scales,
-        out_shape=[heads, heads, heads] + [scales, scales] * with_scales,
+        out_specs=[part, part, part],
+        out_shape=[heads, heads, heads],
         launch=launch,
         interpret=interpret,
     )(*rotary, qkv, *([first_v, value_residual.reshape(1)] if mixed else []), *[qkv] * offsets_keys)
@@ -101,11 +97,12 @@ def backward_of_offset_keys(d_product, k, k_scale, rotary, dk, launch: HeadLaunc
     the norm multiplied them by, float32, and `dk` is the gradient of the keys that attention took."""
     shape, d_product = d_product.shape, _apart(d_product, k.shape[2])
     grid, _, table, part, all_parts, _ = _blocks(d_product.shape, launch)
+    scale = pl.BlockSpec((None, *part.block_shape[2:0:-1]), lambda h, t, b: (b, h, t))
     return triton.call(
         _offset_keys_backward_kernel,
         name="offset_keys_backward",
         grid=grid,
-        in_specs=[table, table, part, _scales(part), part, _whole(part, dk), pl.BlockSpec(memory_space=pl.ANY)],
+        in_specs=[table, table, part, scale, part, _whole(part, dk), pl.BlockSpec(memory_space=pl.ANY)],
         out_specs=_keys_alone(all_parts),
         out_shape=jax.ShapeDtypeStruct(d_product.shape, d_product.dtype),
         launch=launch,
@@ -133,11 +130,6 @@ def _blocks(shape, launch: HeadLaunch):
     )
 
 
-def _scales(part: pl.BlockSpec) -> pl.BlockSpec:
-    """Of an array [B, H, T] what belongs to a part."""
-    return pl.BlockSpec((None, *part.block_shape[2:0:-1]), lambda h, t, b: (b, h, t))
-
-
 def _keys_alone(all_parts: pl.BlockSpec) -> pl.BlockSpec:
     sequence, tokens, _, heads, width = all_parts.block_shape
     return pl.BlockSpec((sequence, tokens, None, heads, width), lambda h, t, b: (b, t, 1, h, 0))
@@ -152,8 +144,7 @@ def _whole(part: pl.BlockSpec, x) -> pl.BlockSpec:
 # --- kernels ---
 
 
-def _forward_kernel(cos_ref, sin_ref, qkv_ref, *refs, mixed: bool, offsets_keys: bool, with_scales: bool):
-    *refs, q_scale_ref, k_scale_ref = refs if with_scales else (*refs, None, None)
+def _forward_kernel(cos_ref, sin_ref, qkv_ref, *refs, mixed: bool, offsets_keys: bool):
     *refs, q_ref, k_ref, v_ref = refs
     first_v_ref, weight_ref = refs[:2] if mixed else (None, None)
     whole_qkv_ref = refs[-1] if offsets_keys else None
@@ -168,16 +159,12 @@ def _forward_kernel(cos_ref, sin_ref, qkv_ref, *refs, mixed: bool, offsets_keys:
             v = [(1 - w) * own_RE + w * first_RE for own_RE, first_RE in zip(v, _halves(first_v_ref, h))]
         if offsets_keys:
             before = _halves(whole_qkv_ref, 1, h, tokens=before_R)
-        if with_scales:
-            q_scale_R1, k_scale_R1 = _scale(*q), _scale(*k)
         _store(q_ref, _turned(*_normalised(*q), cos_RE, sin_RE), h)
         k = _turned(*_normalised(*k), cos_RE, sin_RE)
         if offsets_keys:
             k = _with_rests(k, _normalised(*before))
         _store(k_ref, k, h)
         _store(v_ref, v, h)
-        if with_scales:
-            q_scale_ref[h, :], k_scale_ref[h, :] = q_scale_R1[:, 0], k_scale_R1[:, 0]
         return carry
 
     lax.fori_loop(0, q_ref.shape[1], prepare, None)
