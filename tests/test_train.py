@@ -53,21 +53,6 @@ def run_dir(tmp_path_factory):
     return train.main(["demo", *SMALL, *kept, f"--run-dir={path}"])
 
 
-@pytest.mark.parametrize(("dim", "val_every"), [(32, 2), (64, 0)], ids=["beside an evaluation", "without one"])
-def test_the_program_of_the_first_step_is_the_one_that_was_lowered_ahead(tmp_path, caplog, dim, val_every):
-    """One of training, and one of evaluation; of widths that no other test has."""
-    jax.config.update("jax_log_compiles", True)
-    try:
-        flags = [f"--model.dim={dim}", f"--val-every={val_every}", "--steps=2", f"--run-dir={tmp_path / 'run'}"]
-        train.main([*PLAIN, *flags])
-    finally:
-        jax.config.update("jax_log_compiles", False)
-    lowered = [
-        record.getMessage() for record in caplog.records if "to MLIR module conversion jit(step)" in record.getMessage()
-    ]
-    assert len(lowered) == 2
-
-
 def records(run_dir):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [r for r in lines if "loss" in r], [r for r in lines if "val_loss" in r]

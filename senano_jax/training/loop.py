@@ -24,12 +24,12 @@ from senano_jax.runlog.sinks import Record, Sinks
 from senano_jax.training.agreement import require_same_program
 from senano_jax.training.clock import Clock
 from senano_jax.training.evaluation import make_evaluator
-from senano_jax.training.mesh import place_batch, placed_batch
+from senano_jax.training.mesh import place_batch
 from senano_jax.training.own import NOTHING_OWN, Own
 from senano_jax.training.processes import StopVote, together
 from senano_jax.training.recorder import Recorder, RunningStep, wait_for_step
 from senano_jax.training.resume import Bookmark, begin_or_resume, check_same_run, open_run, require_shared_folder
-from senano_jax.training.state import TrainState, params_to_evaluate
+from senano_jax.training.state import params_to_evaluate
 from senano_jax.training.stop import Stopped, StopRequest
 from senano_jax.training.wiring import Wiring, wire
 
@@ -78,8 +78,6 @@ def train(
         waiter = stack.enter_context(ThreadPoolExecutor(1))
         stop = stack.enter_context(StopRequest())
         stack.enter_context(progress.starting_at(first_step))
-        if first_step < plan.steps:  # while the first evaluation runs, if there is one
-            lowered = waiter.submit(_lower, wiring, state, first_step)
         clock.start()
         for step in range(first_step, plan.steps + 1):
             last = step == plan.steps
@@ -110,11 +108,10 @@ def train(
             progress.doing("compiling" if step in (first_step, stage.first) else "")
             stream.resize(stage.seq_len, stage.sequences)
             tokens = place_batch(wiring.mesh, next(stream).tokens, wiring.micro_batches[stage.index])
-            if step == first_step:
-                lowered.result()
-            elif step == stage.first:
-                _lower(wiring, state, step)
-            state, metrics = wiring.train_steps[stage.index](state, tokens, *inputs)
+            train_step = wiring.train_steps[stage.index]
+            if step in (first_step, stage.first):
+                compile_kernels_beside(train_step.lower(state, tokens, *inputs))
+            state, metrics = train_step(state, tokens, *inputs)
             for value in metrics:  # starts the copy now: one asked for later would wait for the steps queued behind
                 value.copy_to_host_async()
             finished = waiter.submit(wait_for_step, metrics, vote(stop.received is not None), clock)
@@ -132,15 +129,6 @@ def train(
     if stopping or stop.received is not None:
         raise Stopped(run.folder.path, stop.received or "another process")
     return run.folder.path
-
-
-def _lower(wiring: Wiring, state: TrainState, step: int) -> None:
-    """Traces and lowers the program of the step that `step` steps precede, seconds of Python that its call then finds
-    done, and starts to compile its kernels."""
-    stage = wiring.plan.stage(step)
-    tokens = placed_batch(wiring.mesh, stage.sequences, stage.seq_len, wiring.micro_batches[stage.index])
-    lowered = wiring.train_steps[stage.index].lower(state, tokens, *wiring.plan.inputs(step))
-    compile_kernels_beside(lowered)
 
 
 def _checked(config: Config) -> tuple[Sinks, list[Path]]:

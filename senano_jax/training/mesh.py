@@ -35,12 +35,6 @@ def place_batch(mesh: Mesh, sequences: np.ndarray, micro_batches: int) -> jax.Ar
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(None, DATA_AXIS)), split)
 
 
-def placed_batch(mesh: Mesh, sequences: int, seq_len: int, micro_batches: int) -> jax.ShapeDtypeStruct:
-    """What `place_batch` makes of so many sequences of a training stream, over all processes."""
-    shape = (micro_batches, sequences // micro_batches, seq_len + 1)
-    return jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(mesh, P(None, DATA_AXIS)))
-
-
 def place_sequences(mesh: Mesh, rows: np.ndarray) -> jax.Array:
     """Puts this process's rows on its devices along the first axis."""
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(DATA_AXIS)), rows)

@@ -44,7 +44,7 @@ class Wiring(NamedTuple):
     train_steps: tuple[Callable[..., tuple[TrainState, StepMetrics]], ...]
     """For each stage, see make_train_step. It is compiled by its first call, on the training clock: a run pays for what
     it comes to, its first step included, and one that is stopped early, or found compiled in the cache, does not wait
-    for programs that it does not need. That of a run's first step is traced and lowered beside its first evaluation."""
+    for programs that it does not need."""
 
 
 def wire(config: Config, own: Own = NOTHING_OWN) -> Wiring:
