@@ -37,7 +37,13 @@ def test_finds_each_kernel_once_however_deep():
 
 
 def test_leaves_other_calls_alone():
-    assert names(jax.jit(lambda x: call(call(x, "other", "some_kernel"), "ours")).lower(jnp.zeros(4))) == ["ours"]
+    """Whatever attributes these have."""
+
+    def program(x):
+        other = jax.ffi.ffi_call("some_kernel", x)(call(x, "other", "some_other"), sizes=np.arange(3), kernel_hash="a")
+        return call(other, "ours")
+
+    assert names(jax.jit(program).lower(jnp.zeros(4))) == ["ours"]
 
 
 def test_starts_nothing_without_kernels():
@@ -56,6 +62,11 @@ def test_compiles_the_kernel_that_the_program_calls(dtype):
 def test_an_error_stays_in_its_thread():
     futures = compile_kernels_beside(jax.jit(lambda x: call(call(x, "a"), "b")).lower(jnp.zeros(4)))
     assert [type(future.exception(timeout=60)) for future in futures] == [jax.errors.JaxRuntimeError] * 2
+
+
+def test_compiles_no_kernel_twice():
+    lowered = [jax.jit(lambda x, last=last: call(call(x, "c"), last)).lower(jnp.zeros(4)) for last in ("d", "e", "d")]
+    assert [len(compile_kernels_beside(each)) for each in lowered] == [2, 1, 0]
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ has compiled it keeps, by the kernel's hash, as long as the process lives. So ea
 own, compiled in a thread, and XLA finds most of them ready when it comes to them.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from jax.extend.mlir import ir
 _TARGET = "mosaic_gpu_v2"
 _HASH = "kernel_hash"
 _CONFIG = "mhlo.backend_config"
+_begun: set[bytes] = set()  # hashes of the kernels that this process has compiled, or is about to
 _PREFIXES = {"f": "float", "bf": "bfloat", "i": "int", "ui": "uint"}  # of MLIR's names of types, and JAX's
 
 
@@ -29,12 +31,13 @@ class Kernel(NamedTuple):
 
 
 def compile_kernels_beside(lowered: jax.stages.Lowered) -> list[Future]:
-    """Starts a thread for each kernel of `lowered`, which is about to be compiled, and returns at once: one future a
-    kernel. An error of one may be ignored, as XLA will meet it again."""
-    kernels = kernels_of(lowered)
+    """Starts to compile each kernel of `lowered`, which is about to be compiled itself, unless that has begun before;
+    returns at once, one future a kernel. An error of one may be ignored, as XLA will meet it again."""
+    kernels = [kernel for kernel in kernels_of(lowered) if kernel.attributes[_HASH] not in _begun]
     if not kernels:
         return []
-    pool = ThreadPoolExecutor(len(kernels), thread_name_prefix="kernel")
+    _begun.update(kernel.attributes[_HASH] for kernel in kernels)
+    pool = ThreadPoolExecutor(min(len(kernels), os.cpu_count() or 1), thread_name_prefix="kernel")
     compiling = [pool.submit(_compile, kernel) for kernel in kernels]
     pool.shutdown(wait=False)
     return compiling
@@ -45,15 +48,18 @@ def kernels_of(lowered: jax.stages.Lowered) -> list[Kernel]:
     found: dict[bytes, Kernel] = {}
 
     def see(operation: ir.Operation) -> ir.WalkResult:
-        if operation.name == "stablehlo.custom_call" and _CONFIG in operation.attributes:
-            target = ir.StringAttr(operation.attributes["call_target_name"]).value
+        if operation.name == "stablehlo.custom_call" and _target(operation) == _TARGET:
             attributes = {entry.name: _value(entry.attr) for entry in operation.attributes[_CONFIG]}
-            if target == _TARGET and attributes[_HASH] not in found:
+            if attributes[_HASH] not in found:
                 found[attributes[_HASH]] = Kernel(_shaped(operation.operands), _shaped(operation.results), attributes)
         return ir.WalkResult.ADVANCE
 
     lowered.compiler_ir("stablehlo").operation.walk(see)
     return list(found.values())
+
+
+def _target(custom_call: ir.Operation) -> str:
+    return ir.StringAttr(custom_call.attributes["call_target_name"]).value
 
 
 def _value(attribute: ir.Attribute) -> Any:

@@ -1,6 +1,7 @@
 """Ahead-of-time compilation, phase by phase, and what the compiler says of the result."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -107,11 +108,13 @@ def planned_memory(compiled: jax.stages.Compiled) -> Memory | None:
 
 @contextlib.contextmanager
 def _cache_events() -> Iterator[dict[str, float]]:
-    """Events of the persistent cache inside the context, by their last name: seconds, or 1 for those without."""
+    """Events of the persistent cache inside the context, by their last name: seconds, or 1 for those without. Those of
+    other threads, which compile kernels, do not count."""
     events: dict[str, float] = {}
+    thread = threading.get_ident()
 
     def record(event: str, seconds: float = 1.0, **_) -> None:
-        if event.startswith("/jax/compilation_cache/"):
+        if event.startswith("/jax/compilation_cache/") and threading.get_ident() == thread:
             events[event.rsplit("/", 1)[1]] = seconds
 
     jax.monitoring.register_event_listener(record)
