@@ -102,10 +102,11 @@ def test_gradients_interpreted(hopper, capsys, batch, heads, width, mixed, read_
 
 @needs_interpreter
 @pytest.mark.usefixtures("never_stored")
+@pytest.mark.parametrize("mixed", [False, True], ids=["", "mixed values"])
 @pytest.mark.parametrize("options", [{"offsets_keys": True}, {"slots": 2}], ids=["offset keys", "slots"])
-def test_gradients_of_other_layers_interpreted(hopper, capsys, options):
+def test_gradients_of_other_layers_interpreted(hopper, capsys, options, mixed):
     """Across both ends of two sequences, with the values read again."""
-    inputs = random_inputs(13, 2, 256, 64, 2, 64, slots=options.get("slots", 1))
+    inputs = random_inputs(13, 2, 256, 64, 2, 64, slots=options.get("slots", 1), mixed=mixed)
     intervals = random_intervals(14, 2, inputs[-1].shape[1], 0.02, 1)
     results = hopper(on_product(**options), *inputs, intervals, detect_races=True)
     check(results, inputs, intervals, **options)
@@ -114,14 +115,33 @@ def test_gradients_of_other_layers_interpreted(hopper, capsys, options):
 
 @needs_interpreter
 @pytest.mark.usefixtures("never_stored")
+@OF_LAYERS
+def test_what_evaluations_run_has_the_same_bits(hopper, options):
+    """Without a gradient nothing is kept for one."""
+    inputs = random_inputs(20, 1, 256, 64, 2, 64, slots=options.get("slots", 1))
+    intervals = random_intervals(21, 1, inputs[-1].shape[1], 0.02, 1)
+    results = hopper(on_product(**options), *inputs, intervals)
+    *inputs, dout, _ = inputs
+    _, length, heads, width = dout.shape
+
+    def run(*inputs):
+        return attend_product(*inputs, rotary_tables(length, width), intervals, heads, SCALE, "hopper", **options)
+
+    for name, x in zip(NAMES, hopper(run, *inputs)):
+        np.testing.assert_array_equal(x, results[name], err_msg=name)
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("never_stored")
+@pytest.mark.parametrize("options", [{}, {"offsets_keys": True}], ids=["", "offset keys"])
 @pytest.mark.parametrize("mixed", [False, True], ids=["", "mixed values"])
-def test_warpgroups_that_end_far_apart(hopper, mixed):
+def test_warpgroups_that_end_far_apart(hopper, mixed, options):
     """Of the first program's keys, 0 to 63 are seen from 2 tiles of queries and those after them from 6, more than the
     ring holds. Neither its loads nor the first keys' gradients may wait for the rest."""
     inputs = random_inputs(16, 2, 384, 64, 1, 128, mixed=mixed)
     tokens = jnp.zeros((2, 384), jnp.int32).at[:, jnp.array([20, 70])].set(END_OF_TEXT)
     intervals = window_intervals(document_start(tokens), 3)
-    check(hopper(on_product(), *inputs, intervals), inputs, intervals)
+    check(hopper(on_product(**options), *inputs, intervals), inputs, intervals, **options)
 
 
 @needs_interpreter
@@ -252,7 +272,7 @@ def sharded_gradients(attend):
 
 
 def check_layers_on_gpu(monkeypatch, attend, arguments, seed):
-    """Against attention that is not for Hopper GPUs alone."""
+    """Against the same with the product, and queries, keys and values, in memory."""
     intervals = random_intervals(seed, 4, 512, 0.01, 2)
     results = sharded_gradients(attend)(*arguments, *intervals)
     monkeypatch.setattr(heads_attention, "takes_hopper", lambda *_: False)
@@ -283,6 +303,19 @@ def test_lowers_inside_scan_remat_and_shard_map():
     assert sorted(inputs) == sorted([product, product + 2, attention] * 2 + [queries, keys + 1, keys + 3])
 
 
+@needs_lowering
+@pytest.mark.usefixtures("lowering", "never_stored")
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("mixed", [False, True], ids=["", "mixed values"])
+def test_lowers_for_cuda(mixed, slots, width):
+    """The kernels pass through Pallas into Mosaic GPU's language; no GPU takes part. Shared memory suffices."""
+    inputs = jax.eval_shape(lambda: random_inputs(10, 2, 1024, 256, 4, width, slots=slots, mixed=mixed))
+    bounds = jax.ShapeDtypeStruct((2, slots * 1024), jnp.int32)
+    run = jax.jit(on_product(slots=slots))
+    assert lowered(run, *inputs, Intervals(bounds, bounds)).count("mosaic_gpu_v2") == 4
+
+
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.usefixtures("never_stored")
@@ -292,9 +325,10 @@ def test_lowers_inside_scan_remat_and_shard_map():
 @pytest.mark.parametrize(("heads", "width"), [(2, 64), (2, 128)])
 def test_gradients_on_gpu(heads, width, mixed, read_again, options):
     *inputs, other_dv = random_inputs(6, 1, 4096, 256, heads, width, mixed=mixed, slots=options.get("slots", 1))
-    length = other_dv.shape[1]
-    inputs, intervals = (*inputs, other_dv if read_again else None), random_intervals(7, 1, length, 0.002, 3)
-    check(jax.jit(on_product(**options))(*inputs, intervals), inputs, intervals, 1e-2, **options)
+    inputs, length, run = (*inputs, other_dv if read_again else None), other_dv.shape[1], jax.jit(on_product(**options))
+    for window_blocks in (1, 3, 14, 32):
+        intervals = random_intervals(7, 1, length, 0.002, window_blocks)
+        check(run(*inputs, intervals), inputs, intervals, 1e-2, **options)
 
 
 @pytest.mark.gpu
@@ -303,14 +337,15 @@ def test_gradients_on_gpu(heads, width, mixed, read_again, options):
 def test_agrees_with_the_stored_product_at_the_record_s_sizes_and_has_the_same_bits_every_time(options):
     slots = options.get("slots", 1)
     inputs = random_inputs(8, 4, 16384, 768, 6 // slots, 128, slots=slots)
-    intervals = random_intervals(9, 4, slots * 16384, 1 / 720, 7)
     reference = jax.jit(functools.partial(value_and_gradients, functools.partial(stored, **options)))
     run = jax.jit(on_product(**options))
-    results = run(*inputs, intervals)
-    errors = relative_errors(results, reference(*inputs, intervals))
-    assert max(errors.values()) < 1e-2, errors
-    for _ in range(5):
-        jax.tree.map(np.testing.assert_array_equal, run(*inputs, intervals), results)
+    for window_blocks in (1, 7, 14):
+        intervals = random_intervals(9, 4, slots * 16384, 1 / 720, window_blocks)
+        results = run(*inputs, intervals)
+        errors = relative_errors(results, reference(*inputs, intervals))
+        assert max(errors.values()) < 1e-2, errors
+        for _ in range(3):
+            jax.tree.map(np.testing.assert_array_equal, run(*inputs, intervals), results)
 
 
 @pytest.mark.gpu

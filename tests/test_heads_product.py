@@ -103,12 +103,16 @@ def test_heads_interpreted(hopper, capsys, batch, length, depth, heads, width, t
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("heads", "width", "tile"), [(1, 128, None), (2, 64, SMALL)], ids=["one head", "small"])
-def test_heads_of_slots_interpreted(hopper, capsys, heads, width, tile):
+@pytest.mark.parametrize("with_residuals", [False, True], ids=["", "residuals"])
+@pytest.mark.parametrize("mixed", [False, True], ids=["", "mixed values"])
+@pytest.mark.parametrize(
+    ("heads", "width", "tile"), [(1, 128, None), (3, 128, None), (2, 64, SMALL)], ids=["one head", "three", "small"]
+)
+def test_heads_of_slots_interpreted(hopper, capsys, heads, width, tile, mixed, with_residuals):
     """Each row of the product is two rows of heads, at places of their own; two sequences."""
-    *inputs, _, _ = random_inputs(12, 2, 256, 64, heads, width, slots=2)
-    run = multiply(heads, 512, width, slots=2, with_residuals=True, tile=tile)
-    check_heads(hopper(run, *inputs, detect_races=True), inputs, heads, True, slots=2)
+    *inputs, _, _ = random_inputs(12, 2, 128, 64, heads, width, slots=2, mixed=mixed)
+    run = multiply(heads, 256, width, slots=2, with_residuals=with_residuals, tile=tile)
+    check_heads(hopper(run, *inputs, detect_races=True), inputs, heads, with_residuals, slots=2)
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
