@@ -46,9 +46,9 @@ def attend_product(
 ) -> tuple[Float[Array, "B S*T H K"], Float[Array, "B S*T H K"]]:
     """Attention's output and the values that it weighed, of queries, keys and values that are made of x w.
 
-    What is mixed in, `rotary` and `offsets_keys` are those of `prepare_heads`, which takes a row of x w, or with S
-    `slots` as many rows, one after the other. The other arguments are those of `attend`, with its errors. `between`, if
-    it is given, makes of queries, keys and values those that attention takes.
+    A row of x w holds S `slots`, each a row of `num_heads` heads; the sequence is S T long. What is mixed in, `rotary`
+    and `offsets_keys` are those of `prepare_heads`, the other arguments those of `attend`, with its errors. `between`,
+    if it is given, makes of queries, keys and values those that attention takes.
 
     Where a kernel takes all of it, x w is neither stored nor rounded.
     """

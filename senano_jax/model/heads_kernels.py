@@ -1,5 +1,5 @@
 """The kernels behind heads.py, for NVIDIA GPUs: of queries, keys and values and of their gradient; and of the offset of
-keys and of its gradient by themselves. Each reads and writes every tensor once.
+keys and of its gradient by themselves. Each reads and writes every tensor once, but for keys a token apart.
 
 Names end in their dimensions: R the tokens of a program, E the halves of a head between which rotary pairs lie.
 """
@@ -92,9 +92,9 @@ def offset_keys(k, launch: HeadLaunch, interpret: bool):
 
 @functools.partial(jax.jit, static_argnames=("launch", "interpret"))  # lowered once for all layers
 def backward_of_offset_keys(d_product, k, k_scale, rotary, dk, launch: HeadLaunch, interpret: bool):
-    """`d_product` [B, T, 3*H, K] with the gradient of what keys with the offset were made of, in its second third: for
-    attention that writes the others. `k` are keys before the offset, normalised and turned, `k_scale` [B, H, T] what
-    the norm multiplied them by, float32, and `dk` is the gradient of the keys that attention took."""
+    """Writes the keys' third of `d_product` [B, T, 3*H, K], the gradient of the product, in place; the others stay.
+    `k` are keys before the offset, normalised and turned, `k_scale` [B, H, T] what the norm multiplied them by,
+    float32, and `dk` is the gradient of the keys that attention took, those with the offset."""
     shape, d_product = d_product.shape, _apart(d_product, k.shape[2])
     grid, _, table, part, all_parts, _ = _blocks(d_product.shape, launch)
     scale = pl.BlockSpec((None, *part.block_shape[2:0:-1]), lambda h, t, b: (b, h, t))
@@ -224,7 +224,7 @@ def _offset_keys_backward_kernel(cos_ref, sin_ref, k_ref, scale_ref, dk_ref, who
 
 
 def _with_rests(own, before):
-    """Halves whose numbers that carry no position are those of other halves."""
+    """The halves `own`, with the dimensions that do not turn taken from `before`."""
     return [jnp.where(_rests(own_RE), before_RE, own_RE) for own_RE, before_RE in zip(own, before)]
 
 

@@ -63,7 +63,7 @@ def heads_matmul(
 ) -> Heads:
     """What `prepare_heads` makes of x w, which is not rounded in between; bfloat16.
 
-    With S `slots` a row of x w is as many rows of heads, one after the other, in a sequence of S T (paired_heads.py).
+    A row of x w holds S `slots`, each a row of `num_heads` heads; the sequence is S T long (paired_heads.py).
     `with_residuals` asks for what the backward pass needs. Without a tile, the first one of TILES that fits. Raises
     ValueError for sizes or a dtype that the kernel does not take.
     """
