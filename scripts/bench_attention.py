@@ -190,12 +190,8 @@ def main():
                     "forward_backward_tflops": rates[1],
                 }
             )
-            print(
-                f"{implementation:>14} {window:>3} {milliseconds[0]:8.3f} {milliseconds[1]:8.3f}".join(
-                    f" {'-' if rate is None else f'{rate:.0f}':>12}" for rate in rates
-                ),
-                flush=True,
-            )
+            shown = "".join(f" {'-' if rate is None else f'{rate:.0f}':>12}" for rate in rates)
+            print(f"{implementation:>14} {window:>3} {milliseconds[0]:8.3f} {milliseconds[1]:8.3f}{shown}", flush=True)
     if args.out:
         head = {
             "device": device,
