@@ -177,9 +177,10 @@ def main():
             except Exception as error:  # out of memory, no cuDNN, no Hopper: the other rows still count
                 print(f"{implementation:>14} {window:>3} failed: {str(error).splitlines()[0][:120]}")
                 continue
-            rates = [tflops(*each, args, pairs) for each in zip((FORWARD, FORWARD_AND_BACKWARD), milliseconds)]
             if implementation in OF_PRODUCT:
                 rates = [None, None]  # products take a part of the time
+            else:
+                rates = [tflops(*each, args, pairs) for each in zip((FORWARD, FORWARD_AND_BACKWARD), milliseconds)]
             rows.append(
                 {
                     "implementation": implementation,

@@ -6,11 +6,11 @@
     python scripts/bench_row_kernels.py heads-product --batch 4 --launches 128,128,5,8,a,128
 
 `heads` is prepare_heads, `offset-heads` the same with key offsets, `offset-keys` the offset of keys by itself, forward
-alone; `heads-product` is the product and prepare_heads,
-with what the backward pass needs, forward alone: two kernels, or the one for Hopper GPUs. `gated-exclusive` is what
-attention gives with both pieces; `stream-mlp` the weighted stream beside an MLP, of which the backward pass alone is
-fused: the MLP is left out. `stream-mix` is the stream with a skip connection and its norm, backward alone, too. `loss`
-is log-sum-exp and gradient of 8,192 tokens, whatever the flags for sizes say.
+alone; `heads-product` is the product and prepare_heads, with what the backward pass needs, forward alone: two kernels,
+or the one for Hopper GPUs. `gated-exclusive` is what attention gives with both pieces; `stream-mlp` the weighted stream
+beside an MLP, of which the backward pass alone is fused: the MLP is left out. `stream-mix` is the stream with a skip
+connection and its norm, backward alone, too. `loss` is log-sum-exp and gradient of 8,192 tokens, whatever the flags for
+sizes say.
 
 Time is the median over repetitions of a jitted chain of calls, divided by its length; backward is the difference of
 forward and backward together and forward alone. Bytes count each tensor once, in and out. The ratio is that of the

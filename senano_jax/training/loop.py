@@ -105,11 +105,12 @@ def train(
             evaluated = False
 
             stage, inputs = plan.stage(step), plan.inputs(step)
-            progress.doing("compiling" if step in (first_step, stage.first) else "")
+            compiling = step in (first_step, stage.first)
+            progress.doing("compiling" if compiling else "")
             stream.resize(stage.seq_len, stage.sequences)
             tokens = place_batch(wiring.mesh, next(stream).tokens, wiring.micro_batches[stage.index])
             train_step = wiring.train_steps[stage.index]
-            if step in (first_step, stage.first):
+            if compiling:
                 compile_kernels_beside(train_step.lower(state, tokens, *inputs))
             state, metrics = train_step(state, tokens, *inputs)
             for value in metrics:  # starts the copy now: one asked for later would wait for the steps queued behind
