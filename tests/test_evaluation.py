@@ -24,7 +24,7 @@ def test_short_sequences_are_evaluated_in_groups(monkeypatch, devices, tokens_at
     evaluate._step = lambda params, rows, *rest: (shapes.append(rows.shape), step(params, rows, *rest))[1]
     loss = evaluate(params, 1)
     assert set(shapes) == {(devices * at_a_time, 129)}
-    assert evaluate.tokens == 6 * 128
+    assert evaluate.tokens == 6 * 128 and evaluate.rounds == len(shapes)
     summed = jax.jit(lambda: model.apply({"params": params}, sequences[:, :-1], sequences[:, 1:], 1))()
     assert loss == pytest.approx(float(summed) / (6 * 128), rel=1e-6)
     assert np.isfinite(loss)

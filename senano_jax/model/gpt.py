@@ -102,6 +102,7 @@ class Gpt(nn.Module):
         if self.input_correction is not None:
             rows = self.input_correction(rows, inputs)
         x0 = norm(rows if self.smear is None else self.smear(rows))
+        x0 = jax.lax.optimization_barrier(x0)  # or an evaluation normalises the rows again, in float32, in every layer
         heads = (*inputs.shape, c.num_heads, c.head_dim)
         values = tuple(rows_of(table, inputs, self.dtype).reshape(heads) for table in self.value_tables)
         slots = slots_of(starts, window_blocks, c.head_dim) if c.paired_heads else None

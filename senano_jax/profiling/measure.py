@@ -39,6 +39,7 @@ from senano_jax.training.wiring import Wiring, wire
 
 TRACED_STEPS = 2
 EVALUATIONS = 3  # timed, after one that compiles
+EVALUATION_ROUNDS = 8  # of each
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One round of an evaluation, on all devices."""
+    """One round of an evaluation of several, on all devices."""
 
     tokens: int
+    rounds: int  # timed together
     seq_len: int
     source: str
     milliseconds: Spread
@@ -195,10 +197,13 @@ def _loss_is_fused(stage: PlannedStage, tokens: int) -> bool:
 
 
 def _time_evaluation(config: Config, wiring: Wiring, params: Params, window: int) -> Evaluation:
-    """One round: on each device as many validation sequences as training evaluates at a time."""
+    """A few rounds, the next one always queued, as in training: on each device as many sequences at a time as
+    training evaluates."""
     mesh = wiring.mesh
     length = config.data.val_seq_len
-    count = mesh.size * group_size(config.data.val_tokens // length, length, mesh.size)
+    sequences = config.data.val_tokens // length
+    a_round = mesh.size * group_size(sequences, length, mesh.size)
+    count = a_round * max(min(sequences // a_round, EVALUATION_ROUNDS), 1)
     try:
         source = config.data.val_files
         rows = validation_sequences(source, find_shards(source), count * length, length)
@@ -211,10 +216,10 @@ def _time_evaluation(config: Config, wiring: Wiring, params: Params, window: int
     for _ in range(EVALUATIONS):
         start = time.perf_counter()
         evaluate(params, window)
-        times.append(1000 * (time.perf_counter() - start))
-    spread = Spread.of(times)
-    flops = step_flops(config.model, rows[:, :-1], window, training=False).total
-    return Evaluation(evaluate.tokens, length, source, spread, evaluate.tokens / spread.median * 1000, flops)
+        times.append(1000 * (time.perf_counter() - start) / evaluate.rounds)
+    spread, tokens = Spread.of(times), evaluate.tokens // evaluate.rounds
+    flops = step_flops(config.model, rows[:, :-1], window, training=False).total // evaluate.rounds
+    return Evaluation(tokens, evaluate.rounds, length, source, spread, tokens / spread.median * 1000, flops)
 
 
 def _trace(runner: StepRunner, program: Program, window: int, folder: Path | None) -> tuple[Kernels | None, str]:

@@ -124,7 +124,7 @@ def _sweep(report: Report) -> Table:
 
 def _evaluation(evaluation: Evaluation) -> Table:
     return _pairs(
-        f"Evaluation, {evaluation.tokens:,} tokens at a time",
+        f"Evaluation, {evaluation.tokens:,} tokens at a time, {evaluation.rounds} times",
         ("sequence", f"{evaluation.seq_len:,} tokens of {evaluation.source}"),
         ("time", f"{evaluation.milliseconds.median:,.1f} ms"),
         ("speed", f"{evaluation.tokens_per_s:,.0f} tokens/s"),

@@ -30,6 +30,11 @@ class Evaluator:
         groups, size, length = self._groups.shape
         return groups * size * (length - 1)
 
+    @property
+    def rounds(self) -> int:
+        """How many times all devices are given a group."""
+        return -(-len(self._groups) // self._mesh.size)
+
     def __call__(self, params: Params, window_blocks: int) -> float:
         """Mean cross-entropy over all tokens, in nats; waits for the devices."""
         losses = []
