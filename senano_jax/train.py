@@ -109,7 +109,7 @@ def run(request: Request) -> Path | None:
         describe(request.config, request.preset)
         return None
     with cause_first():
-        return train(request.config, request.preset)
+        return train(request.config, request.preset, keeps_steps=not names_file(request.preset))
 
 
 def config_fields(config: Config) -> dict:

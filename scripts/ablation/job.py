@@ -41,7 +41,7 @@ def main(parent: int) -> None:
     sys.argv = order["command"]
     config, preset = read_config(Path(order["config"]))
     with contextlib.suppress(Stopped):  # it has saved; the queue sees that it is not finished
-        train(config, preset)
+        train(config, preset, keeps_steps=True)
 
 
 def _stop_with(parent: int) -> None:

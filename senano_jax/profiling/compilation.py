@@ -1,15 +1,14 @@
 """Ahead-of-time compilation, phase by phase, and what the compiler says of the result."""
 
-import contextlib
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 
 from senano_jax.kernels.hopper_compilation import compile_kernels_beside
+from senano_jax.training.cache_events import cache_events
 
 # Without command buffers (CUDA graphs) every kernel of a trace carries the name of its operation.
 UNGROUPED_KERNELS = {"xla_gpu_enable_command_buffer": ""}
@@ -65,7 +64,7 @@ def compile_program(jitted: Callable, *arguments: Any) -> Program:
     lowered = traced.lower()
     lowered_at = time.perf_counter()
     compile_kernels_beside(lowered)
-    with _cache_events() as events:
+    with cache_events() as events:
         compiled = lowered.compile()
     compiled_at = time.perf_counter()
     cache = "hit" if "cache_hits" in events else "miss" if "compile_requests_use_cache" in events else "off"
@@ -104,23 +103,3 @@ def planned_memory(compiled: jax.stages.Compiled) -> Memory | None:
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
     )
-
-
-@contextlib.contextmanager
-def _cache_events() -> Iterator[dict[str, float]]:
-    """Events of the persistent cache inside the context, by their last name: seconds, or 1 for those without. Those of
-    other threads, which compile kernels, do not count."""
-    events: dict[str, float] = {}
-    thread = threading.get_ident()
-
-    def record(event: str, seconds: float = 1.0, **_) -> None:
-        if event.startswith("/jax/compilation_cache/") and threading.get_ident() == thread:
-            events[event.rsplit("/", 1)[1]] = seconds
-
-    jax.monitoring.register_event_listener(record)
-    jax.monitoring.register_event_duration_secs_listener(record)
-    try:
-        yield events
-    finally:
-        jax.monitoring.unregister_event_listener(record)
-        jax.monitoring.unregister_event_duration_listener(record)

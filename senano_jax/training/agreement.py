@@ -56,10 +56,19 @@ def program(config: Config) -> dict[str, Any]:
     """What a process runs, by name: versions of JAX, checksums of this package's files, and the values of `config`, but
     for where a machine keeps its files."""
     versions = {name: installed_version(name) for name in ("jax", "jaxlib")}
+    return versions | checksums_of_files() | values_of(config)
+
+
+def checksums_of_files() -> dict[str, str]:
+    """Of this package, by path."""
     files = {str(path.relative_to(_PACKAGE.parent)): path for path in sorted(_PACKAGE.rglob("*.py"))}
-    checksums = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:8] for name, path in files.items()}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:8] for name, path in files.items()}
+
+
+def values_of(config: Config) -> dict[str, Any]:
+    """The values of `config`, by path, but for where a machine keeps its files."""
     values = dict(_leaves(to_document(config), ""))
-    return versions | checksums | {path: value for path, value in values.items() if path not in _OF_A_MACHINE}
+    return {path: value for path, value in values.items() if path not in _OF_A_MACHINE}
 
 
 def _listed(kinds: Counter[str]) -> str:

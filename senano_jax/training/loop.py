@@ -15,7 +15,6 @@ from senano_jax.data.shards import find_shards
 from senano_jax.data.stream import TokenStream, require_tokens
 from senano_jax.files import expand_home
 from senano_jax.jax_settings import start_jax
-from senano_jax.kernels.hopper_compilation import compile_kernels_beside
 from senano_jax.model.build import count_parameters
 from senano_jax.output import lasting_output
 from senano_jax.plan import Plan
@@ -30,6 +29,7 @@ from senano_jax.training.processes import StopVote, together
 from senano_jax.training.recorder import Recorder, RunningStep, wait_for_step
 from senano_jax.training.resume import Bookmark, begin_or_resume, check_same_run, open_run, require_shared_folder
 from senano_jax.training.state import params_to_evaluate
+from senano_jax.training.step_cache import compiled_step, open_step_cache
 from senano_jax.training.stop import Stopped, StopRequest
 from senano_jax.training.wiring import Wiring, wire
 
@@ -41,11 +41,14 @@ def train(
     *,
     quiet: bool = False,
     on_record: Callable[[Record], None] | None = None,
+    keeps_steps: bool = False,
 ) -> Path:
     """Runs `config` (derived from the preset of that name), or goes on with it, and returns its run folder.
 
     `own` is what a program gives in place of what is configured, which names it (`naming`). `quiet` prints
-    nothing; `on_record` is called with each line of metrics.jsonl, as a dictionary.
+    nothing; `on_record` is called with each line of metrics.jsonl, as a dictionary. `keeps_steps` finds compiled steps
+    of earlier runs on disk, and keeps those of this one, where it can: for processes that run the package as its files
+    have it.
 
     Raises UserError, before anything is allocated, for values, files or devices that cannot work; and, during the
     run, for a loss that is no longer finite, bad tokens, or a folder that can no longer be written. Raises Stopped if
@@ -55,6 +58,7 @@ def train(
     sinks, shards = _checked(config)
     wiring = wire(config, own)
     plan = wiring.plan
+    step_cache = open_step_cache(config, own, wiring) if keeps_steps else None
     with together():
         evaluate = make_evaluator(config, wiring.model, wiring.mesh)
     vote = StopVote(wiring.mesh)
@@ -109,9 +113,10 @@ def train(
             progress.doing("compiling" if compiling else "")
             stream.resize(stage.seq_len, stage.sequences)
             tokens = place_batch(wiring.mesh, next(stream).tokens, wiring.micro_batches[stage.index])
-            train_step = wiring.train_steps[stage.index]
             if compiling:
-                compile_kernels_beside(train_step.lower(state, tokens, *inputs))
+                arguments = state, tokens, *inputs
+                train_step = compiled_step(wiring.train_steps[stage.index], stage.visits, arguments, step_cache)
+                del arguments  # the step consumes the state
             state, metrics = train_step(state, tokens, *inputs)
             for value in metrics:  # starts the copy now: one asked for later would wait for the steps queued behind
                 value.copy_to_host_async()

@@ -1,0 +1,147 @@
+"""Compiled training steps on disk, found by what they are made from, without tracing them.
+
+JAX keeps what XLA has compiled (`compilation_cache`), but to ask for it a step must first be traced and lowered: on a
+GPU's host 8 s for `recurrent` and 12 s for `tied-recurrent`, most of it Python that lowers kernels. Here the package's
+files, the configuration, versions, settings and devices tell which program a step is.
+
+They do so where nobody has replaced a function of the package in memory, as a notebook may: commands have these steps,
+programs do not. GPUs alone, as code for a CPU may be of another processor than the next machine's.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
+from jax.sharding import Mesh
+
+from senano_jax.config import Config
+from senano_jax.files import write_atomically
+from senano_jax.kernels.choice import on_gpu
+from senano_jax.kernels.hopper_compilation import compile_kernels_beside
+from senano_jax.training.agreement import checksums_of_files, values_of
+from senano_jax.training.cache_events import cache_events
+from senano_jax.training.own import NOTHING_OWN, Own
+from senano_jax.training.step import StepMetrics
+from senano_jax.training.wiring import Wiring
+
+# As they are imported: a process may wait for a device while somebody edits them. But for those that only read or show.
+FILES = {
+    name: checksum
+    for name, checksum in checksums_of_files().items()
+    if not name.startswith(("senano_jax/runlog/", "senano_jax/interop/", "senano_jax/profiling/"))
+}
+KEPT = 16  # steps, those used last: 10 to 100 MB each
+_PACKAGES = ("jax", "flax", "optax", "numpy", "nvidia")  # what the names of those begin with that programs depend on
+# Of a Config: what no step depends on. All else counts, also what changes none.
+_OF_A_RUN = {
+    "run_dir", "resume", "seed", "init_from", "val_every", "checkpoint_every", "checkpoint_keep",
+    "checkpoint_keep_every", "tensorboard", "wandb", "data",
+}  # fmt: skip
+
+
+class StepCache:
+    """Compiled steps of one configuration on one set of devices, in files named by a checksum of all they are made
+    from. Steps differ by their `visits` of the loop and by the shapes, types and places of their arguments."""
+
+    def __init__(self, folder: Path, config: Config, mesh: Mesh):
+        self._folder = folder
+        self._devices = list(mesh.devices.flat)
+        self._made_from = _made_from(config, mesh)
+        self._known: dict[Path, jax.stages.Compiled] = {}
+
+    def find(self, visits: int | None, arguments: tuple) -> jax.stages.Compiled | None:
+        """None if there is none, or none that loads."""
+        path = self._path(visits, arguments)
+        if path in self._known:
+            return self._known[path]
+        try:
+            if path.stat().st_uid != os.getuid():  # to load it is to run what its owner says
+                return None
+            payload = path.read_bytes()
+            trees = jax.tree.structure((arguments, {})), jax.tree.structure((arguments[0], StepMetrics(0, 0)))
+            self._known[path] = deserialize_and_load(payload, *trees, execution_devices=self._devices)
+            os.utime(path)  # it is used
+        except Exception:  # not there, damaged, or of a library that does not read it: it is compiled, and written
+            return None
+        return self._known[path]
+
+    def remember(self, visits: int | None, arguments: tuple, compiled: jax.stages.Compiled) -> None:
+        """As long as this process lives."""
+        self._known[self._path(visits, arguments)] = compiled
+
+    def keep(self, visits: int | None, arguments: tuple, compiled: jax.stages.Compiled) -> threading.Thread:
+        """Writes the step in a thread, which it returns; forgets those that have not been used for longest. What cannot
+        be kept is not: no run ends for that."""
+        path = self._path(visits, arguments)  # now: the step consumes what it is given
+        writer = threading.Thread(target=self._write, args=(path, compiled), name="step cache")
+        writer.start()
+        return writer
+
+    def _write(self, path: Path, compiled: jax.stages.Compiled) -> None:
+        with contextlib.suppress(Exception):
+            payload, *_ = serialize(compiled)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, payload)
+            for old in sorted(self._folder.glob("*.step"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
+                old.unlink()
+
+    def _path(self, visits: int | None, arguments: tuple) -> Path:
+        text = json.dumps([self._made_from, visits, _described(arguments)], sort_keys=True, default=str)
+        return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:40]}.step"
+
+
+def open_step_cache(config: Config, own: Own, wiring: Wiring) -> StepCache | None:
+    """None where steps are not kept: without a folder of compiled programs, on other devices than GPUs, with several
+    processes, and where a step depends on more than the configuration says, an own model, optimiser, or tables of
+    prefixes."""
+    folder = jax.config.jax_compilation_cache_dir
+    if folder is None or "://" in folder or not on_gpu() or jax.process_count() > 1:
+        return None
+    if own != NOTHING_OWN or any(stage.has_prefix for stage in wiring.plan.stages):
+        return None
+    return StepCache(Path(folder) / "steps", config, wiring.mesh)
+
+
+def compiled_step(step: Callable, visits: int | None, arguments: tuple, cache: StepCache | None) -> Callable:
+    """`step`, which applies the loop `visits` times, for arguments of these shapes, types and places: from `cache`, or
+    compiled and, unless JAX had it, kept there. Without a cache it is what its first call compiles."""
+    if cache is not None and (found := cache.find(visits, arguments)) is not None:
+        return found
+    lowered = step.lower(*arguments)
+    compile_kernels_beside(lowered)
+    if cache is None:
+        return step
+    with cache_events() as events:
+        compiled = lowered.compile()
+    cache.remember(visits, arguments, compiled)
+    if "cache_hits" not in events:  # XLA does not write what it has read from there (on CPUs, not whole)
+        cache.keep(visits, arguments, compiled)
+    return compiled
+
+
+def _made_from(config: Config, mesh: Mesh) -> Mapping[str, Any]:
+    """By name: this package's files, values of the configuration, versions, settings and devices."""
+    values = {name: value for name, value in values_of(config).items() if name.split(".")[0] not in _OF_A_RUN}
+    names = {found.name or "": found.version for found in importlib.metadata.distributions()}
+    packages = {name: version for name, version in names.items() if name.lower().startswith(_PACKAGES)}
+    settings = {name: value for name, value in jax.config.values.items() if "cache" not in name}
+    device = mesh.devices.flat[0]
+    machine = {
+        "devices": [(device.id, device.device_kind) for device in mesh.devices.flat],
+        "platform": (device.client.platform, device.client.platform_version),
+        "flags": os.environ.get("XLA_FLAGS", ""),
+    }
+    return {"files": FILES, "values": values, "packages": packages, "settings": settings, "machine": machine}
+
+
+def _described(arguments: tuple) -> list[str]:
+    leaves, tree = jax.tree.flatten(arguments)
+    return [str(tree)] + [f"{jax.typeof(leaf)} {getattr(leaf, 'sharding', None)}" for leaf in leaves]

@@ -1,0 +1,227 @@
+"""Compiled steps are found by what they are made from, compute the same bits, and are those of no other program."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+from senano_jax import train
+from senano_jax.training import step_cache
+from senano_jax.training.loop import train as run
+from senano_jax.training.mesh import place_batch
+from senano_jax.training.own import NOTHING_OWN, Own
+from senano_jax.training.state import init_state
+from senano_jax.training.step_cache import StepCache, compiled_step, open_step_cache
+from senano_jax.training.wiring import wire
+
+SMALL = [
+    "demo", "--model.dim=16", "--model.num-heads=2", "--model.layers.loop=0", "--model.layers.visits=0", "--steps=3",
+    "--batch-tokens=512", "--seq-len=256", "--final-window-tokens=256", "--data.val-tokens=512",
+    "--data.val-seq-len=256", "--devices=2",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """That of the steps, on a machine which looks as if it had a GPU where the step cache asks for one."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(step_cache, "on_gpu", lambda: True)
+    before = jax.config.jax_compilation_cache_dir
+    reset_cache()  # JAX's own: it is the one of the folder that is asked for first
+    yield tmp_path / "cache" / "steps"
+    jax.config.update("jax_compilation_cache_dir", before)
+    reset_cache()
+
+
+@pytest.fixture
+def config(folder):
+    return configured(folder)
+
+
+def configured(folder, *flags):
+    return train.parse_request([*SMALL, f"--compilation-cache={folder.parent}", *flags]).config
+
+
+def trained(config, path, **options):
+    """What a run reports of its steps, the times left out."""
+    folder = run(dataclasses.replace(config, run_dir=str(path)), "demo", quiet=True, **options)
+    for writer in step_cache.threading.enumerate():
+        if writer.name == "step cache":
+            writer.join()
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in r.items() if "ms" not in name and "per_s" not in name} for r in records]
+
+
+def no_lowering(monkeypatch):
+    def fails(*_):
+        raise AssertionError("lowered")
+
+    monkeypatch.setattr(step_cache, "compile_kernels_beside", fails)
+
+
+@pytest.mark.parametrize("share", ["--share-matrices", "--no-share-matrices"])
+def test_a_second_run_computes_the_same_without_lowering(folder, tmp_path, monkeypatch, share):
+    config = configured(folder, share)
+    expected = trained(config, tmp_path / "without")
+    assert not folder.exists()
+    shutil.rmtree(folder.parent)
+    reset_cache()
+    assert trained(config, tmp_path / "first", keeps_steps=True) == expected
+    (file,) = folder.iterdir()
+    written = file.stat().st_mtime_ns
+    no_lowering(monkeypatch)
+    assert trained(config, tmp_path / "second", keeps_steps=True) == expected
+    assert [file.suffix] == [".step"] and file.stat().st_mtime_ns > written  # it was used
+
+
+def test_seeds_and_what_only_a_run_has_find_the_same_step(config, folder, tmp_path, monkeypatch):
+    trained(config, tmp_path / "first", keeps_steps=True)
+    no_lowering(monkeypatch)
+    other = dataclasses.replace(config, seed=1, val_every=1, checkpoint_every=1)
+    trained(other, tmp_path / "second", keeps_steps=True)
+
+
+def arguments_of(wiring):
+    """Those of the first step, with shapes and places alone that matter."""
+    stage = wiring.plan.stages[0]
+    tokens = np.zeros((stage.sequences, stage.seq_len + 1), np.uint16)
+    state = wiring.to_shared(init_state(wiring.model, wiring.optimizer, 0, wiring.mesh))
+    return state, place_batch(wiring.mesh, tokens, wiring.micro_batches[0]), *wiring.plan.inputs(0)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--optimizer.matrices.rate=0.01"],
+        ["--steps=4"],
+        ["--model.cap.height=20"],
+        ["--dtype=bfloat16"],
+        ["--batch-tokens=1024"],
+        ["--devices=1"],
+        ["--share-matrices"],
+        ["--reduce-dtype=bfloat16"],
+    ],
+)
+def test_another_program_is_another_file(config, folder, flags):
+    paths = set()
+    for one in (config, configured(folder, *flags)):
+        wiring = wire(one)
+        paths.add(StepCache(folder, one, wiring.mesh)._path(None, arguments_of(wiring)))
+    assert len(paths) == 2
+
+
+def test_files_versions_settings_and_visits_count(config, folder, monkeypatch):
+    wiring = wire(config)
+    arguments = arguments_of(wiring)
+
+    def path(visits=None):
+        return StepCache(folder, config, wiring.mesh)._path(visits, arguments)
+
+    paths = [path(), path(visits=2)]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    paths.append(path())
+    with jax.default_matmul_precision("float32"):
+        before = jax.config.jax_default_matmul_precision
+        jax.config.update("jax_default_matmul_precision", "highest")
+        paths.append(path())
+        jax.config.update("jax_default_matmul_precision", before)
+    monkeypatch.setattr(step_cache, "FILES", step_cache.FILES | {"senano_jax/model/gpt.py": "edited"})
+    paths.append(path())
+    monkeypatch.setattr(step_cache.importlib.metadata, "distributions", lambda: [])
+    paths.append(path())
+    assert len(set(paths)) == len(paths)
+    assert path() == paths[-1]
+
+
+def test_a_damaged_step_is_compiled_again_and_replaced(config, folder, tmp_path):
+    expected = trained(config, tmp_path / "first", keeps_steps=True)
+    (file,) = folder.iterdir()
+    file.write_bytes(file.read_bytes()[:1000])
+    for others in folder.parent.glob("jit*"):  # JAX's
+        others.unlink()
+    assert trained(config, tmp_path / "second", keeps_steps=True) == expected
+    assert file.stat().st_size > 1000
+
+
+def test_a_step_that_jax_had_is_not_written(config, folder, tmp_path):
+    """XLA for CPUs writes such a step without its functions, and says so when it runs."""
+    trained(config, tmp_path / "first")
+    trained(config, tmp_path / "second", keeps_steps=True)
+    assert folder.parent.is_dir() and not folder.exists()
+
+
+def test_a_folder_that_cannot_be_written_ends_no_run(config, folder, tmp_path):
+    folder.parent.mkdir()
+    folder.write_text("in the way")
+    trained(config, tmp_path / "run", keeps_steps=True)
+    assert folder.read_text() == "in the way"
+
+
+def test_steps_that_have_not_been_used_for_longest_are_forgotten(config, folder, monkeypatch):
+    monkeypatch.setattr(step_cache, "KEPT", 2)
+    cache = StepCache(folder, config, wire(config).mesh)
+    step = jax.jit(lambda x, y: (x, y))
+    for length in range(3):
+        cache.keep(None, (np.zeros(length),), step.lower(np.zeros(length), 0).compile()).join()
+    names = {path.name for path in folder.iterdir()}
+    assert names == {cache._path(None, (np.zeros(length),)).name for length in (1, 2)}
+
+
+def test_a_step_from_disk_consumes_the_state_as_well(config, folder, monkeypatch):
+    wiring = wire(config)
+    compiled = wiring.train_steps[0].lower(*arguments_of(wiring)).compile()
+    StepCache(folder, config, wiring.mesh).keep(None, arguments_of(wiring), compiled).join()
+    arguments = arguments_of(wiring)
+    with monkeypatch.context() as patch:
+        patch.setattr(step_cache.os, "getuid", lambda: 12345)
+        assert StepCache(folder, config, wiring.mesh).find(None, arguments) is None  # somebody else's
+    found = StepCache(folder, config, wiring.mesh).find(None, arguments)
+    state, metrics = found(*arguments)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(arguments[0].params))
+    assert int(state.step) == 1 and np.isfinite(float(metrics.loss))
+
+
+def test_a_second_stage_with_the_same_shapes_takes_the_same_step(config, folder):
+    wiring = wire(config)
+    cache, arguments = StepCache(folder, config, wiring.mesh), arguments_of(wiring)
+    first = compiled_step(wiring.train_steps[0], None, arguments, cache)
+    assert compiled_step(wiring.train_steps[0], None, arguments, cache) is first
+
+
+def test_where_no_steps_are_kept(config, folder, monkeypatch):
+    wiring = wire(config)
+    jax.config.update("jax_compilation_cache_dir", str(folder.parent))
+    assert open_step_cache(config, NOTHING_OWN, wiring) is not None
+    assert open_step_cache(config, Own(optimizer=optax.sgd(0.1)), wiring) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(step_cache, "on_gpu", lambda: False)
+        assert open_step_cache(config, NOTHING_OWN, wiring) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 2)
+        assert open_step_cache(config, NOTHING_OWN, wiring) is None
+    for elsewhere in (None, "gs://bucket/cache"):
+        jax.config.update("jax_compilation_cache_dir", elsewhere)
+        assert open_step_cache(config, NOTHING_OWN, wiring) is None
+
+
+def test_tables_of_prefixes_are_no_part_of_the_configuration(config, folder):
+    """The step holds them, and they are read from a folder's files."""
+    stage = dataclasses.replace(train.parse_request(["prefix"]).config.stages[0])
+    wiring = wire(config)
+    planned = [dataclasses.replace(wiring.plan.stages[0], prefix=stage.prefix)]
+    jax.config.update("jax_compilation_cache_dir", str(folder.parent))
+    wiring.plan.stages = planned
+    assert planned[0].has_prefix and open_step_cache(config, NOTHING_OWN, wiring) is None
+
+
+@pytest.mark.parametrize(("preset", "keeps"), [("demo", True), ("mine.py:FUNCTION", False)])
+def test_the_command_keeps_steps_unless_it_runs_a_file_that_may_replace_functions(monkeypatch, config, preset, keeps):
+    asked = []
+    monkeypatch.setattr("senano_jax.training.loop.train", lambda *_, **options: asked.append(options["keeps_steps"]))
+    train.run(train.Request(config, preset, False, ""))
+    assert asked == [keeps]
