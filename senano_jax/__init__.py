@@ -4,8 +4,10 @@ What a notebook needs is here by name, and imported when it is asked for; see do
 """
 
 import importlib
+import time
 from typing import Any
 
+IMPORTED_AT = time.time()  # a file that is younger may not be what this process has imported
 # Where each name is. JAX is imported with the first one that needs it.
 _NAMES = {
     "Config": "config",

@@ -94,8 +94,9 @@ def parse_request(arguments: Sequence[str]) -> Request:
     return Request(Config(**config_fields(args)), name, args.dry_run, notice)
 
 
-def run(request: Request) -> Path | None:
-    """Trains, and returns the run folder; None after a dry run. Raises Stopped if a signal stopped it."""
+def run(request: Request, keeps_steps: bool = False) -> Path | None:
+    """Trains, and returns the run folder; None after a dry run. Raises Stopped if a signal stopped it. `keeps_steps` is
+    for loop.train."""
     from senano_jax.jax_settings import start_jax
     from senano_jax.training.dry_run import describe
     from senano_jax.training.loop import train
@@ -109,7 +110,7 @@ def run(request: Request) -> Path | None:
         describe(request.config, request.preset)
         return None
     with cause_first():
-        return train(request.config, request.preset, keeps_steps=not names_file(request.preset))
+        return train(request.config, request.preset, keeps_steps=keeps_steps)
 
 
 def config_fields(config: Config) -> dict:
@@ -210,7 +211,7 @@ def command(arguments: Sequence[str]) -> None:
         from senano_jax.training.processes import leave_at_once_on_failure
         from senano_jax.training.stop import Stopped
     with leave_at_once_on_failure(), one_line_errors(prints_result=False), contextlib.suppress(Stopped):
-        run_dir = run(request)
+        run_dir = run(request, keeps_steps=not names_file(request.preset))  # its FUNCTION may have replaced others
         if run_dir is not None and jax.process_index() == 0:
             tell_next(run_dir, request.config.seed)
 

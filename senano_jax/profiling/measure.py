@@ -68,10 +68,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One round of an evaluation of several, on all devices."""
+    """A round of an evaluation, on all devices: its length in the mean of a few."""
 
     tokens: int
-    rounds: int  # timed together
+    rounds: int  # queued one after the other, and timed together
     seq_len: int
     source: str
     milliseconds: Spread
@@ -202,7 +202,8 @@ def _time_evaluation(config: Config, wiring: Wiring, params: Params, window: int
     mesh = wiring.mesh
     length = config.data.val_seq_len
     sequences = config.data.val_tokens // length
-    a_round = mesh.size * group_size(sequences, length, mesh.size)
+    at_a_time = group_size(sequences, length, mesh.size)
+    a_round = mesh.size * at_a_time
     count = a_round * max(min(sequences // a_round, EVALUATION_ROUNDS), 1)
     try:
         source = config.data.val_files
@@ -210,7 +211,7 @@ def _time_evaluation(config: Config, wiring: Wiring, params: Params, window: int
     except UserError:  # no shards, or too short ones: the time does not depend on the words
         source = "synthetic documents"
         rows = synthetic_sequences(count, length + 1, config.model.vocab_size)
-    evaluate = Evaluator(wiring.model, mesh, rows)
+    evaluate = Evaluator(wiring.model, mesh, rows, at_a_time)
     evaluate(params, window)
     times = []
     for _ in range(EVALUATIONS):

@@ -61,8 +61,13 @@ def program(config: Config) -> dict[str, Any]:
 
 def checksums_of_files() -> dict[str, str]:
     """Of this package, by path."""
-    files = {str(path.relative_to(_PACKAGE.parent)): path for path in sorted(_PACKAGE.rglob("*.py"))}
+    files = {str(path.relative_to(_PACKAGE.parent)): path for path in package_files()}
     return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:8] for name, path in files.items()}
+
+
+def package_files() -> list[Path]:
+    """Those of this package that Python can import, sorted; what editors leave beside them is none."""
+    return sorted(path for path in _PACKAGE.rglob("*.py") if path.is_file())
 
 
 def values_of(config: Config) -> dict[str, Any]:

@@ -18,11 +18,13 @@ TOKENS_AT_A_TIME = 65_536  # on a device, unless one sequence is longer: short o
 class Evaluator:
     """Evaluates weights on a fixed set of sequences, a long one or a group of short ones on each device at a time."""
 
-    def __init__(self, model: Model, mesh: Mesh, sequences: Int32[np.ndarray, "N T+1"]):
+    def __init__(self, model: Model, mesh: Mesh, sequences: Int32[np.ndarray, "N T+1"], at_a_time: int | None = None):
+        """`at_a_time` sequences on a device, a divisor of N; by default what `group_size` says."""
         self._step = make_eval_step(model, mesh)
         self._mesh = mesh
         count, width = sequences.shape
-        self._groups = sequences.reshape(-1, group_size(count, width - 1, mesh.size), width)
+        at_a_time = group_size(count, width - 1, mesh.size) if at_a_time is None else at_a_time
+        self._groups = sequences.reshape(-1, at_a_time, width)
 
     @property
     def tokens(self) -> int:

@@ -12,39 +12,52 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 from jax.sharding import Mesh
 
+from senano_jax import IMPORTED_AT
 from senano_jax.config import Config
 from senano_jax.files import write_atomically
 from senano_jax.kernels.choice import on_gpu
 from senano_jax.kernels.hopper_compilation import compile_kernels_beside
-from senano_jax.training.agreement import checksums_of_files, values_of
+from senano_jax.training.agreement import checksums_of_files, package_files, values_of
 from senano_jax.training.cache_events import cache_events
 from senano_jax.training.own import NOTHING_OWN, Own
 from senano_jax.training.step import StepMetrics
 from senano_jax.training.wiring import Wiring
 
-# As they are imported: a process may wait for a device while somebody edits them. But for those that only read or show.
-FILES = {
-    name: checksum
-    for name, checksum in checksums_of_files().items()
-    if not name.startswith(("senano_jax/runlog/", "senano_jax/interop/", "senano_jax/profiling/"))
-}
 KEPT = 16  # steps, those used last: 10 to 100 MB each
-_PACKAGES = ("jax", "flax", "optax", "numpy", "nvidia")  # what the names of those begin with that programs depend on
+_PACKAGES = ("jax", "flax", "optax", "numpy", "ml", "opt", "scipy", "nvidia")  # the first part of their names
+_SHOW = ("senano_jax/runlog/", "senano_jax/interop/", "senano_jax/profiling/")  # files that no step is made of
 # Of a Config: what no step depends on. All else counts, also what changes none.
 _OF_A_RUN = {
     "run_dir", "resume", "seed", "init_from", "val_every", "checkpoint_every", "checkpoint_keep",
     "checkpoint_keep_every", "tensorboard", "wandb", "data",
 }  # fmt: skip
+_DIGEST = hashlib.sha256().digest_size
+_log = logging.getLogger(__name__)
+
+
+def _files() -> dict[str, str] | None:
+    """Checksums of this package's files; None if they may be others than this process has imported."""
+    try:
+        if max(path.stat().st_mtime for path in package_files()) >= IMPORTED_AT:
+            return None
+        return {name: checksum for name, checksum in checksums_of_files().items() if not name.startswith(_SHOW)}
+    except OSError:  # one is being replaced
+        return None
+
+
+FILES = _files()  # now: a process may wait for its device while somebody edits them
 
 
 class StepCache:
@@ -65,12 +78,19 @@ class StepCache:
         try:
             if path.stat().st_uid != os.getuid():  # to load it is to run what its owner says
                 return None
-            payload = path.read_bytes()
+            content = memoryview(path.read_bytes())
+            digest, payload = content[:_DIGEST], content[_DIGEST:]
+            if hashlib.sha256(payload).digest() != digest:
+                return None
             trees = jax.tree.structure((arguments, {})), jax.tree.structure((arguments[0], StepMetrics(0, 0)))
             self._known[path] = deserialize_and_load(payload, *trees, execution_devices=self._devices)
-            os.utime(path)  # it is used
-        except Exception:  # not there, damaged, or of a library that does not read it: it is compiled, and written
+        except FileNotFoundError:
             return None
+        except Exception:  # of a library that does not read it: it is compiled, and written, again
+            _log.debug("%s: cannot be loaded", path, exc_info=True)
+            return None
+        with contextlib.suppress(OSError):  # a folder to read from alone
+            os.utime(path)  # it is used
         return self._known[path]
 
     def remember(self, visits: int | None, arguments: tuple, compiled: jax.stages.Compiled) -> None:
@@ -86,12 +106,14 @@ class StepCache:
         return writer
 
     def _write(self, path: Path, compiled: jax.stages.Compiled) -> None:
-        with contextlib.suppress(Exception):
+        try:
             payload, *_ = serialize(compiled)
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, payload)
+            write_atomically(path, hashlib.sha256(payload).digest(), payload)
             for old in sorted(self._folder.glob("*.step"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
                 old.unlink()
+        except Exception:
+            _log.debug("%s: cannot be kept", path, exc_info=True)
 
     def _path(self, visits: int | None, arguments: tuple) -> Path:
         text = json.dumps([self._made_from, visits, _described(arguments)], sort_keys=True, default=str)
@@ -100,10 +122,12 @@ class StepCache:
 
 def open_step_cache(config: Config, own: Own, wiring: Wiring) -> StepCache | None:
     """None where steps are not kept: without a folder of compiled programs, on other devices than GPUs, with several
-    processes, and where a step depends on more than the configuration says, an own model, optimiser, or tables of
-    prefixes."""
+    processes, where this package's files have just changed, and where a step depends on more than the configuration
+    says, an own model, optimiser, or tables of prefixes."""
     folder = jax.config.jax_compilation_cache_dir
-    if folder is None or "://" in folder or not on_gpu() or jax.process_count() > 1:
+    if folder is None or "://" in folder or not jax.config.jax_enable_compilation_cache:
+        return None
+    if not on_gpu() or jax.process_count() > 1 or FILES is None:
         return None
     if own != NOTHING_OWN or any(stage.has_prefix for stage in wiring.plan.stages):
         return None
@@ -127,19 +151,27 @@ def compiled_step(step: Callable, visits: int | None, arguments: tuple, cache: S
     return compiled
 
 
-def _made_from(config: Config, mesh: Mesh) -> Mapping[str, Any]:
-    """By name: this package's files, values of the configuration, versions, settings and devices."""
+def _made_from(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """This package's files, values of the configuration, versions, settings and devices."""
     values = {name: value for name, value in values_of(config).items() if name.split(".")[0] not in _OF_A_RUN}
-    names = {found.name or "": found.version for found in importlib.metadata.distributions()}
-    packages = {name: version for name, version in names.items() if name.lower().startswith(_PACKAGES)}
+    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    for found in importlib.metadata.distributions():  # the first of a name is the one that is imported
+        if (found.name or "").lower().startswith(_PACKAGES):
+            versions.setdefault(found.name, found.version)
     settings = {name: value for name, value in jax.config.values.items() if "cache" not in name}
-    device = mesh.devices.flat[0]
+    client = mesh.devices.flat[0].client
     machine = {
-        "devices": [(device.id, device.device_kind) for device in mesh.devices.flat],
-        "platform": (device.client.platform, device.client.platform_version),
+        "devices": [_device(device) for device in mesh.devices.flat],
+        "platform": (client.platform, client.platform_version),
         "flags": os.environ.get("XLA_FLAGS", ""),
     }
-    return {"files": FILES, "values": values, "packages": packages, "settings": settings, "machine": machine}
+    return {"files": FILES, "values": values, "versions": versions, "settings": settings, "machine": machine}
+
+
+def _device(device: jax.Device) -> list:
+    """What kernels are chosen and sized by."""
+    of_gpu = (getattr(device, name, None) for name in ("compute_capability", "core_count"))
+    return [device.id, device.device_kind, *of_gpu]
 
 
 def _described(arguments: tuple) -> list[str]:
