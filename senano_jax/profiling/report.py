@@ -124,9 +124,9 @@ def _sweep(report: Report) -> Table:
 
 def _evaluation(evaluation: Evaluation) -> Table:
     return _pairs(
-        f"Evaluation, {evaluation.tokens:,} tokens at a time, {evaluation.rounds} times",
+        f"Evaluation, {evaluation.tokens:,} tokens at a time",
         ("sequence", f"{evaluation.seq_len:,} tokens of {evaluation.source}"),
-        ("time", f"{evaluation.milliseconds.median:,.1f} ms"),
+        ("time", f"{evaluation.milliseconds.median:,.1f} ms, in the mean of {evaluation.rounds} queued together"),
         ("speed", f"{evaluation.tokens_per_s:,.0f} tokens/s"),
         ("model FLOP/s", f"{evaluation.model_flops / evaluation.milliseconds.median / 1e9:,.3f} TFLOP/s"),
     )
