@@ -7,7 +7,7 @@ import importlib
 import time
 from typing import Any
 
-IMPORTED_AT = time.time()  # a file that is younger may not be what this process has imported
+IMPORTED_AT = time.time()  # a file changed since may not be what this process has imported
 # Where each name is. JAX is imported with the first one that needs it.
 _NAMES = {
     "Config": "config",

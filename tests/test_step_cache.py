@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -30,12 +31,16 @@ SMALL = [
 ]  # fmt: skip
 
 
+FILES = {"senano_jax/train.py": "as it is"}
+files_of_package = step_cache._files
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """That of the steps, on a machine which looks as if it had a GPU where the step cache asks for one."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setattr(step_cache, "on_gpu", lambda: True)
-    monkeypatch.setattr(step_cache, "FILES", {"senano_jax/train.py": "as it is"})
+    monkeypatch.setattr(step_cache, "_files", lambda: FILES)
     before = jax.config.jax_compilation_cache_dir
     reset_cache()  # JAX's own: it is the one of the folder that is asked for first
     yield tmp_path / "cache" / "steps"
@@ -52,12 +57,16 @@ def configured(folder, *flags):
     return train.parse_request([*SMALL, f"--compilation-cache={folder.parent}", *flags]).config
 
 
+def wait_for_writers():
+    for thread in threading.enumerate():
+        if thread.name == "step cache":
+            thread.join()
+
+
 def trained(config, path, **options):
     """What a run reports of its steps, the times left out."""
     folder = run(dataclasses.replace(config, run_dir=str(path)), "demo", quiet=True, **options)
-    for writer in threading.enumerate():
-        if writer.name == "step cache":
-            writer.join()
+    wait_for_writers()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in r.items() if "ms" not in name and "per_s" not in name} for r in records]
 
@@ -77,6 +86,10 @@ def test_a_second_run_computes_the_same_without_lowering(folder, tmp_path, monke
     monkeypatch.setattr(step_cache, "compile_kernels_beside", fails)
     assert trained(config, tmp_path / "second", keeps_steps=True) == losses
     assert sorted(folder.iterdir()) == files
+
+
+def cache_of(folder, config, mesh):
+    return StepCache(folder, FILES, config, mesh)
 
 
 def arguments_of(wiring):
@@ -104,7 +117,7 @@ def test_another_program_is_another_file(config, folder, flags):
     paths = set()
     for one in (config, configured(folder, *flags)):
         wiring = wire(one)
-        paths.add(StepCache(folder, one, wiring.mesh)._path(None, arguments_of(wiring)))
+        paths.add(cache_of(folder, one, wiring.mesh).path(None, arguments_of(wiring)))
     assert len(paths) == 2
 
 
@@ -112,10 +125,10 @@ def test_files_versions_settings_and_visits_count(config, folder, monkeypatch):
     wiring = wire(config)
     arguments = arguments_of(wiring)
 
-    def path(visits=None):
-        return StepCache(folder, config, wiring.mesh)._path(visits, arguments)
+    def path(visits=None, files=FILES):
+        return StepCache(folder, files, config, wiring.mesh).path(visits, arguments)
 
-    paths = [path(), path(visits=2)]
+    paths = [path(), path(visits=2), path(files={"senano_jax/train.py": "edited"})]
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
     paths.append(path())
     before = jax.config.jax_default_matmul_precision
@@ -124,8 +137,6 @@ def test_files_versions_settings_and_visits_count(config, folder, monkeypatch):
         paths.append(path())
     finally:
         jax.config.update("jax_default_matmul_precision", before)
-    monkeypatch.setattr(step_cache, "FILES", {"senano_jax/train.py": "edited"})
-    paths.append(path())
     monkeypatch.setattr(step_cache.importlib.metadata, "distributions", lambda: [])
     paths.append(path())
     assert len(set(paths)) == len(paths)
@@ -141,17 +152,20 @@ def test_no_step_depends_on_what_does_not_count(config, folder):
         wiring = wire(one)
         arguments = arguments_of(wiring)
         texts.add(wiring.train_steps[0].lower(*arguments).as_text())
-        paths.add(StepCache(folder, one, wiring.mesh)._path(None, arguments))
+        paths.add(cache_of(folder, one, wiring.mesh).path(None, arguments))
     assert len(texts) == len(paths) == 1
 
 
-def test_files_that_are_younger_than_the_process_may_be_others(monkeypatch):
-    assert set(step_cache._files()) >= {"senano_jax/model/gpt.py", "senano_jax/training/step.py"}
+def test_files_that_have_changed_since_the_process_began_may_be_others(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(step_cache, "IMPORTED_AT", 0)
-        assert step_cache._files() is None
-    monkeypatch.setattr(step_cache, "package_files", lambda: [Path("/nowhere/replaced.py")])
-    assert step_cache._files() is None
+        patch.setattr(step_cache, "IMPORTED_AT", float("inf"))
+        assert set(files_of_package()) >= {"senano_jax/model/gpt.py", "senano_jax/training/step.py"}
+    edited = tmp_path / "edited.py"
+    edited.touch()
+    os.utime(edited, (0, 0))  # as a copy brings it
+    for changed in (edited, Path("/nowhere/replaced.py")):
+        monkeypatch.setattr(step_cache, "package_files", lambda changed=changed: [changed])
+        assert files_of_package() is None
 
 
 def small_step(state, x):
@@ -164,12 +178,12 @@ SMALL_ARGUMENTS = (np.float32(1), np.float32(2))
 @pytest.mark.parametrize("damage", [lambda sound: sound[:100], lambda sound: sound[:-1] + b"?", lambda sound: b""])
 def test_a_damaged_step_is_none(config, folder, damage):
     mesh = wire(config).mesh
-    compiled = jax.jit(small_step).lower(*SMALL_ARGUMENTS).compile()
-    StepCache(folder, config, mesh).keep(None, SMALL_ARGUMENTS, compiled).join()
-    (file,) = folder.iterdir()
-    assert StepCache(folder, config, mesh).find(None, SMALL_ARGUMENTS) is not None
+    cache, again, damaged = (cache_of(folder, config, mesh) for _ in range(3))
+    file = cache.path(None, SMALL_ARGUMENTS)
+    cache.keep(file, jax.jit(small_step).lower(*SMALL_ARGUMENTS).compile()).join()
+    assert again.find(file, SMALL_ARGUMENTS) is not None
     file.write_bytes(damage(file.read_bytes()))
-    assert StepCache(folder, config, mesh).find(None, SMALL_ARGUMENTS) is None
+    assert damaged.find(file, SMALL_ARGUMENTS) is None
 
 
 def test_a_step_that_jax_had_is_not_written(config, folder):
@@ -177,12 +191,10 @@ def test_a_step_that_jax_had_is_not_written(config, folder):
     jax.config.update("jax_compilation_cache_dir", str(folder.parent))
     mesh, written = wire(config).mesh, []
     for place in (folder, folder.with_name("others")):
-        cache = StepCache(place, config, mesh)
+        cache = cache_of(place, config, mesh)
         step = compiled_step(jax.jit(lambda state, x: small_step(state, x)), None, SMALL_ARGUMENTS, cache)
-        assert cache.find(None, SMALL_ARGUMENTS) is step  # for a second stage
-        for writer in threading.enumerate():
-            if writer.name == "step cache":
-                writer.join()
+        assert cache.find(cache.path(None, SMALL_ARGUMENTS), SMALL_ARGUMENTS) is step  # for a second stage
+        wait_for_writers()
         written.append(place.exists())
     assert written == [True, False]
 
@@ -190,30 +202,32 @@ def test_a_step_that_jax_had_is_not_written(config, folder):
 def test_a_folder_that_cannot_be_written_is_no_fault(config, folder):
     folder.parent.mkdir()
     folder.write_text("in the way")
-    cache = StepCache(folder, config, wire(config).mesh)
-    cache.keep(None, SMALL_ARGUMENTS, jax.jit(small_step).lower(*SMALL_ARGUMENTS).compile()).join()
-    assert cache.find(None, SMALL_ARGUMENTS) is None and folder.read_text() == "in the way"
+    cache = cache_of(folder, config, wire(config).mesh)
+    file = cache.path(None, SMALL_ARGUMENTS)
+    cache.keep(file, jax.jit(small_step).lower(*SMALL_ARGUMENTS).compile()).join()
+    assert cache.find(file, SMALL_ARGUMENTS) is None and folder.read_text() == "in the way"
 
 
 def test_steps_that_have_not_been_used_for_longest_are_forgotten(config, folder, monkeypatch):
     monkeypatch.setattr(step_cache, "KEPT", 2)
-    cache = StepCache(folder, config, wire(config).mesh)
-    step = jax.jit(lambda x, y: (x, y))
-    for length in range(3):
-        cache.keep(None, (np.zeros(length),), step.lower(np.zeros(length), 0).compile()).join()
-    names = {path.name for path in folder.iterdir()}
-    assert names == {cache._path(None, (np.zeros(length),)).name for length in (1, 2)}
+    cache = cache_of(folder, config, wire(config).mesh)
+    compiled = jax.jit(small_step).lower(*SMALL_ARGUMENTS).compile()
+    files = [cache.path(visits, SMALL_ARGUMENTS) for visits in range(3)]
+    for file in files:
+        cache.keep(file, compiled).join()
+    assert set(folder.iterdir()) == set(files[1:])
 
 
 def test_a_step_from_disk_consumes_the_state_as_well(config, folder, monkeypatch):
     wiring = wire(config)
     compiled = wiring.train_steps[0].lower(*arguments_of(wiring)).compile()
-    StepCache(folder, config, wiring.mesh).keep(None, arguments_of(wiring), compiled).join()
-    arguments = arguments_of(wiring)
+    cache, arguments = cache_of(folder, config, wiring.mesh), arguments_of(wiring)
+    file = cache.path(None, arguments)
+    cache.keep(file, compiled).join()
     with monkeypatch.context() as patch:
         patch.setattr(step_cache.os, "getuid", lambda: 12345)
-        assert StepCache(folder, config, wiring.mesh).find(None, arguments) is None  # somebody else's
-    found = StepCache(folder, config, wiring.mesh).find(None, arguments)
+        assert cache.find(file, arguments) is None  # somebody else's
+    found = cache.find(file, arguments)
     state, metrics = found(*arguments)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(arguments[0].params))
     assert int(state.step) == 1 and np.isfinite(float(metrics.loss))
@@ -231,7 +245,7 @@ def test_where_no_steps_are_kept(config, folder, monkeypatch):
         patch.setattr(jax, "process_count", lambda: 2)
         assert open_step_cache(config, NOTHING_OWN, wiring) is None
     with monkeypatch.context() as patch:
-        patch.setattr(step_cache, "FILES", None)
+        patch.setattr(step_cache, "_files", lambda: None)
         assert open_step_cache(config, NOTHING_OWN, wiring) is None
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -245,7 +259,7 @@ def test_where_no_steps_are_kept(config, folder, monkeypatch):
 
 def test_tables_of_prefixes_are_no_part_of_the_configuration(config, folder):
     """The step holds them, and they are read from a folder's files."""
-    stage = dataclasses.replace(train.parse_request(["prefix"]).config.stages[0])
+    stage = train.parse_request(["prefix"]).config.stages[0]
     wiring = wire(config)
     planned = [dataclasses.replace(wiring.plan.stages[0], prefix=stage.prefix)]
     jax.config.update("jax_compilation_cache_dir", str(folder.parent))

@@ -114,9 +114,8 @@ def train(
             stream.resize(stage.seq_len, stage.sequences)
             tokens = place_batch(wiring.mesh, next(stream).tokens, wiring.micro_batches[stage.index])
             if compiling:
-                arguments = state, tokens, *inputs
-                train_step = compiled_step(wiring.train_steps[stage.index], stage.visits, arguments, step_cache)
-                del arguments  # the step consumes the state
+                step_of_stage = wiring.train_steps[stage.index]
+                train_step = compiled_step(step_of_stage, stage.visits, (state, tokens, *inputs), step_cache)
             state, metrics = train_step(state, tokens, *inputs)
             for value in metrics:  # starts the copy now: one asked for later would wait for the steps queued behind
                 value.copy_to_host_async()

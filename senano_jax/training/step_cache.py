@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,32 +47,24 @@ _DIGEST = hashlib.sha256().digest_size
 _log = logging.getLogger(__name__)
 
 
-def _files() -> dict[str, str] | None:
-    """Checksums of this package's files; None if they may be others than this process has imported."""
-    try:
-        if max(path.stat().st_mtime for path in package_files()) >= IMPORTED_AT:
-            return None
-        return {name: checksum for name, checksum in checksums_of_files().items() if not name.startswith(_SHOW)}
-    except OSError:  # one is being replaced
-        return None
-
-
-FILES = _files()  # now: a process may wait for its device while somebody edits them
-
-
 class StepCache:
     """Compiled steps of one configuration on one set of devices, in files named by a checksum of all they are made
     from. Steps differ by their `visits` of the loop and by the shapes, types and places of their arguments."""
 
-    def __init__(self, folder: Path, config: Config, mesh: Mesh):
+    def __init__(self, folder: Path, files: Mapping[str, str], config: Config, mesh: Mesh):
+        """`files` are the checksums of this package's files, as this process has imported them."""
         self._folder = folder
         self._devices = list(mesh.devices.flat)
-        self._made_from = _made_from(config, mesh)
+        self._made_from = {"files": files} | _made_from(config, mesh)
         self._known: dict[Path, jax.stages.Compiled] = {}
 
-    def find(self, visits: int | None, arguments: tuple) -> jax.stages.Compiled | None:
-        """None if there is none, or none that loads."""
-        path = self._path(visits, arguments)
+    def path(self, visits: int | None, arguments: tuple) -> Path:
+        """Where the step is, or would be."""
+        text = json.dumps([self._made_from, visits, _described(arguments)], sort_keys=True, default=str)
+        return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:40]}.step"
+
+    def find(self, path: Path, arguments: tuple) -> jax.stages.Compiled | None:
+        """The step of these arguments; None if there is none, or none that loads."""
         if path in self._known:
             return self._known[path]
         try:
@@ -93,14 +85,13 @@ class StepCache:
             os.utime(path)  # it is used
         return self._known[path]
 
-    def remember(self, visits: int | None, arguments: tuple, compiled: jax.stages.Compiled) -> None:
+    def remember(self, path: Path, compiled: jax.stages.Compiled) -> None:
         """As long as this process lives."""
-        self._known[self._path(visits, arguments)] = compiled
+        self._known[path] = compiled
 
-    def keep(self, visits: int | None, arguments: tuple, compiled: jax.stages.Compiled) -> threading.Thread:
+    def keep(self, path: Path, compiled: jax.stages.Compiled) -> threading.Thread:
         """Writes the step in a thread, which it returns; forgets those that have not been used for longest. What cannot
         be kept is not: no run ends for that."""
-        path = self._path(visits, arguments)  # now: the step consumes what it is given
         writer = threading.Thread(target=self._write, args=(path, compiled), name="step cache")
         writer.start()
         return writer
@@ -115,10 +106,6 @@ class StepCache:
         except Exception:
             _log.debug("%s: cannot be kept", path, exc_info=True)
 
-    def _path(self, visits: int | None, arguments: tuple) -> Path:
-        text = json.dumps([self._made_from, visits, _described(arguments)], sort_keys=True, default=str)
-        return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:40]}.step"
-
 
 def open_step_cache(config: Config, own: Own, wiring: Wiring) -> StepCache | None:
     """None where steps are not kept: without a folder of compiled programs, on other devices than GPUs, with several
@@ -127,32 +114,46 @@ def open_step_cache(config: Config, own: Own, wiring: Wiring) -> StepCache | Non
     folder = jax.config.jax_compilation_cache_dir
     if folder is None or "://" in folder or not jax.config.jax_enable_compilation_cache:
         return None
-    if not on_gpu() or jax.process_count() > 1 or FILES is None:
+    if not on_gpu() or jax.process_count() > 1:
         return None
     if own != NOTHING_OWN or any(stage.has_prefix for stage in wiring.plan.stages):
         return None
-    return StepCache(Path(folder) / "steps", config, wiring.mesh)
+    files = _files()
+    return None if files is None else StepCache(Path(folder) / "steps", files, config, wiring.mesh)
+
+
+def _files() -> dict[str, str] | None:
+    """Checksums of this package's files; None if one has changed since this process began to import them: it may be
+    another one. The time of the change counts, as copies and installations bring an older time of their own."""
+    try:
+        if max(path.stat().st_ctime for path in package_files()) >= IMPORTED_AT:
+            return None
+        return {name: checksum for name, checksum in checksums_of_files().items() if not name.startswith(_SHOW)}
+    except OSError:  # one is being replaced
+        return None
 
 
 def compiled_step(step: Callable, visits: int | None, arguments: tuple, cache: StepCache | None) -> Callable:
     """`step`, which applies the loop `visits` times, for arguments of these shapes, types and places: from `cache`, or
     compiled and, unless JAX had it, kept there. Without a cache it is what its first call compiles."""
-    if cache is not None and (found := cache.find(visits, arguments)) is not None:
-        return found
+    if cache is not None:
+        path = cache.path(visits, arguments)
+        if (found := cache.find(path, arguments)) is not None:
+            return found
     lowered = step.lower(*arguments)
     compile_kernels_beside(lowered)
     if cache is None:
         return step
     with cache_events() as events:
         compiled = lowered.compile()
-    cache.remember(visits, arguments, compiled)
+    cache.remember(path, compiled)
     if "cache_hits" not in events:  # XLA does not write what it has read from there (on CPUs, not whole)
-        cache.keep(visits, arguments, compiled)
+        cache.keep(path, compiled)
     return compiled
 
 
 def _made_from(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """This package's files, values of the configuration, versions, settings and devices."""
+    """Values of the configuration, versions, settings and devices."""
     values = {name: value for name, value in values_of(config).items() if name.split(".")[0] not in _OF_A_RUN}
     versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
     for found in importlib.metadata.distributions():  # the first of a name is the one that is imported
@@ -165,7 +166,7 @@ def _made_from(config: Config, mesh: Mesh) -> dict[str, Any]:
         "platform": (client.platform, client.platform_version),
         "flags": os.environ.get("XLA_FLAGS", ""),
     }
-    return {"files": FILES, "values": values, "versions": versions, "settings": settings, "machine": machine}
+    return {"values": values, "versions": versions, "settings": settings, "machine": machine}
 
 
 def _device(device: jax.Device) -> list:
