@@ -94,7 +94,8 @@ def table(args: argparse.Namespace, study: Study, root: Path) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--write {args.write} cannot be read ({error}); give a text in UTF-8") from None
     results = read_results(study, root)
-    print_tables([report.table(study, results)], report.remarks(study, results))
+    tables = [report.table(study, results), report.effects_table(results)]
+    print_tables([each for each in tables if each], report.remarks(study, results))
     if args.json:
         write_atomically(args.json, report.to_json(study, results).encode())
     if args.write:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from ablation.factorial import Effect, Effects
 from ablation.results import Figures, Results, Saved, read_runs
 from ablation.study import Study
 from senano_jax.errors import UserError
@@ -36,9 +37,26 @@ def table(study: Study, results: Results) -> Table:
     return Table(study.name, headers, tuple(rows))
 
 
+def effects_table(results: Results) -> Table | None:
+    """A row a factor; None without factors, or before the runs tell them apart."""
+    if results.effects is None or not results.effects.of:
+        return None
+    rows = [
+        (
+            f"`{one.factor}`",
+            f"{one.difference:+.4f}" + ("" if one.half_width is None else f" ± {one.half_width:.4f}"),
+            _judged(one),
+        )
+        for one in results.effects.of
+    ]
+    return Table("factors", ("factor", "loss with it - without it ± 95%", "verdict"), tuple(rows))
+
+
 def remarks(study: Study, results: Results) -> list[str]:
-    """What the reader of the table must know, a sentence each."""
+    """What the reader of the tables must know, a sentence each."""
     found = list(results.remarks)
+    if results.effects is not None:
+        found.append(_of_effects(results.effects))
     if waiting := [f"`{one.variant}`" for one in results.figures if not (one.losses or one.failures)]:
         found.append(f"Not run yet: {', '.join(waiting)}.")
     if results.noise:
@@ -66,6 +84,9 @@ def markdown_block(study: Study, results: Results) -> str:
     )
     common = f"All: {study.common}\n\n" if study.common else ""
     differences = [f"* `{variant.name}`: {variant.text or 'the preset'}" for variant in study.variants]
+    if study.factors:
+        differences += ["", "Factors:", "", *(f"* `{factor.name}`: {factor.text}" for factor in study.factors)]
+    of_factors = effects_table(results)
     notes = [f"{remark}\n" for remark in remarks(study, results)]
     return "\n".join(
         [
@@ -73,6 +94,7 @@ def markdown_block(study: Study, results: Results) -> str:
             "",
             to_markdown(table(study, results)),
             "",
+            *([to_markdown(of_factors), ""] if of_factors else []),
             f"{common}Differences:",
             "",
             *differences,
@@ -116,6 +138,23 @@ def groups(study: Study, root: Path) -> list[Group]:
     if not found or found[0].name != study.variants[0].name:
         raise UserError(f"{root}: no run of the base {study.variants[0].name} is finished; see {COMMAND} status")
     return found
+
+
+def _judged(one: Effect) -> str:
+    if one.half_width is None:
+        return "no interval"
+    if abs(one.difference) <= one.half_width:
+        return "within noise"
+    return "gain" if one.difference < 0 else "loss"
+
+
+def _of_effects(effects: Effects) -> str:
+    begun = f"Factors: {effects.finished} of {effects.runs} runs of their design are finished"
+    if not effects.of:
+        return f"{begun}; these do not tell the factors apart."
+    if effects.sd is None:
+        return f"{begun}; no run is left over to tell the noise."
+    return f"{begun}; a run is {effects.sd:.4f} off what the effects add up to (standard deviation, df = {effects.df})."
 
 
 def _loss(one: Figures, seed: int) -> str:

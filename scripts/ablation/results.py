@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from scipy.stats import t as student_t
 
 from ablation.cost import flops_per_token
+from ablation.factorial import Effects, effects
 from ablation.runs import failure, finished_run, median_speed
 from ablation.study import Study
 from senano_jax.config_file import read_config
@@ -82,6 +83,8 @@ class Results:
     """In the order of the study, the base first."""
     base_curve: dict[int, tuple[Point, ...]]
     """The base's complete schedules by seed, of the seeds that all budgets have."""
+    effects: Effects | None
+    """Of the study's factors, if it has some."""
     noise: Noise | None
     hardware: tuple[str, ...]
     remarks: tuple[str, ...]
@@ -131,7 +134,9 @@ def read_results(study: Study, root: Path) -> Results:
             )
         )
     hardware = dict.fromkeys(finished.run.hardware for finished in runs.values() if finished.run.hardware)
-    return Results(tuple(figures), curve, noise, tuple(hardware), tuple(_remarks(runs)))
+    names = [factor.name for factor in study.factors]
+    of_factors = effects(names, study.design, losses, study.seeds) if names else None
+    return Results(tuple(figures), curve, of_factors, noise, tuple(hardware), tuple(_remarks(runs)))
 
 
 def losses_of(study: Study, runs: Runs, variant: str, tokens: int) -> dict[int, float]:

@@ -23,6 +23,10 @@
     from = "slow"                           # its differences first, then these; `preset` swaps the preset
     final_window_tokens = 2304
 
+    [[factors]]                             # changes of the base to be tried together (optional): runs are added in
+    name = "wide"                           # which half of them are on, in turns (factorial.py)
+    model.mlp_hidden = 4096
+
 A field that may be None takes the text "None"; one that takes one of several classes takes a table with its `kind`.
 """
 
@@ -37,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from ablation.cost import at_budget
+from ablation.factorial import MOST_FACTORS, design, merged
 from senano_jax.config import Config, changed, settings
 from senano_jax.config_check import check_config
 from senano_jax.config_file import parse
@@ -52,7 +57,7 @@ _DECIDED = {
     "devices": "a run has one device",
 }
 _KEYS = {"name": str, "preset": str, "tokens": int, "seeds": list, "variants": list}
-_OPTIONAL = {"budgets": list, "keep_weights": bool, "common": dict}
+_OPTIONAL = {"budgets": list, "keep_weights": bool, "common": dict, "factors": list}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # also part of a folder's name
 _MOST_TOKENS = 10**12
 _JUDGED_ON = ("data.train_files", "data.val_files", "data.val_tokens")
@@ -76,6 +81,8 @@ class Variant:
     name: str
     text: str
     """Its differences as the study gives them."""
+    on: tuple[str, ...] | None = None
+    """Its factors, if it is a run of their design: none are those of the base."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,13 @@ class Study:
     common: str
     """The differences of all variants from their preset, as the study gives them."""
     variants: tuple[Variant, ...]
+    factors: tuple[Variant, ...]
     jobs: tuple[Job, ...]
+
+    @property
+    def design(self) -> dict[str, tuple[str, ...]]:
+        """The factors that are on in each variant which tells of them."""
+        return {variant.name: variant.on for variant in self.variants if variant.on is not None}
 
     def job(self, variant: str, seed: int, tokens: int | None = None) -> Job:
         """The run of a variant at the study's budget or, of the base, at another."""
@@ -111,10 +124,14 @@ def read_study(path: Path) -> Study:
     _check_counts(path, "budgets", budgets, least=1, most=_MOST_TOKENS)
     if not seeds:
         raise UserError(f"{path}: seeds is empty; name one seed at least")
-    tables = _variant_tables(path, document["variants"])
+    tables = _named_tables(path, "variants", document["variants"])
+    factors = _named_tables(path, "factors", document["factors"]) if "factors" in document else {}
+    combined = _combinations(path, document, tables, factors)
+    tables |= {name: table for name, (table, _) in combined.items()}
+    on = {name: names for name, (_, names) in combined.items()} | ({next(iter(tables)): ()} if factors else {})
     jobs, configs = [], {}
     for number, name in enumerate(tables):
-        where = f"{path}, variant {name!r}"
+        where = f"{path}, variant {name!r}" + (f" ({', '.join(on[name])})" if on.get(name) else "")
         start, config = _configuration(where, document, tables, name)
         _check_distinct(where, config, configs)
         configs[name] = config
@@ -140,7 +157,11 @@ def read_study(path: Path) -> Study:
         budgets=tuple(sorted({tokens, *budgets})) if budgets else (),
         keep_weights=document.get("keep_weights", False),
         common="; ".join(_assignments(document.get("common", {}), "")),
-        variants=tuple(Variant(name, _text(table)) for name, table in tables.items()),
+        variants=tuple(
+            Variant(name, f"with {', '.join(on[name])}" if on.get(name) else _text(table), on.get(name))
+            for name, table in tables.items()
+        ),
+        factors=tuple(Variant(name, _text(table)) for name, table in factors.items()),
         jobs=tuple(jobs),
     )
 
@@ -165,20 +186,55 @@ def _read(path: Path) -> dict[str, Any]:
     return document
 
 
-def _variant_tables(path: Path, tables: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """The table of each variant by its name, in order."""
+def _named_tables(path: Path, key: str, tables: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """The table of each variant or factor by its name, in order."""
+    one = key.removesuffix("s")
     if not tables or not all(isinstance(table, dict) for table in tables):
-        raise UserError(f"{path}: variants is {_shown(tables)}; give one table [[variants]] a variant, the base first")
+        first = ", the base first" if key == "variants" else ""
+        raise UserError(f"{path}: {key} is {_shown(tables)}; give one table [[{key}]] a {one}{first}")
     for number, table in enumerate(tables, start=1):
         if "name" not in table:
-            raise UserError(f"{path}: variant {number} has no name; give it one")
-        _check_name(path, f"the name of variant {number}", table["name"])
-        for key in ("from", "preset"):
-            if not isinstance(table.get(key, ""), str):
-                raise UserError(f"{path}, variant {table['name']!r}: {key} is {_shown(table[key])}; it takes str")
+            raise UserError(f"{path}: {one} {number} has no name; give it one")
+        _check_name(path, f"the name of {one} {number}", table["name"])
+        for link in ("from", "preset"):
+            if not isinstance(table.get(link, ""), str):
+                raise UserError(f"{path}, {one} {table['name']!r}: {link} is {_shown(table[link])}; it takes str")
     if (twice := _repeated([table["name"] for table in tables])) is not None:
-        raise UserError(f"{path}: two variants are called {twice!r}; give each its own name")
+        raise UserError(f"{path}: two {key} are called {twice!r}; give each its own name")
     return {table["name"]: table for table in tables}
+
+
+def _combinations(
+    path: Path, document: Mapping[str, Any], variants: Mapping[str, Any], factors: Mapping[str, dict[str, Any]]
+) -> dict[str, tuple[dict[str, Any], tuple[str, ...]]]:
+    """The variants that the factors' design adds: the table of each, and the factors that are on in it."""
+    if len(factors) > MOST_FACTORS:
+        raise UserError(f"{path}: there are {len(factors)} factors; leave all but {MOST_FACTORS} out")
+    base = next(iter(variants))
+    configs = {base: _configuration(f"{path}, variant {base!r}", document, variants, base)[1]}
+    for name, table in factors.items():
+        where = f"{path}, factor {name!r}"
+        for key in ("from", "preset"):
+            if key in table:
+                raise UserError(f"{where}: {key} is for variants; a factor changes the base")
+        if name in variants:
+            raise UserError(f"{where}: a variant is called so, too; give the factor a name of its own")
+        _, config = _configuration(where, document, {**variants, name: {"from": base, **table}}, name)
+        _check_distinct(where, config, configs)
+        configs[name] = config
+    found = {}
+    for number, row in enumerate(design(len(factors)) if factors else ()):
+        names = tuple(name for name, is_on in zip(factors, row) if is_on)
+        if not names:
+            continue  # the base
+        table = {"name": f"factors-{number:02d}", "from": base}
+        if table["name"] in variants:
+            raise UserError(f"{path}: {table['name']} is a run of the factors' design; give the variant another name")
+        for name in names:
+            own = {key: value for key, value in factors[name].items() if key != "name"}
+            table = merged(table, own, f"{path}, factor {name!r}")
+        found[table["name"]] = table, names
+    return found
 
 
 def _configuration(
