@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import jax
@@ -116,13 +117,16 @@ def chosen(study: Study, only: str | None) -> list[Job]:
     """The jobs that --only names, by their variants or by the folders of single runs; or all."""
     if only is None:
         return list(study.jobs)
-    names, variants = only.split(","), [variant.name for variant in study.variants]
-    if unknown := [name for name in names if name not in {*variants, *(job.name for job in study.jobs)}]:
-        raise UserError(
-            f"--only {unknown[0]}: the variants are {', '.join(variants)}; a run is called as its folder, such as "
-            f"{study.jobs[0].name}"
-        )
-    return [job for job in study.jobs if job.variant in names or job.name in names]
+    found, variants = set(), [variant.name for variant in study.variants]
+    for pattern in only.split(","):
+        own = {job.name for job in study.jobs if fnmatchcase(job.variant, pattern) or fnmatchcase(job.name, pattern)}
+        if not own:
+            raise UserError(
+                f"--only {pattern}: the variants are {', '.join(variants)}; a run is called as its folder, such as "
+                f"{study.jobs[0].name}"
+            )
+        found |= own
+    return [job for job in study.jobs if job.name in found]
 
 
 def with_shards(jobs: list[Job], unpack_to: Path | None) -> list[Job]:
@@ -153,7 +157,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     runs = commands.add_parser("run", parents=[shared], help="train what is left")
     runs.add_argument("--gpus", type=positive, help="GPUs to use (default: all), or processes where there is none (1)")
-    runs.add_argument("--only", metavar="NAME,...", help="variants, or single runs, to train (default: all)")
+    runs.add_argument(
+        "--only", metavar="NAME,...", help="variants, or single runs, to train, as factors-* (default: all)"
+    )
     runs.add_argument("--time-limit", type=positive, metavar="SECONDS", help="save and end after so long")
     runs.add_argument(
         "--unpack-to", type=expand_home, metavar="DIR", help="folder for shards given as .bin.xz (default: theirs)"

@@ -1,15 +1,19 @@
 """Factors of a study: their design, their effects against brute force, what a study makes of them, and its tables."""
 
 import itertools
+import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from ablate import chosen
 from ablation import report, results
-from ablation.factorial import MOST_FACTORS, design, effects
+from ablation.factorial import MOST_FACTORS, design, effects, merged, nested
 from ablation.study import read_study
 from scipy.stats import t as student_t
-from tiny_study import changed_study
+from tiny_study import SCRIPTS, changed_study
 from written_runs import PARAMETERS, write_run
 
 from senano_jax.config_file import write_config
@@ -29,6 +33,12 @@ name = "fast"
 optimizer.matrices.rate = 0.07
 optimizer.matrices.mixture = { start = 0.3, fast = 0.8, slow = 0.98, share = 0.4 }
 """
+
+
+def with_factors(tmp_path, factors, *replacements):
+    """A file of the tiny study with these factors between its variants."""
+    slow = '[[variants]]\nname = "slow"'
+    return changed_study(tmp_path, (slow, factors + slow), *replacements)
 
 
 def signs(factors):
@@ -66,11 +76,11 @@ def study_of(factors, loss, seeds=(0,)):
 def test_effects_that_add_up_are_found_exactly():
     own = np.array([0.01, -0.02, 0.0, 0.003, -0.001])
     found = effects(*study_of(5, lambda levels, seed: 3.0 + levels @ own + seed, seeds=(0, 5)))
-    assert [one.difference for one in found.of] == pytest.approx(own, abs=1e-12)
-    assert [one.factor for one in found.of] == [f"f{n}" for n in range(5)]
+    assert [one.difference for one in found.by_factor] == pytest.approx(own, abs=1e-12)
+    assert [one.factor for one in found.by_factor] == [f"f{n}" for n in range(5)]
     assert (found.finished, found.runs, found.df) == (32, 32, 32 - 5 - 2)
     assert found.sd == pytest.approx(0, abs=1e-12)
-    assert max(one.half_width for one in found.of) < 1e-11
+    assert max(one.half_width for one in found.by_factor) < 1e-11
 
 
 def test_what_two_factors_do_together_is_spread_and_no_effect_of_another():
@@ -78,12 +88,12 @@ def test_what_two_factors_do_together_is_spread_and_no_effect_of_another():
         return 3.0 - 0.02 * levels[0] + 0.05 * (2 * levels[1] - 1) * (2 * levels[2] - 1)
 
     found = effects(*study_of(8, loss))
-    assert [one.difference for one in found.of] == pytest.approx([-0.02] + 7 * [0], abs=1e-12)
+    assert [one.difference for one in found.by_factor] == pytest.approx([-0.02] + 7 * [0], abs=1e-12)
     assert found.df == 16 - 8 - 1
     # Of the losses, each 0.05 off to one side or the other.
     assert found.sd == pytest.approx(0.05 * math.sqrt(16 / 7))
     width = student_t.ppf(0.975, 7) * found.sd * math.sqrt(4 / 16)
-    assert [one.half_width for one in found.of] == pytest.approx(8 * [width])
+    assert [one.half_width for one in found.by_factor] == pytest.approx(8 * [width])
 
 
 @pytest.mark.parametrize("missing", [(), (3,), (0, 6, 9)])
@@ -96,28 +106,61 @@ def test_effects_are_those_of_least_squares_over_what_is_finished(missing):
     kept = [number for number in range(16) if number not in missing]
     levels = np.column_stack([np.ones(16), np.array(design(6), float)])[kept]
     expected, squares, rank, _ = np.linalg.lstsq(levels, noise[kept])
-    assert [one.difference for one in found.of] == pytest.approx(expected[1:])
+    assert [one.difference for one in found.by_factor] == pytest.approx(expected[1:])
     assert (found.finished, found.runs, found.df) == (16 - len(missing), 16, 16 - len(missing) - rank)
     assert found.sd == pytest.approx(math.sqrt(squares[0] / found.df))
     covariance = found.sd**2 * np.linalg.inv(levels.T @ levels)
     widths = student_t.ppf(0.975, found.df) * np.sqrt(np.diag(covariance))[1:]
-    assert [one.half_width for one in found.of] == pytest.approx(widths)
+    assert [one.half_width for one in found.by_factor] == pytest.approx(widths)
 
 
-@pytest.mark.parametrize("finished", [0, 1, 3])
+@pytest.mark.parametrize("finished", [0, 1])
 def test_too_few_runs_tell_nothing(finished):
     names, on, losses, seeds = study_of(3, lambda levels, seed: 3.0)
     found = effects(names, on, dict(list(losses.items())[:finished]), seeds)
-    assert (found.of, found.finished, found.runs, found.sd) == ((), finished, 8, None)
+    assert (found.by_factor, found.finished, found.runs, found.sd) == ((), finished, 8, None)
 
 
-def test_one_factor_has_an_effect_and_no_interval():
-    found = effects(*study_of(1, lambda levels, seed: 3.0 - 0.1 * levels[0]))
-    assert (found.of[0].difference, found.of[0].half_width, found.sd) == (pytest.approx(-0.1), None, None)
+def test_a_factor_whose_runs_all_fail_hides_no_other_one():
+    own = np.array([0.01, -0.02, 0.5, 0.003, -0.001])
+    names, on, losses, seeds = study_of(5, lambda levels, seed: 3.0 + levels @ own + seed, seeds=(0, 5))
+    losses = {variant: {} if "f2" in on[variant] else of_seed for variant, of_seed in losses.items()}
+    found = effects(names, on, losses, seeds)
+    assert (found.by_factor[2].difference, found.by_factor[2].half_width) == (None, None)
+    others = [one.difference for one in found.by_factor if one.factor != "f2"]
+    assert others == pytest.approx(np.delete(own, 2), abs=1e-12)
+    assert (found.finished, found.runs, found.df) == (16, 32, 16 - 4 - 2)
+
+
+def test_two_factors_that_were_only_on_together_are_not_told_apart():
+    """Though there are more runs than effects."""
+    on = {f"run{n}": ("a", "b") if n % 2 else () for n in range(6)}
+    found = effects(("a", "b"), on, {variant: {0: 3.0} for variant in on}, (0,))
+    assert (found.by_factor, found.finished) == ((), 6)
+
+
+def test_a_seed_that_has_not_begun_takes_no_mean():
+    names, on, losses, _ = study_of(3, lambda levels, seed: 3.0 - 0.1 * levels[1] + 0.3 * seed)
+    found = effects(names, on, losses, (0, 1))
+    assert (found.finished, found.runs, found.df) == (8, 16, 4)
+    assert found.by_factor[1].difference == pytest.approx(-0.1)
+
+
+def test_what_all_gains_add_up_to():
+    """A wobble that no factor explains makes intervals; the gains are -0.2 and -0.1, and half of a seed's mean."""
+    own = np.array([-0.2, 0.05, -0.1, 0.0])
+
+    def loss(levels, seed):
+        return 3.0 + levels @ own + seed + 0.001 * (2 * levels[0] - 1) * (2 * levels[1] - 1)
+
+    found = effects(*study_of(4, loss, seeds=(0, 1)))
+    assert [one.is_gain for one in found.by_factor] == [True, False, True, False]
+    assert found.with_gains == pytest.approx(3.0 + 0.5 - 0.2 - 0.1, abs=1e-12)
+    assert effects(*study_of(4, lambda levels, seed: 3.0 + 0.1 * levels[0])).with_gains is None
 
 
 def test_a_study_has_a_run_for_each_combination(tmp_path):
-    study = read_study(changed_study(tmp_path, ('[[variants]]\nname = "slow"', THREE + '[[variants]]\nname = "slow"')))
+    study = read_study(with_factors(tmp_path, THREE))
     names = ["base", "slow", *(f"factors-{number:02d}" for number in range(1, 8))]
     assert [variant.name for variant in study.variants] == names
     assert [job.name for job in study.jobs if job.variant == "factors-07"] == ["factors-07-seed0", "factors-07-seed1"]
@@ -127,6 +170,9 @@ def test_a_study_has_a_run_for_each_combination(tmp_path):
         assert (optimizer.schedule.fraction == 0.6) == ("long" in on)
         assert (optimizer.schedule.floor == 0.0) == ("low" in on)
         assert (optimizer.matrices.rate == 0.07) == (optimizer.matrices.mixture is not None) == ("fast" in on)
+    assert [job.variant for job in chosen(study, "factors-0[12],base-seed1")] == [
+        "base", "factors-01", "factors-01", "factors-02", "factors-02",
+    ]  # fmt: skip
     assert study.variants[2].text == f"with {', '.join(study.design['factors-01'])}"
     assert [factor.text for factor in study.factors][:2] == [
         "optimizer.schedule.fraction = 0.6",
@@ -150,7 +196,7 @@ def test_a_study_has_a_run_for_each_combination(tmp_path):
     ],
 )  # fmt: skip
 def test_bad_factors_are_refused_in_one_line(tmp_path, old, new, said):
-    path = changed_study(tmp_path, ('[[variants]]\nname = "slow"', THREE + '[[variants]]\nname = "slow"'))
+    path = with_factors(tmp_path, THREE)
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
@@ -160,29 +206,66 @@ def test_bad_factors_are_refused_in_one_line(tmp_path, old, new, said):
     assert "\n" not in str(caught.value)
 
 
-def test_too_many_factors_and_none(tmp_path):
-    many = "".join(
-        f'[[factors]]\nname = "f{n}"\noptimizer.matrices.rate = 0.0{n + 1}\n' for n in range(MOST_FACTORS + 1)
-    )
-    with pytest.raises(UserError, match=f"there are {MOST_FACTORS + 1} factors; leave all but {MOST_FACTORS} out"):
-        read_study(changed_study(tmp_path, ('[[variants]]\nname = "slow"', many + '[[variants]]\nname = "slow"')))
-    with pytest.raises(UserError, match=r"factors is \[\]; give one table \[\[factors\]\] a factor$"):
-        read_study(changed_study(tmp_path, ("seeds = [0, 1]", "seeds = [0, 1]\nfactors = []")))
+@pytest.mark.parametrize("count", [1, 2, MOST_FACTORS + 1])
+def test_too_many_factors_and_too_few(tmp_path, count):
+    factors = "".join(f'[[factors]]\nname = "f{n}"\noptimizer.matrices.rate = 0.0{n + 1}\n' for n in range(count))
+    with pytest.raises(UserError, match=f"there are {count} factors; give 3 to {MOST_FACTORS}, or make them variants"):
+        read_study(with_factors(tmp_path, factors))
+
+
+@pytest.mark.parametrize("factors", ["[]", "[3]"])
+def test_factors_that_are_no_tables(tmp_path, factors):
+    with pytest.raises(UserError, match=r"factors is \[3?\]; give one table \[\[factors\]\] a factor$"):
+        read_study(changed_study(tmp_path, ("seeds = [0, 1]", f"seeds = [0, 1]\nfactors = {factors}")))
+
+
+def test_tables_of_two_factors_are_one_in_whatever_form():
+    """Keys with dots are tables, in quotes, too; a table of a kind is whole, and no other factor adds to it."""
+    quoted, plain = {"a.b.c": 1, "d": {"e.f": 2}}, {"a": {"b": {"g": 3}}}
+    assert nested(quoted) == {"a": {"b": {"c": 1}}, "d": {"e": {"f": 2}}}
+    assert merged(nested(quoted), plain, "here") == {"a": {"b": {"c": 1, "g": 3}}, "d": {"e": {"f": 2}}}
+    whole, field = {"trunk": {"kind": "Weighted"}}, {"trunk": {"growth": 2.0}}
+    for one, other in ((whole, field), (field, whole), (nested(quoted), {"a": {"b": {"c": 4}}})):
+        with pytest.raises(UserError, match=r"^here: another factor sets (trunk|a\.b\.c), too; give each factor"):
+            merged(one, other, "here")
+
+
+def test_variants_are_not_derived_from_runs_of_the_design(tmp_path):
+    path = with_factors(tmp_path, THREE)
+    path.write_text(path.read_text() + '[[variants]]\nname = "more"\nfrom = "factors-01"\n')
+    with pytest.raises(UserError, match="variant 'more': from is 'factors-01'; the variants are base, slow, more"):
+        read_study(path)
+
+
+def test_what_fails_in_combination_alone_is_named_by_its_factors(tmp_path):
+    """Each of two shapes works, and both do not."""
+    factors = THREE + '[[factors]]\nname = "heads"\nmodel.num_heads = 4\n'
+    path = with_factors(tmp_path, factors.replace("schedule.floor = 0.0", "schedule.floor = 0.0\nmodel.dim = 24"))
+    with pytest.raises(UserError, match=r"variant 'factors-\d\d' \(.*low.*heads.*\): "):
+        read_study(path)
+
+
+@pytest.mark.parametrize("path", sorted((SCRIPTS / "studies").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_studies_of_the_project_can_be_read(path):
+    study = read_study(path)
+    assert study.name == path.stem.replace("_", "-")
+    assert study.jobs
 
 
 def test_the_tables_tell_the_effects(tmp_path):
     """`long` costs 0.1, `fast` gains 0.2; one run is 0.008 off."""
-    path = changed_study(
-        tmp_path, ('[[variants]]\nname = "slow"', THREE + '[[variants]]\nname = "slow"'), ("[0, 1]", "[0]")
-    )
+    path = with_factors(tmp_path, THREE, ("[0, 1]", "[0]"))
     study, root = read_study(path), tmp_path / "tiny"
     root.mkdir()
     before = results.read_results(study, root)
     assert report.effects_table(before) is None
-    assert report.remarks(study, before)[0].endswith(
-        "0 of 8 runs of their design are finished; these do not tell the factors apart."
-    )
+    said = report.remarks(study, before)[0]
+    assert said == "Design: 0 of 8 runs are finished; these do not tell the factors apart."
     for name, on in study.design.items():
+        if name == "factors-07":
+            *_, so_far = report.effects_table(results.read_results(study, root)).rows[0]
+            assert so_far == "so far"
+            assert "until all are, what two" in report.remarks(study, results.read_results(study, root))[0]
         loss = 4.0 + 0.1 * ("long" in on) - 0.2 * ("fast" in on) + 0.008 * (name == "factors-05")
         folder = write_run(root / f"{name}-seed0", steps=study.job(name, 0).config.steps, loss=loss)
         write_config(folder / "config.json", study.job(name, 0).config, "demo", PARAMETERS)
@@ -200,4 +283,13 @@ def test_the_tables_tell_the_effects(tmp_path):
     assert "| `long` |" in block
     assert "* `factors-05`: with " in block
     assert "Factors:\n\n* `long`: optimizer.schedule.fraction = 0.6\n" in block
-    assert f"a run is {sd:.4f} off what the effects add up to (standard deviation, df = 4)" in block
+    # With `fast` alone: that run moves the mean by an eighth of its 0.008, and each half effect by another eighth.
+    assert f"Design: 8 of 8 runs are finished; a run is {sd:.4f} off what the effects add up to (standard" in block
+    assert f"df = 4); with all gains they add up to {4.0 - 0.2 + 0.001 * (1 - 1 + 1 + 1):.4f}. Intervals" in block
+
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, SCRIPTS / "ablate.py", "table", path, "--out", tmp_path]
+    printed = subprocess.run([*command, "--json", figures], check=True, capture_output=True, text=True).stdout
+    assert shown[2] in printed
+    of_fast = json.loads(figures.read_text())["effects"]["by_factor"][2]
+    assert of_fast["difference"] == found.effects.by_factor[2].difference

@@ -39,16 +39,9 @@ def table(study: Study, results: Results) -> Table:
 
 def effects_table(results: Results) -> Table | None:
     """A row a factor; None without factors, or before the runs tell them apart."""
-    if results.effects is None or not results.effects.of:
+    if results.effects is None or not results.effects.by_factor:
         return None
-    rows = [
-        (
-            f"`{one.factor}`",
-            f"{one.difference:+.4f}" + ("" if one.half_width is None else f" ± {one.half_width:.4f}"),
-            _judged(one),
-        )
-        for one in results.effects.of
-    ]
+    rows = [(f"`{one.factor}`", *_judged(one, results.effects)) for one in results.effects.by_factor]
     return Table("factors", ("factor", "loss with it - without it ± 95%", "verdict"), tuple(rows))
 
 
@@ -140,21 +133,27 @@ def groups(study: Study, root: Path) -> list[Group]:
     return found
 
 
-def _judged(one: Effect) -> str:
-    if one.half_width is None:
-        return "no interval"
+def _judged(one: Effect, effects: Effects) -> tuple[str, str]:
+    if one.difference is None:
+        return "-", "the same in all finished runs"
+    difference = f"{one.difference:+.4f}" + ("" if one.half_width is None else f" ± {one.half_width:.4f}")
+    if effects.finished < effects.runs:  # afterwards there is an interval: the design has more runs than effects
+        return difference, "so far"
     if abs(one.difference) <= one.half_width:
-        return "within noise"
-    return "gain" if one.difference < 0 else "loss"
+        return difference, "within noise"
+    return difference, "gain" if one.is_gain else "loss"
 
 
 def _of_effects(effects: Effects) -> str:
-    begun = f"Factors: {effects.finished} of {effects.runs} runs of their design are finished"
-    if not effects.of:
-        return f"{begun}; these do not tell the factors apart."
-    if effects.sd is None:
-        return f"{begun}; no run is left over to tell the noise."
-    return f"{begun}; a run is {effects.sd:.4f} off what the effects add up to (standard deviation, df = {effects.df})."
+    said = f"Design: {effects.finished} of {effects.runs} runs are finished"
+    if not effects.by_factor:
+        return f"{said}; these do not tell the factors apart."
+    if effects.finished < effects.runs:
+        return f"{said}; until all are, what two factors do together may look like the effect of a third."
+    said += f"; a run is {effects.sd:.4f} off what the effects add up to (standard deviation, df = {effects.df})"
+    if effects.with_gains is not None:
+        said += f"; with all gains they add up to {effects.with_gains:.4f}"
+    return f"{said}. Intervals are for these seeds; of 20 factors without effect one is expected outside of its own."
 
 
 def _loss(one: Figures, seed: int) -> str:

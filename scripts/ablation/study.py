@@ -23,9 +23,9 @@
     from = "slow"                           # its differences first, then these; `preset` swaps the preset
     final_window_tokens = 2304
 
-    [[factors]]                             # changes of the base to be tried together (optional): runs are added in
-    name = "wide"                           # which half of them are on, in turns (factorial.py)
-    model.mlp_hidden = 4096
+    [[factors]]                             # changes of the base that are tried together (optional, three at least):
+    name = "to-zero"                        # runs are added so that each factor is on in half of them (factorial.py).
+    optimizer.schedule.floor = 0.0          # Their number and order decide these runs, factors-01, factors-02, ..
 
 A field that may be None takes the text "None"; one that takes one of several classes takes a table with its `kind`.
 """
@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from ablation.cost import at_budget
-from ablation.factorial import MOST_FACTORS, design, merged
+from ablation.factorial import FEWEST_FACTORS, MOST_FACTORS, combinations
 from senano_jax.config import Config, changed, settings
 from senano_jax.config_check import check_config
 from senano_jax.config_file import parse
@@ -59,6 +59,7 @@ _DECIDED = {
 _KEYS = {"name": str, "preset": str, "tokens": int, "seeds": list, "variants": list}
 _OPTIONAL = {"budgets": list, "keep_weights": bool, "common": dict, "factors": list}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # also part of a folder's name
+_DESIGN = re.compile(r"factors-\d\d")  # of the runs that a study with factors adds
 _MOST_TOKENS = 10**12
 _JUDGED_ON = ("data.train_files", "data.val_files", "data.val_tokens")
 
@@ -82,7 +83,14 @@ class Variant:
     text: str
     """Its differences as the study gives them."""
     on: tuple[str, ...] | None = None
-    """Its factors, if it is a run of their design: none are those of the base."""
+    """The factors that are on in it: none in the base; None for a variant outside of their design."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    name: str
+    text: str
+    """The differences that it makes, as the study gives them."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class Study:
     common: str
     """The differences of all variants from their preset, as the study gives them."""
     variants: tuple[Variant, ...]
-    factors: tuple[Variant, ...]
+    factors: tuple[Factor, ...]
     jobs: tuple[Job, ...]
 
     @property
@@ -124,15 +132,21 @@ def read_study(path: Path) -> Study:
     _check_counts(path, "budgets", budgets, least=1, most=_MOST_TOKENS)
     if not seeds:
         raise UserError(f"{path}: seeds is empty; name one seed at least")
-    tables = _named_tables(path, "variants", document["variants"])
-    factors = _named_tables(path, "factors", document["factors"]) if "factors" in document else {}
-    combined = _combinations(path, document, tables, factors)
-    tables |= {name: table for name, (table, _) in combined.items()}
-    on = {name: names for name, (_, names) in combined.items()} | ({next(iter(tables)): ()} if factors else {})
+    variants, factors, on = _named_tables(path, "variants", document["variants"]), {}, {}
+    tables = dict(variants)
+    if "factors" in document:
+        factors = _named_tables(path, "factors", document["factors"])
+        _check_factors(path, document, variants, factors)
+        for number, (table, names) in enumerate(combinations(factors, str(path))):
+            name = f"factors-{number:02d}" if number else next(iter(variants))
+            if number and name in variants:
+                raise UserError(f"{path}: {name} is a run of the factors' design; give the variant another name")
+            tables[name] = {"name": name, "from": next(iter(variants)), **table} if number else variants[name]
+            on[name] = names
     jobs, configs = [], {}
     for number, name in enumerate(tables):
         where = f"{path}, variant {name!r}" + (f" ({', '.join(on[name])})" if on.get(name) else "")
-        start, config = _configuration(where, document, tables, name)
+        start, config = _configuration(where, document, variants | {name: tables[name]}, name)
         _check_distinct(where, config, configs)
         configs[name] = config
         for budget in [tokens] if number else sorted({tokens, *budgets}):
@@ -161,7 +175,7 @@ def read_study(path: Path) -> Study:
             Variant(name, f"with {', '.join(on[name])}" if on.get(name) else _text(table), on.get(name))
             for name, table in tables.items()
         ),
-        factors=tuple(Variant(name, _text(table)) for name, table in factors.items()),
+        factors=tuple(Factor(name, _text(table)) for name, table in factors.items()),
         jobs=tuple(jobs),
     )
 
@@ -196,7 +210,7 @@ def _named_tables(path: Path, key: str, tables: Sequence[Any]) -> dict[str, dict
         if "name" not in table:
             raise UserError(f"{path}: {one} {number} has no name; give it one")
         _check_name(path, f"the name of {one} {number}", table["name"])
-        for link in ("from", "preset"):
+        for link in ("from", "preset") if key == "variants" else ():
             if not isinstance(table.get(link, ""), str):
                 raise UserError(f"{path}, {one} {table['name']!r}: {link} is {_shown(table[link])}; it takes str")
     if (twice := _repeated([table["name"] for table in tables])) is not None:
@@ -204,37 +218,30 @@ def _named_tables(path: Path, key: str, tables: Sequence[Any]) -> dict[str, dict
     return {table["name"]: table for table in tables}
 
 
-def _combinations(
-    path: Path, document: Mapping[str, Any], variants: Mapping[str, Any], factors: Mapping[str, dict[str, Any]]
-) -> dict[str, tuple[dict[str, Any], tuple[str, ...]]]:
-    """The variants that the factors' design adds: the table of each, and the factors that are on in it."""
-    if len(factors) > MOST_FACTORS:
-        raise UserError(f"{path}: there are {len(factors)} factors; leave all but {MOST_FACTORS} out")
+def _check_factors(
+    path: Path,
+    document: Mapping[str, Any],
+    variants: Mapping[str, dict[str, Any]],
+    factors: Mapping[str, dict[str, Any]],
+) -> None:
+    """Raises UserError unless each factor changes the base and there are enough for a design."""
+    if not FEWEST_FACTORS <= len(factors) <= MOST_FACTORS:
+        raise UserError(
+            f"{path}: there are {len(factors)} factors; give {FEWEST_FACTORS} to {MOST_FACTORS}, or make them variants"
+        )
     base = next(iter(variants))
     configs = {base: _configuration(f"{path}, variant {base!r}", document, variants, base)[1]}
     for name, table in factors.items():
         where = f"{path}, factor {name!r}"
-        for key in ("from", "preset"):
-            if key in table:
-                raise UserError(f"{where}: {key} is for variants; a factor changes the base")
-        if name in variants:
+        if forbidden := [key for key in ("from", "preset") if key in table]:
+            raise UserError(f"{where}: {forbidden[0]} is for variants; a factor changes the base")
+        if name in variants or _DESIGN.fullmatch(name):
             raise UserError(f"{where}: a variant is called so, too; give the factor a name of its own")
+        if table.keys() == {"name"}:
+            raise UserError(f"{where}: it changes nothing; give it a field")
         _, config = _configuration(where, document, {**variants, name: {"from": base, **table}}, name)
         _check_distinct(where, config, configs)
         configs[name] = config
-    found = {}
-    for number, row in enumerate(design(len(factors)) if factors else ()):
-        names = tuple(name for name, is_on in zip(factors, row) if is_on)
-        if not names:
-            continue  # the base
-        table = {"name": f"factors-{number:02d}", "from": base}
-        if table["name"] in variants:
-            raise UserError(f"{path}: {table['name']} is a run of the factors' design; give the variant another name")
-        for name in names:
-            own = {key: value for key, value in factors[name].items() if key != "name"}
-            table = merged(table, own, f"{path}, factor {name!r}")
-        found[table["name"]] = table, names
-    return found
 
 
 def _configuration(
@@ -312,7 +319,7 @@ def _check_counts(path: Path, key: str, values: Sequence[Any], least: int, most:
 
 def _check_name(path: Path, what: str, name: Any) -> None:
     if not (isinstance(name, str) and _NAME.fullmatch(name) and len(name) <= 80):
-        raise UserError(f"{path}: {what} is {_shown(name)}; use letters, digits and . _ + - (it names a folder)")
+        raise UserError(f"{path}: {what} is {_shown(name)}; use letters, digits and . _ + -, 80 at most")
 
 
 def _repeated(values: Sequence[Any]) -> Any:
