@@ -22,8 +22,8 @@ one_trace = kept_programs.one_trace  # for all tests here
 PROCESSES, DEVICES, STEPS = 2, 4, 10
 FLAGS = [
     "demo", "--model.dim=16", "--model.num-heads=2", "--model.layers.loop=0", "--model.layers.visits=0",
-    f"--steps={STEPS}", "--batch-tokens=2048", "--seq-len=256",
-    "--final-window-tokens=256", "--data.val-tokens=1024", "--data.val-seq-len=512", "--val-every=0",
+    f"--steps={STEPS}", "--batch-tokens=1024", "--seq-len=128",
+    "--final-window-tokens=128", "--data.val-tokens=1024", "--data.val-seq-len=128", "--val-every=0",
     # The first gradients of the scalars are rounding noise, which Adam turns into whole steps: another order of sums
     # would be another run.
     "--optimizer.scalars.rate=0",

@@ -158,8 +158,8 @@ def test_gradients_that_travel_as_bfloat16(shared):
 
 FLAGS = [
     "demo", "--model.dim=16", "--model.num-heads=2", "--model.layers.loop=0", "--model.layers.visits=0", "--steps=4",
-    "--batch-tokens=2048", "--seq-len=256", "--final-window-tokens=256", "--data.val-tokens=1024",
-    "--data.val-seq-len=512", "--val-every=0", "--checkpoint-every=2", "--checkpoint-keep=5", "--dtype=float32",
+    "--batch-tokens=1024", "--seq-len=128", "--final-window-tokens=128", "--data.val-tokens=1024",
+    "--data.val-seq-len=128", "--val-every=0", "--checkpoint-every=2", "--checkpoint-keep=5", "--dtype=float32",
     "--optimizer.scalars.rate=0",
 ]  # fmt: skip
 
