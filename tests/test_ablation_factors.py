@@ -184,7 +184,7 @@ def test_a_study_has_a_run_for_each_combination(tmp_path):
     ("old", "new", "said"),
     [
         ("schedule.floor = 0.0", "schedule.flor = 0.0", r"factor 'low': Cooldown has no field .*flor; did you mean"),
-        ("schedule.floor = 0.0", "schedule.fraction = 0.5", r"factor 'low': another factor sets optimizer.schedule.fr"),
+        ("schedule.floor = 0.0", "schedule.fraction = 0.5", r"factor 'low': optimizer.schedule.fraction is set twice"),
         ("schedule.floor = 0.0", "matrices.mixture = 'None'", r"factor 'low' computes the same as 'base'"),
         ("optimizer.schedule.floor = 0.0", "seed = 2", r"factor 'low': seed cannot be a difference"),
         ('name = "low"', 'name = "slow"', r"factor 'slow': a variant is called so, too"),
@@ -222,12 +222,14 @@ def test_factors_that_are_no_tables(tmp_path, factors):
 def test_tables_of_two_factors_are_one_in_whatever_form():
     """Keys with dots are tables, in quotes, too; a table of a kind is whole, and no other factor adds to it."""
     quoted, plain = {"a.b.c": 1, "d": {"e.f": 2}}, {"a": {"b": {"g": 3}}}
-    assert nested(quoted) == {"a": {"b": {"c": 1}}, "d": {"e": {"f": 2}}}
-    assert merged(nested(quoted), plain, "here") == {"a": {"b": {"c": 1, "g": 3}}, "d": {"e": {"f": 2}}}
+    assert nested(quoted, "here") == {"a": {"b": {"c": 1}}, "d": {"e": {"f": 2}}}
+    assert merged(nested(quoted, "here"), plain, "here") == {"a": {"b": {"c": 1, "g": 3}}, "d": {"e": {"f": 2}}}
     whole, field = {"trunk": {"kind": "Weighted"}}, {"trunk": {"growth": 2.0}}
-    for one, other in ((whole, field), (field, whole), (nested(quoted), {"a": {"b": {"c": 4}}})):
-        with pytest.raises(UserError, match=r"^here: another factor sets (trunk|a\.b\.c), too; give each factor"):
+    for one, other in ((whole, field), (field, whole), (nested(quoted, "here"), {"a": {"b": {"c": 4}}})):
+        with pytest.raises(UserError, match=r"^here: (trunk|a\.b\.c) is set twice; give each factor fields of its own"):
             merged(one, other, "here")
+    with pytest.raises(UserError, match=r"^here: b\.c is set twice"):
+        nested({"a": 1, "b": {"c": 2}, "b.c": 3}, "here")
 
 
 def test_variants_are_not_derived_from_runs_of_the_design(tmp_path):

@@ -72,18 +72,19 @@ def combinations(factors: Mapping[str, Mapping[str, Any]], where: str) -> list[t
         names, table = tuple(name for name, is_on in zip(factors, row) if is_on), {}
         for name in names:
             own = {key: value for key, value in factors[name].items() if key != "name"}
-            table = merged(table, nested(own), f"{where}, factor {name!r}")
+            table = merged(table, nested(own, f"{where}, factor {name!r}"), f"{where}, factor {name!r}")
         found.append((table, names))
     return found
 
 
-def nested(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The table with keys such as "optimizer.schedule.floor" taken apart, as TOML does where they have no quotes."""
+def nested(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The table with keys such as "optimizer.schedule.floor" taken apart, as TOML does where they have no quotes.
+    Raises UserError, which begins with `where`, if it sets a field in both forms."""
     found: dict[str, Any] = {}
     for key, value in table.items():
         first, _, rest = key.partition(".")
-        value = nested({rest: value} if rest else value) if rest or isinstance(value, dict) else value
-        found = merged(found, {first: value}, "") if first in found else found | {first: value}
+        value = nested({rest: value} if rest else value, where) if rest or isinstance(value, dict) else value
+        found = merged(found, {first: value}, where)
     return found
 
 
@@ -96,7 +97,7 @@ def merged(table: Mapping[str, Any], added: Mapping[str, Any], where: str, prefi
         elif all(isinstance(side, dict) and "kind" not in side for side in (value, both[key])):
             both[key] = merged(both[key], value, where, f"{prefix}{key}.")
         else:
-            raise UserError(f"{where}: another factor sets {prefix}{key}, too; give each factor fields of its own")
+            raise UserError(f"{where}: {prefix}{key} is set twice; give each factor fields of its own")
     return both
 
 
