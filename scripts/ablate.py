@@ -158,7 +158,9 @@ def parse_arguments() -> argparse.Namespace:
     runs = commands.add_parser("run", parents=[shared], help="train what is left")
     runs.add_argument("--gpus", type=positive, help="GPUs to use (default: all), or processes where there is none (1)")
     runs.add_argument(
-        "--only", metavar="NAME,...", help="variants, or single runs, to train, as factors-* (default: all)"
+        "--only",
+        metavar="NAME,...",
+        help="variants, runs, or patterns of them such as factors-*, to train (default: all)",
     )
     runs.add_argument("--time-limit", type=positive, metavar="SECONDS", help="save and end after so long")
     runs.add_argument(

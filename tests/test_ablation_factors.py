@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ablate import chosen
 from ablation import report, results
-from ablation.factorial import MOST_FACTORS, design, effects, merged, nested
+from ablation.factorial import MOST_FACTORS, design, effects
 from ablation.study import read_study
 from scipy.stats import t as student_t
 from tiny_study import SCRIPTS, changed_study
@@ -62,14 +62,9 @@ def test_the_design_is_of_resolution_four(factors):
 def study_of(factors, loss, seeds=(0,)):
     """What `effects` takes, of runs whose losses are loss(levels, seed)."""
     names = [f"f{n}" for n in range(factors)]
-    on = {
-        f"run{number}": tuple(name for name, is_on in zip(names, row) if is_on)
-        for number, row in enumerate(design(factors))
-    }
-    losses = {
-        f"run{number}": {seed: loss(np.array(row, float), seed) for seed in seeds}
-        for number, row in enumerate(design(factors))
-    }
+    rows = {f"run{number}": row for number, row in enumerate(design(factors))}
+    on = {run: tuple(itertools.compress(names, row)) for run, row in rows.items()}
+    losses = {run: {seed: loss(np.array(row, float), seed) for seed in seeds} for run, row in rows.items()}
     return names, on, losses, seeds
 
 
@@ -78,8 +73,8 @@ def test_effects_that_add_up_are_found_exactly():
     found = effects(*study_of(5, lambda levels, seed: 3.0 + levels @ own + seed, seeds=(0, 5)))
     assert [one.difference for one in found.by_factor] == pytest.approx(own, abs=1e-12)
     assert [one.factor for one in found.by_factor] == [f"f{n}" for n in range(5)]
-    assert (found.finished, found.runs, found.df) == (32, 32, 32 - 5 - 2)
-    assert found.sd == pytest.approx(0, abs=1e-12)
+    assert (found.finished, found.runs, found.noise.df) == (32, 32, 32 - 5 - 2)
+    assert found.noise.sd == pytest.approx(0, abs=1e-12)
     assert max(one.half_width for one in found.by_factor) < 1e-11
 
 
@@ -89,10 +84,10 @@ def test_what_two_factors_do_together_is_spread_and_no_effect_of_another():
 
     found = effects(*study_of(8, loss))
     assert [one.difference for one in found.by_factor] == pytest.approx([-0.02] + 7 * [0], abs=1e-12)
-    assert found.df == 16 - 8 - 1
+    assert found.noise.df == 16 - 8 - 1
     # Of the losses, each 0.05 off to one side or the other.
-    assert found.sd == pytest.approx(0.05 * math.sqrt(16 / 7))
-    width = student_t.ppf(0.975, 7) * found.sd * math.sqrt(4 / 16)
+    assert found.noise.sd == pytest.approx(0.05 * math.sqrt(16 / 7))
+    width = student_t.ppf(0.975, 7) * found.noise.sd * math.sqrt(4 / 16)
     assert [one.half_width for one in found.by_factor] == pytest.approx(8 * [width])
 
 
@@ -107,10 +102,10 @@ def test_effects_are_those_of_least_squares_over_what_is_finished(missing):
     levels = np.column_stack([np.ones(16), np.array(design(6), float)])[kept]
     expected, squares, rank, _ = np.linalg.lstsq(levels, noise[kept])
     assert [one.difference for one in found.by_factor] == pytest.approx(expected[1:])
-    assert (found.finished, found.runs, found.df) == (16 - len(missing), 16, 16 - len(missing) - rank)
-    assert found.sd == pytest.approx(math.sqrt(squares[0] / found.df))
-    covariance = found.sd**2 * np.linalg.inv(levels.T @ levels)
-    widths = student_t.ppf(0.975, found.df) * np.sqrt(np.diag(covariance))[1:]
+    assert (found.finished, found.runs, found.noise.df) == (16 - len(missing), 16, 16 - len(missing) - rank)
+    assert found.noise.sd == pytest.approx(math.sqrt(squares[0] / found.noise.df))
+    covariance = found.noise.sd**2 * np.linalg.inv(levels.T @ levels)
+    widths = student_t.ppf(0.975, found.noise.df) * np.sqrt(np.diag(covariance))[1:]
     assert [one.half_width for one in found.by_factor] == pytest.approx(widths)
 
 
@@ -118,7 +113,7 @@ def test_effects_are_those_of_least_squares_over_what_is_finished(missing):
 def test_too_few_runs_tell_nothing(finished):
     names, on, losses, seeds = study_of(3, lambda levels, seed: 3.0)
     found = effects(names, on, dict(list(losses.items())[:finished]), seeds)
-    assert (found.by_factor, found.finished, found.runs, found.sd) == ((), finished, 8, None)
+    assert (found.by_factor, found.finished, found.runs, found.noise) == ((), finished, 8, None)
 
 
 def test_a_factor_whose_runs_all_fail_hides_no_other_one():
@@ -129,7 +124,7 @@ def test_a_factor_whose_runs_all_fail_hides_no_other_one():
     assert (found.by_factor[2].difference, found.by_factor[2].half_width) == (None, None)
     others = [one.difference for one in found.by_factor if one.factor != "f2"]
     assert others == pytest.approx(np.delete(own, 2), abs=1e-12)
-    assert (found.finished, found.runs, found.df) == (16, 32, 16 - 4 - 2)
+    assert (found.finished, found.runs, found.noise.df) == (16, 32, 16 - 4 - 2)
 
 
 def test_two_factors_that_were_only_on_together_are_not_told_apart():
@@ -142,7 +137,7 @@ def test_two_factors_that_were_only_on_together_are_not_told_apart():
 def test_a_seed_that_has_not_begun_takes_no_mean():
     names, on, losses, _ = study_of(3, lambda levels, seed: 3.0 - 0.1 * levels[1] + 0.3 * seed)
     found = effects(names, on, losses, (0, 1))
-    assert (found.finished, found.runs, found.df) == (8, 16, 4)
+    assert (found.finished, found.runs, found.noise.df) == (8, 16, 4)
     assert found.by_factor[1].difference == pytest.approx(-0.1)
 
 
@@ -219,17 +214,30 @@ def test_factors_that_are_no_tables(tmp_path, factors):
         read_study(changed_study(tmp_path, ("seeds = [0, 1]", f"seeds = [0, 1]\nfactors = {factors}")))
 
 
-def test_tables_of_two_factors_are_one_in_whatever_form():
-    """Keys with dots are tables, in quotes, too; a table of a kind is whole, and no other factor adds to it."""
-    quoted, plain = {"a.b.c": 1, "d": {"e.f": 2}}, {"a": {"b": {"g": 3}}}
-    assert nested(quoted, "here") == {"a": {"b": {"c": 1}}, "d": {"e": {"f": 2}}}
-    assert merged(nested(quoted, "here"), plain, "here") == {"a": {"b": {"c": 1, "g": 3}}, "d": {"e": {"f": 2}}}
-    whole, field = {"trunk": {"kind": "Weighted"}}, {"trunk": {"growth": 2.0}}
-    for one, other in ((whole, field), (field, whole), (nested(quoted, "here"), {"a": {"b": {"c": 4}}})):
-        with pytest.raises(UserError, match=r"^here: (trunk|a\.b\.c) is set twice; give each factor fields of its own"):
-            merged(one, other, "here")
-    with pytest.raises(UserError, match=r"^here: b\.c is set twice"):
-        nested({"a": 1, "b": {"c": 2}, "b.c": 3}, "here")
+@pytest.mark.parametrize(
+    ("one", "other", "twice"),
+    [
+        ('"optimizer.schedule.floor" = 0.0', "optimizer.schedule.floor = 0.05", "optimizer.schedule.floor"),
+        ("optimizer.schedule.floor = 0.0", 'optimizer."schedule.floor" = 0.05', "optimizer.schedule.floor"),
+        ('model.trunk = { kind = "Weighted", growth = 3.0 }', "model.trunk.growth = 2.0", "model.trunk"),
+        ("model.trunk.growth = 2.0", 'model.trunk = { kind = "Weighted", growth = 3.0 }', "model.trunk"),
+    ],
+)
+def test_no_two_factors_set_a_field_in_whatever_form(tmp_path, one, other, twice):
+    factors = THREE.replace("optimizer.schedule.floor = 0.0", one).replace("optimizer.matrices.rate = 0.07", other)
+    weighted = ("model = { dim = 16,", 'model = { dim = 16, trunk = { kind = "Weighted" },')
+    said = rf"factor 'fast': {twice}(\.growth)? is set twice; give each factor fields of its own$"
+    with pytest.raises(UserError, match=said):
+        read_study(with_factors(tmp_path, factors, weighted))
+
+
+def test_a_field_in_quotes_and_one_without_are_one_table(tmp_path):
+    quoted = THREE.replace("optimizer.schedule.floor = 0.0", '"optimizer.schedule.floor" = 0.0')
+    study, other = read_study(with_factors(tmp_path, THREE)), read_study(with_factors(tmp_path, quoted))
+    assert [job.config for job in study.jobs] == [job.config for job in other.jobs]
+    twice = quoted.replace('.floor" = 0.0', '.floor" = 0.0\noptimizer.schedule.floor = 0.05')
+    with pytest.raises(UserError, match=r"factor 'low': optimizer\.schedule\.floor is set twice"):
+        read_study(with_factors(tmp_path, twice))
 
 
 def test_variants_are_not_derived_from_runs_of_the_design(tmp_path):

@@ -150,7 +150,8 @@ def _of_effects(effects: Effects) -> str:
         return f"{said}; these do not tell the factors apart."
     if effects.finished < effects.runs:
         return f"{said}; until all are, what two factors do together may look like the effect of a third."
-    said += f"; a run is {effects.sd:.4f} off what the effects add up to (standard deviation, df = {effects.df})"
+    sd, df = effects.noise.sd, effects.noise.df
+    said += f"; a run is {sd:.4f} off what the effects add up to (standard deviation, df = {df})"
     if effects.with_gains is not None:
         said += f"; with all gains they add up to {effects.with_gains:.4f}"
     return f"{said}. Intervals are for these seeds; of 20 factors without effect one is expected outside of its own."

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from scipy.stats import t as student_t
-
 from ablation.cost import flops_per_token
 from ablation.factorial import Effects, effects
+from ablation.noise import Noise
 from ablation.runs import failure, finished_run, median_speed
 from ablation.study import Study
 from senano_jax.config_file import read_config
@@ -28,18 +27,6 @@ class Finished(NamedTuple):
 
 
 Runs = Mapping[tuple[str, int, int], Finished]  # by variant, tokens and seed
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Spread of one paired difference over seeds, pooled over the variants that have two pairs or more."""
-
-    sd: float
-    df: int
-
-    def half_width(self, pairs: int) -> float:
-        """Half of the 95% interval of the mean of so many differences."""
-        return float(student_t.ppf(0.975, self.df)) * self.sd / math.sqrt(pairs)
 
 
 @dataclass(frozen=True)
@@ -86,6 +73,7 @@ class Results:
     effects: Effects | None
     """Of the study's factors, if it has some."""
     noise: Noise | None
+    """Spread of one paired difference over seeds, pooled over the variants that have two pairs or more."""
     hardware: tuple[str, ...]
     remarks: tuple[str, ...]
 

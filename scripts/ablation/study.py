@@ -31,31 +31,22 @@ A field that may be None takes the text "None"; one that takes one of several cl
 """
 
 import dataclasses
-import difflib
 import re
 import tomllib
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from ablation.cost import at_budget
-from ablation.factorial import FEWEST_FACTORS, MOST_FACTORS, combinations
+from ablation.differences import assignments, check_apart, differences, in_words, typed
+from ablation.factorial import FEWEST_FACTORS, MOST_FACTORS, design
 from senano_jax.config import Config, changed, settings
 from senano_jax.config_check import check_config
-from senano_jax.config_file import parse
 from senano_jax.errors import UserError
 from senano_jax.presets import preset
 
-# Fields that are not the study's to change, and what decides them.
-_DECIDED = {
-    "steps": "tokens decides it",
-    "seed": "seeds decides it",
-    "run_dir": "--out decides it",
-    "resume": "the queue decides it",
-    "devices": "a run has one device",
-}
 _KEYS = {"name": str, "preset": str, "tokens": int, "seeds": list, "variants": list}
 _OPTIONAL = {"budgets": list, "keep_weights": bool, "common": dict, "factors": list}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # also part of a folder's name
@@ -132,21 +123,19 @@ def read_study(path: Path) -> Study:
     _check_counts(path, "budgets", budgets, least=1, most=_MOST_TOKENS)
     if not seeds:
         raise UserError(f"{path}: seeds is empty; name one seed at least")
-    variants, factors, on = _named_tables(path, "variants", document["variants"]), {}, {}
-    tables = dict(variants)
-    if "factors" in document:
-        factors = _named_tables(path, "factors", document["factors"])
-        _check_factors(path, document, variants, factors)
-        for number, (table, names) in enumerate(combinations(factors, str(path))):
-            name = f"factors-{number:02d}" if number else next(iter(variants))
-            if number and name in variants:
-                raise UserError(f"{path}: {name} is a run of the factors' design; give the variant another name")
-            tables[name] = {"name": name, "from": next(iter(variants)), **table} if number else variants[name]
-            on[name] = names
+    variants = _named_tables(path, "variants", document["variants"])
+    factors = _factors(path, document, variants)
+    base, on = next(iter(variants)), {}
+    for number, row in enumerate(design(len(factors)) if factors else ()):
+        name = f"factors-{number:02d}" if number else base
+        if number and name in variants:
+            raise UserError(f"{path}: {name} is a run of the factors' design; give the variant another name")
+        on[name] = tuple(compress(factors, row))
     jobs, configs = [], {}
-    for number, name in enumerate(tables):
-        where = f"{path}, variant {name!r}" + (f" ({', '.join(on[name])})" if on.get(name) else "")
-        start, config = _configuration(where, document, variants | {name: tables[name]}, name)
+    for number, name in enumerate(variants | on):
+        added = [factors[factor] for factor in on.get(name, ())]
+        where = f"{path}, variant {name!r}" + (f" ({', '.join(on[name])})" if added else "")
+        start, config = _configuration(where, document, variants, base if added else name, added)
         _check_distinct(where, config, configs)
         configs[name] = config
         for budget in [tokens] if number else sorted({tokens, *budgets}):
@@ -170,12 +159,12 @@ def read_study(path: Path) -> Study:
         seeds=tuple(seeds),
         budgets=tuple(sorted({tokens, *budgets})) if budgets else (),
         keep_weights=document.get("keep_weights", False),
-        common="; ".join(_assignments(document.get("common", {}), "")),
+        common="; ".join(assignments(document.get("common", {}), "")),
         variants=tuple(
-            Variant(name, f"with {', '.join(on[name])}" if on.get(name) else _text(table), on.get(name))
-            for name, table in tables.items()
+            Variant(name, f"with {', '.join(on[name])}" if on.get(name) else in_words(variants[name]), on.get(name))
+            for name in variants | on
         ),
-        factors=tuple(Factor(name, _text(table)) for name, table in factors.items()),
+        factors=tuple(Factor(name, in_words(table)) for name, table in factors.items()),
         jobs=tuple(jobs),
     )
 
@@ -218,18 +207,18 @@ def _named_tables(path: Path, key: str, tables: Sequence[Any]) -> dict[str, dict
     return {table["name"]: table for table in tables}
 
 
-def _check_factors(
-    path: Path,
-    document: Mapping[str, Any],
-    variants: Mapping[str, dict[str, Any]],
-    factors: Mapping[str, dict[str, Any]],
-) -> None:
-    """Raises UserError unless each factor changes the base and there are enough for a design."""
+def _factors(
+    path: Path, document: Mapping[str, Any], variants: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The table of each factor by its name, in order: each changes the base, and no field is another one's."""
+    if "factors" not in document:
+        return {}
+    factors = _named_tables(path, "factors", document["factors"])
     if not FEWEST_FACTORS <= len(factors) <= MOST_FACTORS:
         raise UserError(
             f"{path}: there are {len(factors)} factors; give {FEWEST_FACTORS} to {MOST_FACTORS}, or make them variants"
         )
-    base = next(iter(variants))
+    base, fields = next(iter(variants)), []
     configs = {base: _configuration(f"{path}, variant {base!r}", document, variants, base)[1]}
     for name, table in factors.items():
         where = f"{path}, factor {name!r}"
@@ -239,15 +228,24 @@ def _check_factors(
             raise UserError(f"{where}: a variant is called so, too; give the factor a name of its own")
         if table.keys() == {"name"}:
             raise UserError(f"{where}: it changes nothing; give it a field")
-        _, config = _configuration(where, document, {**variants, name: {"from": base, **table}}, name)
+        _, config = _configuration(where, document, variants, base, [table])
         _check_distinct(where, config, configs)
         configs[name] = config
+        own = typed(where, configs[base], differences(table))
+        check_apart(where, own, fields, "give each factor fields of its own")
+        fields += own
+    return factors
 
 
 def _configuration(
-    where: str, document: Mapping[str, Any], tables: Mapping[str, dict[str, Any]], name: str
+    where: str,
+    document: Mapping[str, Any],
+    tables: Mapping[str, dict[str, Any]],
+    name: str,
+    added: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[str, Config]:
-    """The preset's name and the configuration of a variant, but for steps and seed."""
+    """The preset's name and the configuration of a variant with the differences of `added` tables, but for steps and
+    seed."""
     chain = [name]  # from the variant to the one at the start
     while (origin := tables[chain[-1]].get("from")) is not None:
         if origin not in tables:
@@ -260,40 +258,14 @@ def _configuration(
         config = preset(start)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    own = [{key: v for key, v in tables[link].items() if key not in ("name", "from", "preset")} for link in chain]
-    for table in [document.get("common", {}), *reversed(own)]:
-        config = changed(config, _typed(where, config, table))
+    own = [differences(table) for table in (*(tables[link] for link in reversed(chain)), *added)]
+    for table in [document.get("common", {}), *own]:
+        config = changed(config, typed(where, config, table))
     try:
         check_config(config)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return start, config
-
-
-def _typed(where: str, config: Any, table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of `table` by their paths, each of the type of its field in `config`."""
-    kinds, values = typing.get_type_hints(type(config)), {}
-    for key, value in table.items():
-        name, _, rest = key.partition(".")
-        path, value = prefix + name, {rest: value} if rest else value
-        if name not in kinds:
-            near = difflib.get_close_matches(name, kinds, n=1)
-            known = f"did you mean {prefix}{near[0]}?" if near else f"it has {', '.join(kinds)}"
-            raise UserError(f"{where}: {type(config).__name__} has no field {path}; {known}")
-        if path in _DECIDED:
-            raise UserError(f"{where}: {path} cannot be a difference: {_DECIDED[path]}")
-        current = getattr(config, name)
-        if isinstance(value, dict) and dataclasses.is_dataclass(current) and "kind" not in value:
-            values |= _typed(where, current, value, path + ".")
-        elif value == "None" and type(None) in typing.get_args(kinds[name]):
-            values[path] = None
-        else:
-            try:
-                values[path] = parse(kinds[name], value, Path(where), path)
-            except UserError as error:
-                kind = getattr(kinds[name], "__name__", None) if isinstance(kinds[name], type) else None
-                raise UserError(f"{str(error).partition(';')[0]}; it takes {kind or kinds[name]}") from None
-    return values
 
 
 def _check_distinct(where: str, config: Config, earlier: Mapping[str, Config]) -> None:
@@ -325,23 +297,6 @@ def _check_name(path: Path, what: str, name: Any) -> None:
 def _repeated(values: Sequence[Any]) -> Any:
     """The first value that is there twice; None if there is none."""
     return next((value for number, value in enumerate(values) if value in values[:number]), None)
-
-
-def _text(table: Mapping[str, Any]) -> str:
-    """The differences of a variant's table in words, such as "slow; final_window_tokens = 2304"."""
-    words = [f"{key} {table[key]}" for key in ("from", "preset") if key in table]
-    rest = {key: value for key, value in table.items() if key not in ("name", "from", "preset")}
-    return "; ".join(words + _assignments(rest, ""))
-
-
-def _assignments(table: Mapping[str, Any], prefix: str) -> list[str]:
-    texts = []
-    for key, value in table.items():
-        if isinstance(value, dict) and "kind" not in value:
-            texts += _assignments(value, f"{prefix}{key}.")
-        else:
-            texts.append(f"{prefix}{key} = {value}")
-    return texts
 
 
 def _shown(value: Any) -> str:
