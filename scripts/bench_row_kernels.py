@@ -9,14 +9,14 @@
 alone; `heads-product` is the product and prepare_heads, with what the backward pass needs, forward alone: two kernels,
 or the one for Hopper GPUs. `gated-exclusive` is what attention gives with both pieces; `stream-mlp` the weighted stream
 beside an MLP, of which the backward pass alone is fused: the MLP is left out. `stream-mix` is the stream with a skip
-connection and its norm, backward alone, too. `loss` is log-sum-exp and gradient of 8,192 tokens, whatever the flags for
-sizes say.
+connection and its norm, backward alone, too. `loss` is log-sum-exp and gradient of 8,192 tokens, `logsumexp` that sum
+and the product before it, forward alone, whatever the flags for sizes say.
 
 Time is the median over repetitions of a jitted chain of calls, divided by its length; backward is the difference of
 forward and backward together and forward alone. Bytes count each tensor once, in and out. The ratio is that of the
 plain version's time, forward and backward, to this one's. A launch is TOKENS,HEADS,WARPS, of the streams and loss
 ROWS,WARPS. The loss's kernel for Hopper GPUs is hopper,LINES: lines of 128 logits that a warpgroup works on at a time.
-Those of heads-product are tiles, as tune_matmul.py has them.
+Those of heads-product and logsumexp are tiles, as tune_matmul.py has them.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from senano_jax.model.cap import capped
 from senano_jax.model.elementwise import norm, weighted_sum
 from senano_jax.model.heads import prepare_heads
 from senano_jax.model.heads_product import heads_matmul
+from senano_jax.model.hopper_logsumexp import logsumexp
 from senano_jax.model.loss import CHUNK_TOKENS
 from senano_jax.model.pieces.gated_exclusive import gated_exclusive
 from senano_jax.model.pieces.key_offset import offset_keys
@@ -59,6 +60,7 @@ OF_HEADS_PRODUCT = (
 )
 OF_ROWS = ("4,4", "2,2", "1,1", "8,8", "4,8")
 OF_LOGITS = (*OF_ROWS, "1,4", "1,8", *(f"hopper,{lines}" for lines in (4, 8, 12, 16, 20)))
+OF_LOGSUMEXP = ("128,128,5,8,b,64", "128,128,6,8,b,64", "128,192,4,8,b,64", "128,192,4,16,b,64", "128,192,4,8,a,64")
 LOGITS = 50_304  # of a token
 PASSES = ("fwd", "bwd", "f+b")
 
@@ -213,6 +215,21 @@ def loss(shape: tuple[int, int, int, int]) -> Case:
     return Case((z, targets), None, lambda launch: plain if launch is None else fused(launch), megabytes, OF_LOGITS)
 
 
+def logits_sum(shape: tuple[int, int, int, int]) -> Case:
+    """x and the head in; the plain version writes and reads the logits, too."""
+    dim = shape[2] * shape[3]
+    cap = capped(SoftCap(), dim)
+    x, head = random([(CHUNK_TOKENS, dim), (dim, LOGITS)])
+    options = {"cap": cap.height, "slope": 1 / cap.divisor, "shift": cap.shift}
+
+    def add(launch):
+        if launch is None:
+            return lambda x, head: cap.logsumexp(cap.all_logits(x @ head))
+        return functools.partial(logsumexp, tile=parse_tile(launch, "--launches"), **options)
+
+    return Case((x, head), add, None, ((x.nbytes + head.nbytes) / 1e6, 0.0), OF_LOGSUMEXP)
+
+
 CASES = {
     "heads": heads,
     "offset-heads": functools.partial(heads, offsets_keys=True),
@@ -222,6 +239,7 @@ CASES = {
     "stream-mlp": stream,
     "stream-mix": mixture,
     "loss": loss,
+    "logsumexp": logits_sum,
 }
 
 
@@ -254,7 +272,8 @@ def table(case: Case, launches: Sequence[str], calls: int, repetitions: int) -> 
         except UserError:
             raise
         except Exception as error:  # too many registers, no memory: the other rows still count
-            print(f"{name:>18} failed: {str(error).splitlines()[0][:120]}", flush=True)
+            reason = str(error) or type(error).__name__
+            print(f"{name:>18} failed: {reason.splitlines()[0][:120]}", flush=True)
             continue
         plain_us = plain_us or both_us
         times = (forward_us, both_us - forward_us, both_us)

@@ -3,7 +3,8 @@
 With z = x @ head and logits = cap(z), the loss of a token is that of K predictions from its one row of logits,
 sum_k w_k (logsumexp(logits) - logits[target_k]). The loss is a sum over tokens and its gradient is linear in the
 cotangent, so the forward pass of a differentiated call already makes both gradients, a chunk of tokens at a time:
-logits are computed once, never kept, never recomputed.
+logits are computed once, never kept, never recomputed. On Hopper GPUs a call without gradients stores no logits at all
+(hopper_logsumexp.py).
 
 Names end in their dimensions: N the tokens of a chunk, D the width, V the columns of the head, K the predictions.
 """
@@ -15,8 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from senano_jax.kernels.choice import on_gpu
-from senano_jax.model import loss_kernel
+from senano_jax.model import hopper_logsumexp, loss_kernel
 from senano_jax.model.cap import Plain, capped
+from senano_jax.model.elementwise import columns_as_rows
 from senano_jax.model.soft_cap import SoftCap
 from senano_jax.model.targets import Targets
 
@@ -54,24 +56,37 @@ def _is_fused(tokens, columns, cap) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _chunked_loss(x, head, bias, targets, chunk_tokens, cap):
-    chunks = _chunks(x, targets, chunk_tokens)
     head_DV = head.astype(x.dtype)
+    if isinstance(cap, SoftCap) and bias is None and hopper_logsumexp.fits(x.size // x.shape[-1], *head.shape, x.dtype):
+        return _loss_without_logits(x, head_DV, targets, cap)
 
     def body(total, chunk):
         x_ND, targets_NK, weights_NK = chunk
         z_NV = x_ND @ head_DV
         logsumexp_N = cap.logsumexp(cap.all_logits(_biased(z_NV, bias)))
-        return total + _loss(z_NV, bias, targets_NK, weights_NK, logsumexp_N, cap), None
+        return total + _loss(_of_targets(z_NV, targets_NK), bias, targets_NK, weights_NK, logsumexp_N, cap), None
 
-    return jax.lax.scan(body, jnp.float32(0), chunks)[0]
+    return jax.lax.scan(body, jnp.float32(0), _chunks(x, targets, chunk_tokens))[0]
+
+
+def _loss_without_logits(x, head_DV, targets, cap):
+    x_ND, targets_NK, weights_NK = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), (x, *targets))
+    logsumexp_N = hopper_logsumexp.logsumexp(x_ND, head_DV, cap=cap.height, slope=1 / cap.divisor, shift=cap.shift)
+    columns_NKD = columns_as_rows(head_DV)[targets_NK]
+    z_NK = (x_ND[:, None].astype(jnp.float32) * columns_NKD.astype(jnp.float32)).sum(-1).astype(x.dtype)
+    return _loss(z_NK, None, targets_NK, weights_NK, logsumexp_N, cap)
 
 
 def _biased(z, bias):
     return z if bias is None else z.astype(jnp.float32) + bias
 
 
-def _loss(z_NV, bias_V, targets_NK, weights_NK, logsumexp_N, cap):
-    z_NK = jnp.take_along_axis(z_NV, targets_NK, axis=1)
+def _of_targets(z_NV, targets_NK):
+    return jnp.take_along_axis(z_NV, targets_NK, axis=1)
+
+
+def _loss(z_NK, bias_V, targets_NK, weights_NK, logsumexp_N, cap):
+    """Of the products with the targets' columns of the head and the log-sum-exp of all logits."""
     target_NK = cap.logits(_biased(z_NK, None if bias_V is None else bias_V[targets_NK]))
     if weights_NK is None:
         return (logsumexp_N - target_NK[:, 0]).sum()
@@ -107,7 +122,7 @@ def _forward(x, head, bias, targets, chunk_tokens, cap):
         x_ND, targets_NK, weights_NK = chunk
         z_NV = x_ND @ head_DV
         logsumexp_N, dz_NV = _logsumexp_and_gradient(z_NV, bias, targets_NK, weights_NK, cap)
-        loss = _loss(z_NV, bias, targets_NK, weights_NK, logsumexp_N, cap)
+        loss = _loss(_of_targets(z_NV, targets_NK), bias, targets_NK, weights_NK, logsumexp_N, cap)
         if bias is not None:
             d_bias_V += dz_NV.sum(0, dtype=jnp.float32)
             dz_NV = dz_NV.astype(x.dtype)
