@@ -217,13 +217,16 @@ at the speed of one GPU, the optimiser, and the bytes that travel at {bandwidth:
 machine; nothing is overlapped. All figures are of the full window, {window} blocks.
 
 {systems}.
+These are from profiles of 2026-11-27, with the kernels of their day and, of the two systems, with other documents;
+[performance.md](performance.md) has what a step takes since.
 
 ## What was measured, and what the model says
 
 {checks}
 
 A row's time a token is that of one GPU in the same file, because machines differ by some per cent. Where a file has no
-such row, it is that of the first row of the system on this kind of GPU.
+such row, it is that of the first row of the system on this kind of GPU. The profile on two H100s read the
+bundled sample, 1.9% more arithmetic than the tokens of the first row.
 
 Against one GPU of the same machine, by `scripts/bench_gpus.py` (JAX 0.11.2, 2026-11-27; each file has its command):
 
