@@ -3,11 +3,11 @@
     python scripts/same_bits.py BASE
     python scripts/same_bits.py BASE --full --twice        # on a GPU: the record system at its full width
 
-BASE is a revision of the repository, or the path of a checkout. Small versions of the record's systems and the demo, in float32 and bfloat16:
-initial weights, validation loss, the gradients of a step, and what three training steps report and leave. Bits depend
-on the processor and on XLA, so both trees are measured here and now, one after the other, each by its own copy of
-bits_probe.py; a base without one is measured by ours. Both share one cache of compiled programs, so what is the same
-program is compiled once and is the same. Change neither tree meanwhile.
+BASE is a revision of the repository, or the path of a checkout. Small versions of the record's systems and the demo, in
+float32 and bfloat16: initial weights, validation loss, the gradients of a step, and what three training steps report
+and leave. Bits depend on the processor and on XLA, so both trees are measured here and now, one after the other, each
+by its own copy of bits_probe.py; a base without one is measured by ours. Both share one cache of compiled programs, so
+what is the same program is compiled once and is the same. Change neither tree meanwhile.
 
 Ends with status 1 if a bit differs, and says where first and by how much.
 """

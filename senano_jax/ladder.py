@@ -218,6 +218,24 @@ def tied_recurrent() -> Config:
     )
 
 
+def tied_recurrent_ramp() -> Config:
+    """The candidate with a ramp of the batch: a third of the tokens each at 32,768, 65,536 and 131,072 a step, with
+    rates by the root of the batch, in sequences that eight devices can share. 449.84M tokens; 379.85M with
+    `--steps 6762`. Not verified on FineWeb."""
+    ahead = [stage.ahead for stage in multi_token().stages]
+    return changed(
+        tied_recurrent(),
+        {
+            "stages": (
+                Stage(part=4, batch_tokens=32_768, seq_len=4096, rate=0.707, ahead=ahead[0]),
+                Stage(part=2, ahead=ahead[1]),
+                Stage(part=1, batch_tokens=131_072, seq_len=16_384, rate=1.414),
+            ),
+            "steps": 8008,
+        },
+    )
+
+
 def input_rank() -> Config:
     """The candidate with 48 directions in which a token's embedding differs from its column of the head."""
     base = tied_recurrent()

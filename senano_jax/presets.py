@@ -32,6 +32,7 @@ from senano_jax.ladder import (
     strict,
     tail_average,
     tied_recurrent,
+    tied_recurrent_ramp,
     values_from_x0,
     weighted,
 )
@@ -44,6 +45,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "value-embeddings": value_embeddings,
     "llmc": llmc,
     "tied-recurrent": tied_recurrent,
+    "tied-recurrent-ramp": tied_recurrent_ramp,
     "demo": demo,
     "polar-express": polar_express,
     "batch-ramp": batch_ramp,
