@@ -7,7 +7,11 @@ import optax
 import pytest
 from oracles import relative_error
 
+from senano_jax.config import changed
+from senano_jax.config_check import check_config
+from senano_jax.errors import UserError
 from senano_jax.optim.adam import scale_by_float32_adam
+from senano_jax.presets import preset
 
 B1, B2, EPS = 0.8, 0.95, 1e-10
 
@@ -102,3 +106,14 @@ def test_a_zero_gradient_gives_a_zero_step():
         updates, state = optimizer.update(gradient, state)
         np.testing.assert_array_equal(updates[1], 0)
     assert (updates[0] > 0.1).all()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [("b1", 1.0, "from 0, and below 1"), ("b2", 1.0, "from 0, and below 1"), ("eps", 0.0, "above 0")],
+)
+def test_what_would_divide_zero_by_zero_is_refused(field, value, allowed):
+    """In the first step, or for the rows of an embedding that no token has read yet."""
+    config = changed(preset("recurrent"), {f"optimizer.embeddings.{field}": value})
+    with pytest.raises(UserError, match=rf"--optimizer.embeddings.{field} is {value}; use a number {allowed}"):
+        check_config(config)

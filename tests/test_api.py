@@ -18,11 +18,12 @@ from written_logs import run_folder, torch_log
 
 import senano_jax
 from senano_jax import evaluate, train
-from senano_jax.config import changed
+from senano_jax.config import Stage, changed
 from senano_jax.config_file import read_config
 from senano_jax.errors import UserError
 from senano_jax.interop.safetensors_file import write_safetensors
 from senano_jax.model.build import abstract_params
+from senano_jax.model.schedule import Weighted
 from senano_jax.optim.config import OwnOptimizer
 from senano_jax.optim.recipe import make_optimizer
 from senano_jax.presets import PRESETS, demo
@@ -54,6 +55,23 @@ def own_run(tmp_path_factory):
     config = changed(tiny_demo(), {"run_dir": str(tmp_path_factory.mktemp("own") / "run"), "steps": 3})
     model = Bigram(config.model.vocab_size)
     return senano_jax.fit(config, optax.sgd(0.5), model=model, name="bigram", on_record=told.append, quiet=True), told
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        (Stage(part=1, ahead=((1.0, 1.0), (0.5, 0.0))), "ahead"),
+        (Stage(part=1, prefix=(0.5, 0.0)), "prefix"),
+        (Stage(part=1, visits=1), "visits"),  # of the two that its configuration has
+    ],
+)
+def test_a_model_of_ones_own_knows_no_stages_that_call_it_otherwise(tmp_path, stage, name):
+    """Said before there is a folder."""
+    changes = {"run_dir": str(tmp_path / "run"), "stages": (Stage(part=1), stage), "data.bpe_dir": "gpt2", "steps": 4}
+    changes |= {"model.layers.loop": 2, "model.layers.visits": 2, "model.trunk": Weighted()}
+    with pytest.raises(UserError, match=rf"--stages\.1\.{name} is for the models of this package"):
+        senano_jax.fit(changed(tiny_demo(), changes), optax.sgd(0.5), model=Bigram(64), quiet=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_names_are_there_and_the_package_alone_imports_no_jax():

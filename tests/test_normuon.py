@@ -19,7 +19,7 @@ from senano_jax.config_check import check_config
 from senano_jax.errors import UserError
 from senano_jax.optim.cuts import cut, joined
 from senano_jax.optim.momentum import nesterov
-from senano_jax.optim.muon import orthogonalized, scale_by_muon
+from senano_jax.optim.muon import orthogonalized, scale_by_muon, step_factor
 from senano_jax.optim.newton_schulz import ITERATIONS
 from senano_jax.optim.normuon import normalized
 from senano_jax.optim.recipe import make_optimizer
@@ -187,8 +187,20 @@ def test_columns_that_do_not_divide_are_refused():
         jax.eval_shape(make_optimizer(config.optimizer, 5).init, params)
     with pytest.raises(UserError, match=r"--optimizer.matrices.query-key-columns is 0; it must be at least 1"):
         check_config(changed(config, {"optimizer.matrices.query_key_columns": 0}))
-    with pytest.raises(UserError, match=r"--optimizer.matrices.neuron-b2 is 1.5; use a number from 0 to 1"):
+    with pytest.raises(UserError, match=r"--optimizer.matrices.neuron-b2 is 1.5; use a number from 0, and below 1"):
         check_config(changed(config, {"optimizer.matrices.neuron_b2": 1.5}))
+    gpt2 = {"layer_0": {"attention": {"qkv": {"kernel": jnp.zeros((96, 288))}}}}
+    with pytest.raises(UserError, match=r"--optimizer.matrices.query-key-columns is for models that keep queries"):
+        jax.eval_shape(make_optimizer(config.optimizer, 5).init, gpt2)
+
+
+def test_the_second_projection_goes_farther_in_gpt2_too():
+    """Whose dense layers keep their matrices as kernels."""
+    of_ours, of_gpt2, other = (tuple(map(jax.tree_util.DictKey, names)) for names in (
+        ("mlp", "down"), ("mlp", "down", "kernel"), ("mlp", "up", "kernel"),
+    ))  # fmt: skip
+    assert step_factor(of_ours, (96, 24), 4.0) == step_factor(of_gpt2, (96, 24), 4.0) == 4.0
+    assert step_factor(other, (96, 24), 4.0) == 1.0
 
 
 def test_the_preset_differs_from_polar_express_in_its_matrices_alone():

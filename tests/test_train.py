@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import runpy
@@ -157,7 +158,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_last_checkpoint(tm
     with pytest.raises(UserError, match=r"step \d+ has loss .*nan.*; the newest checkpoint is that of step \d+;"):
         train.main(arguments)
     steps, _ = records(tmp_path / "run")
-    assert steps, "the finite steps before it are recorded"
+    assert all(math.isfinite(record["loss"]) for record in steps[:-1])
+    assert read_log(tmp_path / "run").diverged == f"step {steps[-1]['step']}"
 
 
 def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path):

@@ -14,6 +14,7 @@ from senano_jax.errors import UserError, check_counts
 from senano_jax.optim.groups import GROUPS
 
 _FROM_0_TO_1 = {"most": 1}
+_DECAY = {"below": 1}  # from 0: an average that forgets nothing is corrected for its start by 1 / 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class MuonRule:
     """Two averages late in the run; None: one."""
     iteration: Literal["newton-schulz", "polar-express", "six-step"] = "newton-schulz"
     """How matrices are orthogonalised: the first leaves singular values in 0.7 to 1.2, the others nearer to 1."""
-    neuron_b2: float | None = field(default=None, metadata=_FROM_0_TO_1)
+    neuron_b2: float | None = field(default=None, metadata=_DECAY)
     """NorMuon: decay of the mean squares by which the neurons' steps are equalised; None: Muon."""
     query_key_columns: int | None = field(default=None, metadata={"least": 1})
     """Columns of queries and keys that are orthogonalised together, such as those of two heads; None: all."""
@@ -91,11 +92,11 @@ class AdamRule:
 
     rate: float
     """Learning rate of Adam."""
-    b1: float = field(metadata=_FROM_0_TO_1)
+    b1: float = field(metadata=_DECAY)
     """Decay of the first moment."""
-    b2: float = field(metadata=_FROM_0_TO_1)
+    b2: float = field(metadata=_DECAY)
     """Decay of the second moment."""
-    eps: float
+    eps: float = field(metadata={"above": 0})  # where all gradients were 0, a step would be 0 / 0
     """Adam's epsilon, outside the root; it is compared with gradients summed over a step, or with their means."""
     decay: float = 0.0
     """Share of a weight that a step at learning rate 1 takes away; tensors of fewer than two dimensions are spared."""
@@ -216,5 +217,11 @@ def _check(part: Any, flag: str) -> None:
         elif most := f.metadata.get("most"):
             if not 0 <= value <= most:
                 raise UserError(f"{name} is {value}; use a number from 0 to {most}")
+        elif below := f.metadata.get("below"):
+            if not 0 <= value < below:
+                raise UserError(f"{name} is {value}; use a number from 0, and below {below}")
+        elif "above" in f.metadata:
+            if not f.metadata["above"] < value < math.inf:
+                raise UserError(f"{name} is {value}; use a number above {f.metadata['above']}")
         elif not (math.isfinite(value) and value >= 0):
             raise UserError(f"{name} is {value}; use 0 or more")

@@ -12,7 +12,7 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
-from senano_jax.optim.cuts import cut, joined
+from senano_jax.optim.cuts import cut, joined, name_of
 from senano_jax.optim.momentum import Momentum
 from senano_jax.optim.newton_schulz import Iteration, orthogonalize
 from senano_jax.optim.stacks import StackRule, init_stacks, update_stacks
@@ -89,4 +89,4 @@ def scale_by_muon(
 def step_factor(path: tuple, shape: tuple[int, ...], down_rate: float) -> float:
     """How much farther than an orthogonal matrix the step of a parameter [..., in, out] goes."""
     fan_in, fan_out = shape[-2:]
-    return max(1, fan_out / fan_in) ** 0.5 * (down_rate if path[-1].key == "down" else 1.0)
+    return max(1, fan_out / fan_in) ** 0.5 * (down_rate if name_of(path) == "down" else 1.0)

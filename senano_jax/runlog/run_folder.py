@@ -1,6 +1,7 @@
 """Our own run folders: config.json, environment.json and metrics.jsonl."""
 
 import json
+import math
 from pathlib import Path
 
 from senano_jax.config import FREE_NAMES, settings
@@ -44,7 +45,9 @@ def read_run_folder(folder: Path, name: str | None = None, *, evaluated: bool = 
             read = max(read, tokens if position is None else position)
             if not is_not_finite(record["loss"]):
                 line.number_of("loss", record["loss"])
-            collector.add_train(line, step, tokens, record["loss"], None, position)
+            # The run ends with the step that has no finite gradient, though its loss was computed before.
+            diverges = is_not_finite(record.get("grad_norm"))
+            collector.add_train(line, step, tokens, math.nan if diverges else record["loss"], None, position)
         trained = max(trained, tokens)
     points = collector.evaluations() if evaluated else tuple(collector.validation)
     parameters, seed, preset = config.get("parameters"), config.get("seed"), config.get("preset")

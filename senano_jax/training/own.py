@@ -79,6 +79,17 @@ def require_own(config: Config, own: Own) -> None:
         raise UserError(f"the run's model {config.own_model} is a program's own; train there: senano_jax.fit(...)")
 
 
+def require_plain_stages(config: Config) -> None:
+    """Raises UserError if a stage asks for what a model of a program's own is not called with."""
+    for number, stage in enumerate(config.stages):
+        for name, asked in (("ahead", stage.ahead), ("prefix", any(stage.prefix)), ("visits", stage.visits)):
+            if asked:
+                raise UserError(
+                    f"--stages.{number}.{name} is for the models of this package: one of a program's own is called "
+                    "with inputs, targets and window alone; leave it out"
+                )
+
+
 def _checksum(*calls: tuple[Callable[..., Any], *tuple[Any, ...]]) -> str:
     """Eight hexadecimal digits of what functions compute from abstract arguments: operations, numbers and arrays, but
     no names of functions and no addresses."""

@@ -47,7 +47,7 @@ class Recorder:
     `on_record` is called with each line of metrics.jsonl, as a dictionary.
 
     A step is recorded once the next one is queued behind it, so that no device waits. Whatever waits for one raises
-    UserError if its loss or gradient is not finite.
+    UserError if its loss or gradient is not finite, once that is recorded, so that comparisons see it.
     """
 
     def __init__(
@@ -92,13 +92,6 @@ class Recorder:
         step, plan = running.step, self._plan
         loss, grad_norm, train_ms, stop = running.finished.result()
         started_ms, self._finished_ms = self._finished_ms, train_ms
-        if not math.isfinite(loss + grad_norm):
-            saved = self._newest_checkpoint()
-            kept = "no checkpoint was saved" if saved is None else f"the newest checkpoint is that of step {saved}"
-            raise UserError(
-                f"step {step} has loss {loss} and gradient norm {grad_norm}; {kept}; "
-                "lower the learning rates, or look at the data"
-            )
         step_ms = self._finished_ms - started_ms
         tokens_per_s = plan.stage(step - 1).batch_tokens / step_ms * 1000
         self._metric(
@@ -116,17 +109,24 @@ class Recorder:
         self._run.log(line)
         self._progress.step(step, loss, tokens_per_s, f"{line} tokens/s:{tokens_per_s:.0f}")
         self.stopping |= stop
+        if not math.isfinite(loss + grad_norm):
+            saved = self._newest_checkpoint()
+            kept = "no checkpoint was saved" if saved is None else f"the newest checkpoint is that of step {saved}"
+            raise UserError(
+                f"step {step} has loss {loss} and gradient norm {grad_norm}; {kept}; "
+                "lower the learning rates, or look at the data"
+            )
 
     def evaluation(self, step: int, val_loss: float, window: int) -> None:
         """Records an evaluation after `step` steps, with the clock stopped. Raises UserError if it is not finite."""
         tokens, train_ms = self._plan.tokens_after(step), self._clock.milliseconds
-        if not math.isfinite(val_loss):
-            raise UserError(f"the validation loss after step {step} is {val_loss}; look at the weights and the data")
         self._metric(
             step=step, tokens_trained=tokens, val_loss=val_loss, window=window, train_time_ms=round(train_ms, 3)
         )
         times = self._times(train_ms, step)
         self.say(f"step:{step}/{self._plan.steps} val_loss:{val_loss:.4f} {times} tokens:{tokens / 1e6:.2f}M")
+        if not math.isfinite(val_loss):
+            raise UserError(f"the validation loss after step {step} is {val_loss}; look at the weights and the data")
 
     def _metric(self, **record: float) -> None:
         self._run.metric(**record)
