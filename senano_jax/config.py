@@ -87,7 +87,7 @@ class Config:
     data: DataConfig
     optimizer: Recipe | OwnOptimizer
     steps: int
-    """Optimiser steps; every schedule is stretched over them."""
+    """Optimiser steps; schedules are stretched over them, but for those parts that have steps of their own."""
     batch_tokens: int
     """Tokens of one step, over all devices and micro-batches, unless its stage says another number."""
     seq_len: int

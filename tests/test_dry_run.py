@@ -80,6 +80,11 @@ def fault_of(config, capsys) -> str:
     return lines_of(capsys)["fault"]
 
 
+def test_too_few_validation_tokens_are_told_by_their_own_flag(capsys):
+    fault = fault_of(changed(TINY, {"data.val_tokens": 8_388_608}), capsys)
+    assert "--data.val-tokens 8388608 and the last target take 8,388,609" in fault
+
+
 def test_weights_that_are_not_there_are_a_fault(capsys):
     fault = fault_of(dataclasses.replace(TINY, init_from="nothing.pt"), capsys)
     assert fault == "--init-from nothing.pt: there is no such file; check the name"

@@ -223,8 +223,15 @@ def validation_sequences(
 ) -> Int32[np.ndarray, "sequences T+1"]:
     """The first `val_tokens` tokens as sequences of `seq_len` in file order, each with its last target.
 
-    Raises UserError if they are not a whole number of sequences, or more than `pattern`'s shards hold.
+    Raises UserError as `validation_source`.
     """
+    source = validation_source(pattern, shards, val_tokens, seq_len)
+    return np.stack([source[k] for k in range(val_tokens // seq_len)])
+
+
+def validation_source(pattern: str, shards: Sequence[Path], val_tokens: int, seq_len: int) -> SequenceSource:
+    """What they are read from. Raises UserError if they are not a whole number of sequences, or more than `pattern`'s
+    shards hold."""
     if val_tokens % seq_len:
         raise UserError(
             f"--data.val-tokens {val_tokens} is not a multiple of --data.val-seq-len {seq_len}: "
@@ -236,4 +243,4 @@ def validation_sequences(
             f"{pattern!r} holds {source.total_tokens:,} tokens, --data.val-tokens {val_tokens} and the last "
             f"target take {val_tokens + 1:,}: add shards or use --data.val-tokens {len(source) * seq_len}"
         )
-    return np.stack([source[k] for k in range(val_tokens // seq_len)])
+    return source

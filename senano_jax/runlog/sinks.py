@@ -27,7 +27,7 @@ Record = Mapping[str, Any]  # a line of metrics.jsonl, of a step or of an evalua
 
 class Sink(Protocol):
     """`Sink(config, run_dir, first_step)` opens it; points after `first_step` replace those of an earlier part of the
-    run (all do, if it is 0)."""
+    run (all do, if it is 0), where the service can: W&B keeps what it has of a step."""
 
     flag: str
     package: str

@@ -35,7 +35,7 @@ def new_run_dir(preset: str) -> Path:
 
 
 class RunFolder:
-    """config.json and environment.json, written once; metrics.jsonl and log.txt, appended line by line.
+    """config.json, written once; environment.json, by each part of the run; metrics.jsonl and log.txt, line by line.
 
     A context manager that holds the folder's lock: a second run cannot use it, and a dead one does not keep it.
     Call `start` or `go_on` before writing: on leaving a folder in which no run was started, what was made for it goes

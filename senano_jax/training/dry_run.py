@@ -13,7 +13,7 @@ from senano_jax.config import Config, settings
 from senano_jax.config_check import check_config
 from senano_jax.config_file import read_config
 from senano_jax.data.shards import find_shards, open_shard
-from senano_jax.data.stream import require_tokens
+from senano_jax.data.stream import require_tokens, validation_source
 from senano_jax.errors import UserError
 from senano_jax.files import expand_home
 from senano_jax.model.build import abstract_params, count_parameters, make_model
@@ -64,7 +64,7 @@ def describe(config: Config, preset: str) -> None:
     if paths := found(lambda: _shards("training shards", data.train_files, plan.stream_tokens)):
         found(lambda: require_tokens(data.train_files, paths, plan.stream_tokens, plan.longest_sequence))
     if paths := found(lambda: _shards("validation", data.val_files, data.val_tokens)):
-        found(lambda: require_tokens(data.val_files, paths, data.val_tokens, data.val_seq_len))
+        found(lambda: validation_source(data.val_files, paths, data.val_tokens, data.val_seq_len))
     found(lambda: Sinks(config))
     found(lambda: _check_folder(config))
     if config.init_from is not None:
