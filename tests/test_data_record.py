@@ -3,7 +3,9 @@
 import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import pytest
 
 from senano_jax.data.fineweb import CHECKSUMS, Published, add_published
@@ -12,6 +14,8 @@ from senano_jax.data.shards import write_shard
 from senano_jax.errors import UserError
 from senano_jax.runlog import data_record
 from senano_jax.runlog.data_record import DataRecord, read_data
+from senano_jax.training.resume import OpenRun
+from senano_jax.training.state import TrainState
 
 
 def digest(path):
@@ -154,3 +158,22 @@ def test_the_record_is_plain_json(started):
     document = json.loads((started / "data.json").read_text())
     assert list(document) == ["train", "val"]
     assert list(document["val"][0]) == ["name", "bytes", "tokens", "sha256", "published_sha256", "published_url"]
+
+
+def test_what_was_trained_is_saved_though_the_checksums_cannot_be_written(tmp_path, paths, monkeypatch):
+    """Such as on a disk that was full for a moment, or for a shard that was deleted before it was read."""
+
+    class Kept(list):
+        def save(self, step, *_):
+            self.append(step)
+
+    def full(file, shards):
+        raise UserError(f"{file} cannot be written (No space left on device)")
+
+    run = OpenRun(SimpleNamespace(position=dict), Kept(), DataRecord(tmp_path, paths))
+    with run.data_record:
+        monkeypatch.setattr(DataRecord, "_write_checksums", lambda self: full(self._file, {}))
+        run.data_record.start()
+        with pytest.raises(UserError, match=r"data\.json cannot be written"):
+            run.save(60, TrainState(jnp.zeros(()), {}, ()), 0, 0.0, None)
+    assert run.checkpoints == [60]

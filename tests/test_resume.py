@@ -104,6 +104,28 @@ def test_going_back_forgets_the_later_checkpoints_at_once(copy, undisturbed, mon
     assert_same_run(copy, undisturbed)
 
 
+@pytest.mark.parametrize("interrupted", [(Checkpoints, "delete_after"), (RunFolder, "go_on")])
+def test_going_back_may_be_interrupted_anywhere(copy, undisturbed, monkeypatch, interrupted):
+    """No line is cut off while there is a checkpoint that counts on it."""
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*interrupted, killed)
+        with pytest.raises(KeyboardInterrupt):
+            resume(copy, "--resume=2")
+    resume(copy)
+    assert_same_run(copy, undisturbed)
+
+
+def test_a_complete_run_whose_lines_are_gone_is_refused(copy):
+    file = copy / "metrics.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
+    with pytest.raises(UserError, match=r"metrics.jsonl is shorter than when the checkpoint was saved; restore it"):
+        resume(copy)
+
+
 def test_a_step_without_checkpoint_is_refused(copy):
     with pytest.raises(UserError, match=r"--resume 3: there is no checkpoint of this step; there are: 2, 4, 6$"):
         resume(copy, "--resume=3")

@@ -198,4 +198,4 @@ def _remarks(runs: Runs) -> Iterable[str]:
                     yield f"{folder.name}: its {part} shard {number} is not that of the first run"
     hardware = {run.hardware for _, run in runs.values()}
     if len(hardware) > 1:
-        yield f"runs are from several kinds of hardware: {', '.join(map(str, hardware))}; speeds do not compare"
+        yield f"runs are from several kinds of hardware: {', '.join(sorted(map(str, hardware)))}; speeds do not compare"

@@ -25,6 +25,7 @@ from senano_jax.preset_file import names_file, without_folder
 from senano_jax.versions import installed_version
 
 _PACKAGES = ("senano-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_FILES = {"metrics": "metrics.jsonl", "log": "log.txt"}  # that grow
 
 
 def new_run_dir(preset: str) -> Path:
@@ -82,10 +83,18 @@ class RunFolder:
             self._write_environment([])
             self._open(metrics=0, log=0)
 
+    def require(self, position: dict[str, int]) -> None:
+        """Raises UserError if a file is shorter than it was at `position`, as `position()` gave it."""
+        for name, size in position.items() if self._writes else ():
+            path = self.path / _FILES[name]
+            if size > (path.stat().st_size if path.exists() else 0):
+                raise UserError(f"{path} is shorter than when the checkpoint was saved; restore it")
+
     def go_on(self, position: dict[str, int]) -> None:
-        """Continues a run at `position`, as `position()` gave it: what was written later is cut off."""
+        """Continues a run at `position`: what was written later is cut off. Raises UserError as `require`."""
         if not self._writes:
             return
+        self.require(position)
         with self._one_line_errors():
             self._write_environment(self._environments())
             self._open(**position)
@@ -114,12 +123,9 @@ class RunFolder:
                     folder.rmdir()
 
     def _open(self, metrics: int, log: int) -> None:
-        for name, filename, size in (("metrics", "metrics.jsonl", metrics), ("log", "log.txt", log)):
-            file = (self.path / filename).open("a", buffering=1, encoding="utf-8")
-            self._files[name] = file
-            if os.fstat(file.fileno()).st_size < size:
-                raise UserError(f"{self.path / filename} is shorter than when the checkpoint was saved; restore it")
-            file.truncate(size)
+        for name, size in (("metrics", metrics), ("log", log)):
+            self._files[name] = (self.path / _FILES[name]).open("a", buffering=1, encoding="utf-8")
+            self._files[name].truncate(size)
 
     def _write(self, name: str, line: str) -> None:
         if self._writes:

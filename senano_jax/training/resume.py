@@ -40,12 +40,15 @@ class OpenRun(NamedTuple):
     data_record: DataRecord
 
     def save(self, step: int, state: TrainState, next_token: int, train_ms: float, val_loss: float | None) -> None:
-        """Starts to save a checkpoint; `val_loss` is that of its weights, if they have been evaluated."""
+        """Starts to save a checkpoint; `val_loss` is that of its weights, if they have been evaluated. Raises UserError
+        after that if the checksums of the shards could not be taken or written: training is not lost for them."""
         bookmark = Bookmark(step, next_token, train_ms, val_loss is not None, self.folder.position())
-        self.data_record.wait()
         params = params_to_evaluate(state)
         readout = None if params is state.params else params
-        self.checkpoints.save(step, state, bookmark._asdict(), val_loss, readout)
+        try:
+            self.data_record.wait()
+        finally:
+            self.checkpoints.save(step, state, bookmark._asdict(), val_loss, readout)
 
     def newest_checkpoint(self) -> int | None:
         """Its step, once it is completely on disk; None if there is none."""
@@ -85,6 +88,8 @@ def begin_or_resume(
     restored = None if config.resume is None else restore(checkpoints, config.resume, wiring.state, mesh, say)
     if restored is not None:
         state, bookmark = restored
+        with together():
+            run.folder.require(bookmark.run_folder)
         if bookmark.step == config.steps and bookmark.evaluated:
             return None
     else:
@@ -101,13 +106,16 @@ def begin_or_resume(
             run.folder.start(config, preset, count_parameters(wiring.state.params))
         else:
             run.data_record.go_on(say)
-            run.folder.go_on(bookmark.run_folder)
-    # Only now that nothing can refuse the run any more: it does their steps again, and saves them again.
-    if config.resume == "latest":
-        for path in checkpoints.set_aside_after(bookmark.step):
-            say(f"kept as {path} what could not be read; delete it if it is damaged")
-    elif config.resume is not None:
+    # Only now that nothing can refuse the run any more: it does their steps again, and saves them again. And before the
+    # lines of these steps are cut off: no checkpoint may be ahead of them, wherever this is interrupted.
+    unreadable = checkpoints.set_aside_after(bookmark.step) if config.resume == "latest" else []
+    if config.resume not in (None, "latest"):
         checkpoints.delete_after(bookmark.step)
+    if config.resume is not None:
+        with together():
+            run.folder.go_on(bookmark.run_folder)
+    for path in unreadable:
+        say(f"kept as {path} what could not be read; delete it if it is damaged")
     return wiring.to_shared(state), bookmark
 
 
