@@ -8,7 +8,7 @@
 What a study is: scripts/ablation/study.py. A run has the folder OUT/STUDY/VARIANT-seedK; beside it lie its output
 (.txt), the configuration it was started with (.json) and, if it failed, why (.failed). `run` may end at any moment, by
 its time limit, a signal or the end of the machine: the next one keeps what is finished and resumes what was begun. It
-ends with status 1 if a run failed; a failed one is not tried again without --retry.
+ends with status 1 if a run has failed; a failed one is not tried again without --retry.
 """
 
 import argparse
@@ -49,11 +49,11 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace, study: Study, root: Path) -> int:
-    """Works through the queue. Returns 1 if a run failed."""
+    """Works through the queue. Returns 1 if one of its runs has failed, now or before."""
     jobs = chosen(study, args.only)
     places = devices(args.gpus)
     with locked(root):
-        wait_for_earlier_jobs(root, jobs, say)
+        wait_for_earlier_jobs(root, study.jobs, say)  # whichever: each has a device
         jobs = with_shards(jobs, args.unpack_to)
         for job in jobs if args.retry else ():
             failure_file(root, job).unlink(missing_ok=True)
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, study: Study, root: Path) -> int:
         say(f"{stopped or 'the end'}: {outcome}, {queue.unfinished} left; go on with: {go_on}")
     else:
         say(f"{outcome}; the table: python scripts/ablate.py table {args.study} --out {args.out}")
-    return 1 if queue.new_failures and not stopped else 0
+    return 1 if queue.failed else 0
 
 
 def status(args: argparse.Namespace, study: Study, root: Path) -> None:

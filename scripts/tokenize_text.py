@@ -89,9 +89,9 @@ def tokenize(args: argparse.Namespace) -> None:
         documents = deal(args, encoding, train, val)
         for writer in (train, val):
             writer.close()
-            for path, tokens in writer.written:
-                path.replace(args.out / path.name)
-                print(f"{args.out / path.name}: {tokens:,} tokens")
+        for path, tokens in (*train.written, *val.written):  # only now that all are whole
+            path.replace(args.out / path.name)
+            print(f"{args.out / path.name}: {tokens:,} tokens")
     print(f"{documents:,} documents: {train.tokens:,} tokens for training, {val.tokens:,} for validation")
     if args.val_fraction and not val.tokens:
         enough = math.ceil(1000 / documents) / 1000

@@ -30,8 +30,15 @@ def main(args: argparse.Namespace) -> int:
     if not args.arguments:
         raise UserError("nothing to train; give the arguments of senano_jax.train behind --, such as -- demo")
     processes: list[subprocess.Popen] = []
-    for number in PASSED_ON:
-        signal.signal(number, lambda number, _: [process.send_signal(number) for process in processes])
+    received: list[tuple[int, int]] = []  # signals, and how many processes got them when they came
+
+    def pass_on(number: int, _) -> None:
+        received.append((number, len(processes)))
+        for process in processes:
+            process.send_signal(number)
+
+    for number in (n for n in PASSED_ON if signal.getsignal(n) != signal.SIG_IGN):  # as nohup leaves SIGHUP
+        signal.signal(number, pass_on)
     address = f"127.0.0.1:{free_port()}"
     for index in range(args.processes):
         # In a group of its own, so that a terminal's Ctrl-C comes once, from here.
@@ -43,6 +50,9 @@ def main(args: argparse.Namespace) -> int:
                 process_group=0,
             )
         )
+        for number, told in received:
+            if told <= index:  # it came while this one was being started
+                processes[index].send_signal(number)
     return wait_for(processes)
 
 

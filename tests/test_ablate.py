@@ -1,11 +1,13 @@
 """The queue of ablations: whatever ends a job or the queue costs no run."""
 
+import argparse
 import json
 import os
 import signal
 import time
 from pathlib import Path
 
+import ablate as ablate_script
 import pytest
 from ablation import report, results, runner, runs
 from ablation.study import read_study
@@ -119,12 +121,34 @@ def test_a_failed_job_is_recorded_and_keeps_no_other_from_running(tmp_path, abla
     assert "loss nan" in runs.failure(root, wild) or "loss inf" in runs.failure(root, wild)
     assert "1 of 3 runs finished, 2 failed" in output
     status, output = output_of(ablate("run", path, "--out", tmp_path))
-    assert status == 0
+    assert status == 1
     assert "started" not in output
     rows = {
         cells[0]: cells for cells in report.table(read_study(path), results.read_results(read_study(path), root)).rows
     }
     assert rows["`wild`"][4:] == ("failed", "-", "-", "-", "")
+
+
+def test_a_job_that_was_not_chosen_is_waited_for_too(tiny, tmp_path, monkeypatch):
+    """One that a killed queue has left to save has its device until it ends."""
+    waited = []
+    monkeypatch.setattr(ablate_script, "wait_for_earlier_jobs", lambda root, jobs, say: waited.extend(jobs))
+    monkeypatch.setattr(ablate_script.Queue, "run", lambda self: None)
+    study = read_study(tiny)
+    arguments = argparse.Namespace(
+        only="base", gpus=1, unpack_to=None, retry=False, time_limit=None, study=tiny, out=tmp_path
+    )
+    ablate_script.run(arguments, study, tmp_path / "tiny")
+    assert waited == list(study.jobs)
+
+
+def test_the_reason_of_a_failure_is_of_this_attempt(tmp_path):
+    output = tmp_path / "run.txt"
+    output.write_text("SIGHUP: stopped after step 120, saved\n")
+    written = output.stat().st_size
+    assert runner._last_line(output, written) == ""
+    output.write_text(output.read_text() + "error: no memory\n--------\n")
+    assert runner._last_line(output, written) == "error: no memory"
 
 
 def test_a_time_limit_ends_the_queue_with_the_way_on(tiny, tmp_path, ablate):

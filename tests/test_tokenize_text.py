@@ -1,5 +1,6 @@
 """Tokenizing text files, with tables of 256 bytes and five merges in place of GPT-2's."""
 
+import argparse
 import json
 import os
 import random
@@ -11,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenize_text
 
 from senano_jax.data.bpe import encode_all, load_bpe
-from senano_jax.data.shards import find_shards, open_shard
+from senano_jax.data.shards import find_shards, open_shard, write_shard
 from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.errors import UserError
 
@@ -113,6 +115,26 @@ def test_every_kind_of_file_becomes_documents_in_order(tokenize, tables, tmp_pat
     assert result.returncode == 0, result.stderr
     assert documents_in(tmp_path, "n_train_*.bin", tables) == ["hello\n\nworld", "one", "two é", "three", "four"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["n_train_000001.bin"]
+
+
+def test_no_shard_appears_before_all_are_whole(tables, tmp_path, monkeypatch):
+    """Those for training come first, and the disk is full at that for validation."""
+
+    def write(path, tokens):
+        if "_val_" in path.name:
+            raise UserError(f"{path} cannot be written")
+        write_shard(path, tokens)
+
+    monkeypatch.setattr(tokenize_text, "write_shard", write)
+    inputs = [write_jsonl(tmp_path / "d.jsonl", ["hello world"] * 20)]
+    with pytest.raises(UserError, match="cannot be written"):
+        tokenize_text.tokenize(
+            argparse.Namespace(
+                inputs=inputs, out=tmp_path / "out", name="n", field="text", shard_tokens=200, val_fraction=0.1,
+                bpe_dir=tables,
+            )
+        )  # fmt: skip
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_shards_are_cut_at_the_size_asked_for_and_lose_nothing(tokenize, tables, tmp_path):

@@ -63,6 +63,37 @@ def test_a_refusal_is_left_to_all():
     assert launcher.wait_for([python(""), python("")]) == 0
 
 
+def test_a_hang_up_that_is_ignored_stays_so(monkeypatch):
+    """As under nohup; and those whose handlers are inherited ignore it as well."""
+    taken = []
+    monkeypatch.setattr(signal, "getsignal", lambda n: signal.SIG_IGN if n == signal.SIGHUP else signal.SIG_DFL)
+    monkeypatch.setattr(signal, "signal", lambda number, _: taken.append(number))
+    monkeypatch.setattr(launcher.subprocess, "Popen", lambda *_, **__: None)
+    monkeypatch.setattr(launcher, "wait_for", len)
+    assert launcher.main(argparse.Namespace(processes=2, devices_each=1, arguments=["demo"])) == 2
+    assert taken == [signal.SIGTERM, signal.SIGINT]
+
+
+def test_a_signal_reaches_the_process_that_is_being_started(monkeypatch):
+    """Each one once: a second one would end it without a save."""
+    handlers, told = {}, []
+
+    class Starting:
+        def __init__(self, *_, **__):
+            self.index, _ = len(told), told.append([])
+            if self.index == 1:
+                handlers[signal.SIGTERM](signal.SIGTERM, None)
+
+        def send_signal(self, number):
+            told[self.index].append(number)
+
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(launcher.subprocess, "Popen", Starting)
+    monkeypatch.setattr(launcher, "wait_for", len)
+    launcher.main(argparse.Namespace(processes=3, devices_each=1, arguments=["demo"]))
+    assert told == [[signal.SIGTERM]] * 3
+
+
 def test_signals_reach_all(tmp_path):
     """Here a process is another program of the same name."""
     (tmp_path / "senano_jax").mkdir()

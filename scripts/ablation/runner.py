@@ -47,6 +47,7 @@ class Running:
     device: Device
     process: subprocess.Popen
     begun: float
+    written: int  # bytes of its output file that are of earlier attempts
 
 
 def devices(count: int | None) -> list[Device]:
@@ -145,7 +146,6 @@ class Queue:
         self._left = [job for job in jobs if job not in self.done and job not in self.failed]
         self._left.sort(key=self._urgency)
         self.interrupted: list[Job] = []
-        self.new_failures = 0
         for job in self.done:
             self._tidy(job)
 
@@ -209,6 +209,8 @@ class Queue:
             "environment": device.environment,
             "command": sys.argv,
         }
+        output = self._output(job)
+        written = output.stat().st_size if output.exists() else 0
         process, self._spare = self._spare or _waiting_process(), None
         with contextlib.suppress(BrokenPipeError):  # it could not even start; its exit status tells
             process.stdin.write(json.dumps(order) + "\n")
@@ -216,7 +218,7 @@ class Queue:
         if self._left:
             self._spare = _waiting_process()
         self._starts[job.name] += 1
-        self._running.append(Running(job, device, process, time.monotonic()))
+        self._running.append(Running(job, device, process, time.monotonic(), written))
         self._say(f"{job.name}: {'goes on' if resumed else 'started'} on {device.name}")
 
     def _ended(self, running: Running, stopping: bool) -> None:
@@ -236,10 +238,9 @@ class Queue:
             self.interrupted.append(job)
             self._say(f"{job.name}: stopped after {minutes:.1f} minutes, to go on with another run")
         else:
-            reason = _last_line(self._output(job)) or f"ended with status {status}"
+            reason = _last_line(self._output(job), running.written) or f"ended with status {status}"
             write_atomically(failure_file(self._root, job), f"{reason}\n".encode())
             self.failed.append(job)
-            self.new_failures += 1
             self._say(f"{job.name}: failed: {reason} (see {self._output(job)})")
 
     def _tidy(self, job: Job) -> None:
@@ -290,10 +291,10 @@ def _in_use(folder: Path) -> bool:
     return False
 
 
-def _last_line(output: Path) -> str:
-    """That which tells why a job ended; what JAX adds below its tracebacks does not."""
+def _last_line(output: Path, start: int) -> str:
+    """That which tells why a job ended, behind byte `start`; what JAX adds below its tracebacks does not."""
     try:
-        lines = output.read_text(errors="replace").split("\n")
+        lines = output.read_bytes()[start:].decode(errors="replace").split("\n")
     except OSError:
         return ""
     telling = (line.strip() for line in reversed(lines) if line.strip("- ") and "JAX_TRACEBACK_FILTERING" not in line)
