@@ -47,10 +47,11 @@ class DataRecord:
             write_data(self._file, self._shards)
             self._written = self._thread.submit(self._write_checksums)
 
-    def go_on(self, say: Callable[[str], None]) -> None:
+    def go_on(self, say: Callable[[str], None], steps_done: int) -> None:
         """For a resumed run: whatever it was going to read must be what it was, or tokens are repeated or left out.
 
-        Compares names and sizes, then checksums. Raises UserError naming the first shard that differs.
+        Compares names and sizes, then checksums; says so where there are none of the shards of the `steps_done`.
+        Raises UserError naming the first shard that differs.
         """
         if not self._active:
             return
@@ -60,7 +61,9 @@ class DataRecord:
             return
         self._compare(recorded, self._shards)
         if any(shard.sha256 is None for part in PARTS for shard in recorded[part]):
-            self.start()  # stopped before its first checkpoint: all steps are done again
+            if steps_done:  # the checksums failed; stopped before its first checkpoint, a run does all steps again
+                say(f"{self._file} has no checksums: that the shards are those of the beginning is not fully checked")
+            self.start()
         else:
             self._compare(recorded, self._with_checksums())
 

@@ -105,7 +105,7 @@ def begin_or_resume(
             run.data_record.start()
             run.folder.start(config, preset, count_parameters(wiring.state.params))
         else:
-            run.data_record.go_on(say)
+            run.data_record.go_on(say, bookmark.step)
     # Only now that nothing can refuse the run any more: it does their steps again, and saves them again. And before the
     # lines of these steps are cut off: no checkpoint may be ahead of them, wherever this is interrupted.
     unreadable = checkpoints.set_aside_after(bookmark.step) if config.resume == "latest" else []
