@@ -120,7 +120,7 @@ def test_help_has_headings_and_every_flag(capsys):
     assert {"model", "model.layers", "data", "optimizer.matrices"} < set(headings)
     for flag in ("--steps", "--dry-run", "--config", "--wandb", "--model.layers.visits", "--optimizer.head.rate"):
         assert f" {flag} " in text or f" {flag}," in text
-    assert "Optimiser steps; every schedule is stretched over them." in text
+    assert "Optimiser steps; schedules are stretched over them," in text
 
 
 def test_commands_have_only_the_flags_that_they_use(capsys):

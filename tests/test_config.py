@@ -169,7 +169,7 @@ def test_what_cannot_work_is_refused_in_one_line(changes, fragments):
         ({"model.num_layers": 0}, ["--model.num-layers is 0", "at least 1"]),
         ({"model.max_length": -1}, ["--model.max-length is -1", "at least 1"]),
         ({"model.num_heads": 7}, ["--model.dim 768", "--model.num-heads 7"]),
-        ({"optimizer.matrices.b2": 1.1}, ["--optimizer.matrices.b2 is 1.1", "0 to 1"]),
+        ({"optimizer.matrices.b2": 1.1}, ["--optimizer.matrices.b2 is 1.1", "from 0, and below 1"]),
         ({"optimizer.clip_norm": float("inf")}, ["--optimizer.clip-norm is inf", "0 or more"]),
         ({"optimizer.schedule.warmup_steps": -1}, ["--optimizer.schedule.warmup-steps is -1", "must not be negative"]),
     ],
