@@ -69,7 +69,8 @@ def naming(config: Config, own: Own, optimizer_name: str) -> Config:
 
 
 def require_own(config: Config, own: Own) -> None:
-    """Raises UserError if `config` names a model or an optimiser that is not given."""
+    """Raises UserError if `config` names a model or an optimiser that is not given, or if one of its stages asks for
+    what a model that is given is not called with."""
     if own.optimizer is None and isinstance(config.optimizer, OwnOptimizer):
         raise UserError(
             f"the run's optimiser {config.optimizer.name!r} is a program's own; train there: "
@@ -77,11 +78,7 @@ def require_own(config: Config, own: Own) -> None:
         )
     if own.model is None and config.own_model is not None:
         raise UserError(f"the run's model {config.own_model} is a program's own; train there: senano_jax.fit(...)")
-
-
-def require_plain_stages(config: Config) -> None:
-    """Raises UserError if a stage asks for what a model of a program's own is not called with."""
-    for number, stage in enumerate(config.stages):
+    for number, stage in enumerate(config.stages if own.model is not None else ()):
         for name, asked in (("ahead", stage.ahead), ("prefix", any(stage.prefix)), ("visits", stage.visits)):
             if asked:
                 raise UserError(

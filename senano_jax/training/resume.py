@@ -100,22 +100,22 @@ def begin_or_resume(
                 config.init_from, config.model, wiring.state.params, mesh, own_model=config.own_model is not None
             )
             state = with_params(state, params, mesh)
-    with together():
-        if config.resume is None:  # only now: a run that could not begin leaves no folder that looks like one
+    if config.resume is None:
+        with together():  # only now: a run that could not begin leaves no folder that looks like one
             run.data_record.start()
             run.folder.start(config, preset, count_parameters(wiring.state.params))
-        else:
-            run.data_record.go_on(say, bookmark.step)
+        return wiring.to_shared(state), bookmark
+    with together():
+        run.data_record.go_on(say, bookmark.step)
     # Only now that nothing can refuse the run any more: it does their steps again, and saves them again. And before the
     # lines of these steps are cut off: no checkpoint may be ahead of them, wherever this is interrupted.
-    unreadable = checkpoints.set_aside_after(bookmark.step) if config.resume == "latest" else []
-    if config.resume not in (None, "latest"):
+    if config.resume == "latest":
+        for path in checkpoints.set_aside_after(bookmark.step):
+            say(f"kept as {path} what could not be read; delete it if it is damaged")
+    else:
         checkpoints.delete_after(bookmark.step)
-    if config.resume is not None:
-        with together():
-            run.folder.go_on(bookmark.run_folder)
-    for path in unreadable:
-        say(f"kept as {path} what could not be read; delete it if it is damaged")
+    with together():
+        run.folder.go_on(bookmark.run_folder)
     return wiring.to_shared(state), bookmark
 
 

@@ -20,7 +20,7 @@ from senano_jax.optim.shares import Shares
 from senano_jax.plan import Plan
 from senano_jax.training.memory import choose_micro_batches, memory_budget
 from senano_jax.training.mesh import DATA_AXIS, make_mesh, replicated
-from senano_jax.training.own import NOTHING_OWN, Own, on_mean_gradients, require_own, require_plain_stages
+from senano_jax.training.own import NOTHING_OWN, Own, on_mean_gradients, require_own
 from senano_jax.training.processes import together
 from senano_jax.training.state import TrainState, abstract_state, state_shardings
 from senano_jax.training.step import StepMetrics, make_train_step
@@ -55,8 +55,6 @@ def wire(config: Config, own: Own = NOTHING_OWN) -> Wiring:
     """
     require_own(config, own)
     plan, mesh = Plan(config), make_mesh(config.devices)
-    if own.model is not None:
-        require_plain_stages(config)
     model = make_model(config.model, config.dtype) if own.model is None else own.model
     shares = _shares(config, mesh)
     if own.optimizer is None:
