@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from logit_rows import expected
+from mosaic_interpreter import interpreted, needs_interpreter
 
 from senano_jax.kernels import hopper_matmul
 from senano_jax.model import hopper_logsumexp
@@ -17,10 +17,6 @@ from senano_jax.model.soft_cap import SoftCap
 from senano_jax.model.targets import Targets
 
 CAP = SoftCap(height=30.0, divisor=100.0, by_width=False)  # its slope is that of logit_rows
-needs_interpreter = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11) or jax.default_backend() == "gpu",
-    reason="JAX 0.10 interprets no barriers of clusters, and a GPU runs the kernel itself",
-)
 
 
 def operands(tokens, depth, logits):
@@ -39,35 +35,35 @@ def check(x, head, cap=30.0, shift=0.0):
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
+def on_six_multiprocessors(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(core_count=6)])
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with interpreted(monkeypatch, detect_races=True):
         yield
 
 
 @needs_interpreter
 # One tile of each block; tiles that are left over, of several columns.
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 3)])
-def test_of_all_tiles(interpreted, capsys, rows, columns):
+def test_of_all_tiles(on_six_multiprocessors, capsys, rows, columns):
     check(*operands(rows * TILE.cluster_rows, 128, columns * TILE.cluster_columns))
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
 @needs_interpreter
 @pytest.mark.parametrize(("cap", "shift"), [(1.0, 0.0), (23.0, 50.0), (75.0, -50.0)])
-def test_under_any_cap(interpreted, cap, shift):
+def test_under_any_cap(on_six_multiprocessors, cap, shift):
     check(*operands(256, 64, 384), cap=cap, shift=shift)
 
 
 @needs_interpreter
-def test_logits_at_both_ends_of_the_cap(interpreted):
+def test_logits_at_both_ends_of_the_cap(on_six_multiprocessors):
     x, head = operands(256, 64, 128)
     check(x, 50 * head)
 
 
 @needs_interpreter
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_loss_is_the_one_with_logits(interpreted, monkeypatch, weighted):
+def test_the_loss_is_the_one_with_logits(on_six_multiprocessors, monkeypatch, weighted):
     """Without gradients; the loss with them stores logits."""
     x, head = operands(256, 64, 384)
     keys = jax.random.split(jax.random.key(1), 2)

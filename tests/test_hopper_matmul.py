@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from mosaic_interpreter import interpreted, needs_interpreter
 from tune_matmul import CANDIDATES, parse_tile
 
 from senano_jax.kernels import hopper_matmul
@@ -108,7 +108,7 @@ def check_products(rows, depth, columns, tile=None):
         np.testing.assert_allclose(result, expected, rtol=2**-7, atol=2**-7)
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="JAX 0.10 interprets no barriers of clusters")
+@needs_interpreter
 @pytest.mark.parametrize(
     "tile", [*TILES, Tile(rows=64, stages=2, shared="b", piece=64)], ids=["wide", "square", "short ring"]
 )
@@ -116,10 +116,8 @@ def check_products(rows, depth, columns, tile=None):
 @pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 64, 1), (1, 192, 1), (1, 384, 1), (7, 192, 2)])
 def test_products_interpreted(monkeypatch, capsys, tile, rows, depth, columns):
     """With barriers and copies simulated: a wait without a signal hangs, a signal that none waited for is an error."""
-    if jax.default_backend() == "gpu":
-        pytest.skip("the kernel itself runs here")
     monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(core_count=6)])
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with interpreted(monkeypatch, detect_races=True):
         check_products(rows * tile.cluster_rows, depth, columns * tile.cluster_columns, tile)
     assert "RACE DETECTED" not in capsys.readouterr().out
 

@@ -202,15 +202,15 @@ class Queue:
         file = self._root / f"{job.name}.json"
         document = {"preset": job.preset, **to_document(config)}
         write_atomically(file, (json.dumps(document, indent=2) + "\n").encode())
+        output = self._output(job)
+        written = output.stat().st_size if output.exists() else 0
         order = {
             "config": str(file),
-            "output": str(self._output(job)),
+            "output": str(output),
             "platform": device.platform,
             "environment": device.environment,
             "command": sys.argv,
         }
-        output = self._output(job)
-        written = output.stat().st_size if output.exists() else 0
         process, self._spare = self._spare or _waiting_process(), None
         with contextlib.suppress(BrokenPipeError):  # it could not even start; its exit status tells
             process.stdin.write(json.dumps(order) + "\n")
