@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from senano_jax.kernels.choice import on_gpu
-from senano_jax.model import hopper_logsumexp, loss_kernel
+from senano_jax.model import hopper_logsumexp, long_sum, loss_kernel
 from senano_jax.model.cap import Plain, capped
 from senano_jax.model.elementwise import columns_as_rows
 from senano_jax.model.soft_cap import SoftCap
@@ -127,13 +127,18 @@ def _forward(x, head, bias, targets, chunk_tokens, cap):
             d_bias_V += dz_NV.sum(0, dtype=jnp.float32)
             dz_NV = dz_NV.astype(x.dtype)
         d_head_DV += jnp.matmul(x_ND.T, dz_NV, preferred_element_type=jnp.float32)
-        return (total + loss, d_head_DV, d_bias_V), dz_NV @ head_DV.T
+        return (total + loss, d_head_DV, d_bias_V), _gradient_of_x(dz_NV, head_DV)
 
     d_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
     start = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32), d_bias)
     (total, d_head, d_bias), d_x = jax.lax.scan(body, start, _chunks(x, targets, chunk_tokens))
     d_bias = None if bias is None else d_bias.astype(bias.dtype)
     return total, (d_x.reshape(x.shape), d_head.astype(head.dtype), d_bias)
+
+
+def _gradient_of_x(dz_NV, head_DV):
+    parts = long_sum.parts_of(dz_NV.shape[1]) if on_gpu() and dz_NV.dtype == jnp.bfloat16 else 1
+    return dz_NV @ head_DV.T if parts == 1 else long_sum.rows_product(dz_NV, head_DV, parts)
 
 
 def _backward(chunk_tokens, cap, residuals, cotangent):
