@@ -61,6 +61,13 @@ def test_stages_are_a_difference_like_any_other(tmp_path):
     assert (config.steps, study.job("base", 0).config.steps) == (32, 56)
 
 
+def test_a_stage_may_be_short_of_a_step_at_the_preset_s_length(tmp_path):
+    """The study's tokens decide: a two-hundredth of them is two steps, of the preset's steps less than one."""
+    stages = "stages = [{ part = 1 }, { part = 199, rate = 0.7 }]"
+    study = read_study(changed_study(tmp_path, ("optimizer.matrices.rate = 0.01", stages), ("5120", "51200")))
+    assert study.job("slow", 0).config.steps == 400 > 200 > preset("demo").steps
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [

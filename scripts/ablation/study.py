@@ -139,11 +139,7 @@ def read_study(path: Path) -> Study:
         _check_distinct(where, config, configs)
         configs[name] = config
         for budget in [tokens] if number else sorted({tokens, *budgets}):
-            try:
-                planned = at_budget(config, budget)
-                check_config(planned)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
+            planned = config if budget == tokens else _planned(where, config, budget)
             middle = "" if budget == tokens else f"-{budget}"
             jobs += [
                 Job(f"{name}{middle}-seed{seed}", name, start, budget, seed, dataclasses.replace(planned, seed=seed))
@@ -244,8 +240,8 @@ def _configuration(
     name: str,
     added: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[str, Config]:
-    """The preset's name and the configuration of a variant with the differences of `added` tables, but for steps and
-    seed."""
+    """The preset's name and the configuration of a variant with the differences of `added` tables, of the study's
+    tokens, but for the seed."""
     chain = [name]  # from the variant to the one at the start
     while (origin := tables[chain[-1]].get("from")) is not None:
         if origin not in tables:
@@ -261,11 +257,17 @@ def _configuration(
     own = [differences(table) for table in (*(tables[link] for link in reversed(chain)), *added)]
     for table in [document.get("common", {}), *own]:
         config = changed(config, typed(where, config, table))
+    return start, _planned(where, config, document["tokens"])
+
+
+def _planned(where: str, config: Config, tokens: int) -> Config:
+    """`config` with the steps for so many tokens. Raises UserError if it cannot work, or has no such number of them."""
     try:
+        config = at_budget(config, tokens)
         check_config(config)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return start, config
+    return config
 
 
 def _check_distinct(where: str, config: Config, earlier: Mapping[str, Config]) -> None:
