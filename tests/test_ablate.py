@@ -154,7 +154,7 @@ def test_the_reason_of_a_failure_is_of_this_attempt(tmp_path):
 def test_a_time_limit_ends_the_queue_with_the_way_on(tiny, tmp_path, ablate):
     status, output = output_of(ablate("run", tiny, "--time-limit", 1, "--only", "slow", "--out", tmp_path))
     assert status == 0
-    assert "time limit: 0 of 2 runs finished, 2 left; go on with: python scripts/ablate.py run" in output
+    assert "time limit: 0 of 2 runs finished, 2 left; go on with: python scripts/ablate.py run" in output, output
 
 
 def test_two_queues_are_kept_out_of_one_folder(tmp_path):

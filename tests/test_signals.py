@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -82,7 +83,8 @@ def test_a_closed_terminal_saves_however_often_it_is_told(tmp_path):
         process.send_signal(number)
         time.sleep(0.15)
     said, _ = process.communicate(timeout=100)
-    assert process.returncode == 0 and "SIGHUP: stopped after step" in said
+    # A process that did not run meanwhile finds several waiting, and handles them in an order of the kernel's.
+    assert process.returncode == 0 and re.search("(SIGHUP|SIGTERM): stopped after step", said), said
     assert max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) < 12
 
 
