@@ -36,9 +36,7 @@ def test_fewer_parts_would_not_do():
 
 def operands(rows: int, terms: int, columns: int, dtype):
     rng = np.random.default_rng(0)
-    return jnp.asarray(rng.standard_normal((rows, terms)), dtype), jnp.asarray(
-        rng.standard_normal((columns, terms)), dtype
-    )
+    return [jnp.asarray(rng.standard_normal((count, terms)), dtype) for count in (rows, columns)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, HALF_ULP)])
