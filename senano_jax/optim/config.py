@@ -64,6 +64,16 @@ class Mixture:
 
 
 @dataclass(frozen=True)
+class Whitening:
+    """Directions are divided by the fourth root of the covariance of those before, on the shorter side of a matrix."""
+
+    decay: float = field(metadata=_DECAY)
+    """Decay of the covariance."""
+    every: int = field(metadata={"least": 1})
+    """Steps from one computation of its root to the next."""
+
+
+@dataclass(frozen=True)
 class MuonRule:
     """Momentum, then orthogonalisation of each matrix."""
 
@@ -73,6 +83,8 @@ class MuonRule:
     """Rate of the average of the gradients, and how much of it is in the step (Nesterov)."""
     mixture: Mixture | None = None
     """Two averages late in the run; None: one."""
+    whitening: Whitening | None = None
+    """What is done to directions before they are orthogonalised; None: nothing."""
     iteration: Literal["newton-schulz", "polar-express", "six-step"] = "newton-schulz"
     """How matrices are orthogonalised: the first leaves singular values in 0.7 to 1.2, the others nearer to 1."""
     neuron_b2: float | None = field(default=None, metadata=_DECAY)
