@@ -93,9 +93,6 @@ class ModelConfig(TransformerConfig):
     """Layers whose keys have the token before in the half of their dimensions that carries no position: none, those
     that attend over the long window, or all; never those with paired heads. It reaches across the start of a document,
     by this one token."""
-    query_key_width: int | None = None
-    """Dimensions of a head's queries and keys; None: as many as the head has. Of the others, which are zero, nothing is
-    stored."""
     paired_heads: tuple[int, ...] = ()
     """Layers whose heads attend in pairs: each sees the keys of both, over half as many tokens as the window has."""
     values_from_x0: tuple[int, ...] = ()
@@ -212,12 +209,6 @@ def check_model(model: ModelConfig | Gpt2Config) -> None:
         _check_schedule(model)
         check_counts({"--model.mlp-widths": min((width for _, width in model.mlp_widths), default=1)}, least=1)
         model.cap.check("--model.cap")
-        width = model.query_key_width
-        if width is not None and (width < 4 or width % 4 or model.head_dim % width):
-            raise UserError(
-                f"--model.query-key-width is {width}; use a multiple of 4 that divides the {model.head_dim} dimensions "
-                "of a head (--model.dim / --model.num-heads), or None"
-            )
         if not 0 <= model.output_init < float("inf"):
             raise UserError(f"--model.output-init is {model.output_init}; use 0 or more")
         if not 0 <= model.input_rank < model.dim:

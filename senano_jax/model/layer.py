@@ -15,7 +15,6 @@ from senano_jax.model.context import Context
 from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.heads_attention import attend_product
 from senano_jax.model.pieces import pieces_of
-from senano_jax.model.pieces.narrow_keys import widened
 from senano_jax.model.pieces.paired_heads import columns_by_slot, in_slots
 from senano_jax.model.pieces.query_gains import with_gains
 from senano_jax.model.schedule import Weighted
@@ -40,8 +39,7 @@ def output_init(deviation: float, distribution: Literal["uniform", "normal"]):
 class Attention(nn.Module):
     """Multi-head attention with normalised queries and keys and a learned share of values from elsewhere.
 
-    Parameters: qkv [3, D, D], or query_key [2, D, H*E] and value [D, D] where queries and keys have a width E of their
-    own, out [D, D] and the shares, value_lambdas [2] with value embeddings and value_residual
+    Parameters: qkv [3, D, D], out [D, D] and the shares, value_lambdas [2] with value embeddings and value_residual
     without, [] or, in a trunk whose weights differ between applications, [visits].
     """
 
@@ -62,12 +60,7 @@ class Attention(nn.Module):
         """
         c = self.config
         B, T, D = x_BTD.shape
-        if c.query_key_width is None:
-            qkv_3DD = self.param("qkv", uniform_fan_in, (3, D, D))
-        else:
-            qk_2DE = self.param("query_key", uniform_fan_in, (2, D, c.num_heads * c.query_key_width))
-            v_DD = self.param("value", uniform_fan_in, (D, D))
-            qkv_3DD = jnp.concatenate([widened(qk_2DE, c.query_key_width, c.head_dim), v_DD[None]])
+        qkv_3DD = self.param("qkv", uniform_fan_in, (3, D, D))
         out_DD = self.param("out", output_init(c.output_init, "uniform"), (D, D))
 
         # One product, so that its gradient is one too.

@@ -15,13 +15,12 @@ def name_of(path: Path) -> str:
 
 
 def cut(path: Path, parameter: Float[Array, "*stack in out"], columns: int | None) -> list[Array]:
-    """The parameter as arrays of matrices [..., in, out]: itself or, for `qkv` [3, in, out] and `query_key`
-    [2, in, out] where `columns` is given, queries and keys in parts of so many columns [2, parts, in, columns], and the
-    values [in, out] of the former.
+    """The parameter as arrays of matrices [..., in, out]: itself or, for `qkv` [3, in, out] where `columns` is given,
+    queries and keys in parts of so many columns [2, parts, in, columns], and the values [in, out].
 
     Raises UserError if they cannot be cut into such parts.
     """
-    if columns is None or name_of(path) not in ("qkv", "query_key"):
+    if columns is None or name_of(path) != "qkv":
         return [parameter]
     if parameter.ndim != 3:
         raise UserError(
@@ -32,16 +31,16 @@ def cut(path: Path, parameter: Float[Array, "*stack in out"], columns: int | Non
     if fan_out % columns:
         raise UserError(
             f"--optimizer.matrices.query-key-columns is {columns}; it must divide the {fan_out} columns of queries and "
-            "keys (a head has --model.dim / --model.num-heads, or --model.query-key-width)"
+            "keys (a head has --model.dim / --model.num-heads)"
         )
     parts = parameter[:2].reshape(2, fan_in, fan_out // columns, columns)
-    return [jnp.swapaxes(parts, 1, 2), *parameter[2:]]
+    return [jnp.swapaxes(parts, 1, 2), parameter[2]]
 
 
 def joined(matrices: list[Array]) -> Float[Array, "*stack in out"]:
     """What `cut` took apart."""
-    parts, *values = matrices
-    if parts.ndim < 4:
-        return parts
-    queries_and_keys = jnp.swapaxes(parts, 1, 2).reshape(2, parts.shape[2], -1)
-    return jnp.concatenate([queries_and_keys, *(matrix[None] for matrix in values)])
+    if len(matrices) == 1:
+        return matrices[0]
+    parts, values = matrices
+    queries_and_keys = jnp.swapaxes(parts, 1, 2).reshape(2, *values.shape)
+    return jnp.concatenate([queries_and_keys, values[None]])
