@@ -47,7 +47,7 @@ def whitened(rule: StackRule, whitening: Whitening) -> StackRule:
         root = jax.lax.cond(
             count[0] % whitening.every == 0, lambda c, _: inverse_fourth_root(c), lambda _, r: r, covariance, root
         )
-        stack, before = rule.update(_product(root, x).astype(stack.dtype), before)
+        stack, before = rule.update(jnp.matmul(root, x).astype(stack.dtype), before)
         return stack, (before, WhiteningState(count + 1, covariance, root))
 
     return StackRule(init, update)
@@ -84,5 +84,5 @@ def _square_roots(c: Float[Array, "n rows rows"]) -> tuple[Float[Array, "n rows 
 
 
 def _product(a, b):
-    """In float32 proper: TF32's errors would grow by the root of the condition number."""
+    """In float32 proper, also on a GPU: TF32's errors would grow by the root of the condition number."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
