@@ -1,5 +1,6 @@
-"""Directions whose inputs vary most shrink before a step is made orthogonal (Shampoo: Gupta et al., arXiv 1802.09568;
-before Muon's step: PMuon, modded-nanogpt, pull request 285, both sides of a matrix, to the power -0.3)."""
+"""What varies most among Muon's directions shrinks before the next one is made orthogonal: Shampoo's preconditioner on
+one side (Gupta et al., arXiv 1802.09568), in front of Muon's step. PMuon (modded-nanogpt, pull request 285) has both
+sides there, to the power -0.3."""
 
 from typing import Any, NamedTuple
 
