@@ -65,7 +65,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Whitening:
-    """Directions are divided by the fourth root of the covariance of those before, on the shorter side of a matrix."""
+    """Directions are divided by the square root of the covariance of the gradients, on the shorter side of a matrix."""
 
     decay: float = field(metadata=_DECAY)
     """Decay of the covariance."""

@@ -26,9 +26,9 @@ def normalized(rule: StackRule, b2: float) -> StackRule:
         n, _, cols = stack.shape
         return rule.init(stack), jnp.zeros((n, cols), jnp.float32)
 
-    def update(stack: Stack, kept: tuple[Any, Float[Array, "n cols"]]):
+    def update(stack: Stack, kept: tuple[Any, Float[Array, "n cols"]], gradients: Stack | None):
         before, average = kept
-        stack, before = rule.update(stack, before)
+        stack, before = rule.update(stack, before, gradients)
         x = stack.astype(jnp.float32)
         square = jnp.mean(x * x, axis=-2)
         average = average + (1 - b2) * (square - average)
@@ -37,4 +37,4 @@ def normalized(rule: StackRule, b2: float) -> StackRule:
         scale = scale * norm / jnp.maximum(new_norm, _LEAST)
         return (x * scale[:, None, :]).astype(stack.dtype), (before, average)
 
-    return StackRule(init, update)
+    return StackRule(init, update, rule.reads_gradients)

@@ -14,7 +14,9 @@ class StackRule(NamedTuple):
     """What is done to a stack, to each of its matrices by itself."""
 
     init: Callable[[Stack], Any]  # stack -> what the rule keeps from step to step, a tree of arrays [n, ...]
-    update: Callable[[Stack, Any], tuple[Stack, Any]]  # (stack, kept) -> both anew; any number of the n matrices
+    update: Callable[[Stack, Any, Stack | None], tuple[Stack, Any]]
+    """(stack, kept, gradients) -> the first two anew; of any number of the n matrices"""
+    reads_gradients: bool = False  # else `update` may be given None for them
 
 
 def init_stacks(rule: StackRule, matrices: list[Float[Array, "*stack in out"]]) -> dict[str, Any]:
@@ -25,16 +27,22 @@ def init_stacks(rule: StackRule, matrices: list[Float[Array, "*stack in out"]]) 
 
 
 def update_stacks(
-    rule: StackRule, matrices: list[Float[Array, "*stack in out"]], kept: dict[str, Any], axis_name: str | None
+    rule: StackRule,
+    matrices: list[Float[Array, "*stack in out"]],
+    kept: dict[str, Any],
+    axis_name: str | None,
+    gradients: list[Float[Array, "*stack in out"]] | None = None,
 ) -> tuple[list[Float[Array, "*stack in out"]], dict[str, Any]]:
-    """Applies `rule` to every matrix: those of one shape (up to transposition) in one stack.
+    """Applies `rule` to every matrix: those of one shape (up to transposition) in one stack, and so their gradients if
+    it reads them.
 
     Everything is the same on all devices of `axis_name`, before and after: each does its part of every stack, and all
     gather the results. None: every device does all of it.
     """
     done, new = {}, dict(kept)
+    of_gradients = stacked(gradients) if rule.reads_gradients else {}
     for name, stack in stacked(matrices).items():
-        done[name], tree = _divided(rule, stack, kept.get(name, ()), axis_name)
+        done[name], tree = _divided(rule, stack, kept.get(name, ()), of_gradients.get(name), axis_name)
         if name in kept:
             new[name] = tree
     return unstacked(done, matrices), new
@@ -86,10 +94,12 @@ def _name(shape: tuple[int, int]) -> str:
     return f"{shape[0]}x{shape[1]}"
 
 
-def _divided(rule: StackRule, stack: Stack, kept: Any, axis_name: str | None) -> tuple[Stack, Any]:
+def _divided(
+    rule: StackRule, stack: Stack, kept: Any, gradients: Stack | None, axis_name: str | None
+) -> tuple[Stack, Any]:
     """One stack, split over the devices of `axis_name`; where it does not divide, zeros fill the last share up."""
     if axis_name is None:
-        return rule.update(stack, kept)
+        return rule.update(stack, kept, gradients)
     count, devices = len(stack), jax.lax.axis_size(axis_name)
     size = -(-count // devices)
     start = jax.lax.axis_index(axis_name) * size
@@ -97,5 +107,5 @@ def _divided(rule: StackRule, stack: Stack, kept: Any, axis_name: str | None) ->
     def mine(x):
         return jax.lax.dynamic_slice_in_dim(filled_up(x, devices), start, size)
 
-    done = rule.update(*jax.tree.map(mine, (stack, kept)))
+    done = rule.update(*jax.tree.map(mine, (stack, kept, gradients)))
     return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True)[:count], done)
