@@ -65,10 +65,11 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Whitening:
-    """Directions are divided by the square root of the covariance of the gradients, on the shorter side of a matrix."""
+    """Directions are divided by the root of the gradients' second moment, a square matrix on the shorter side. Without
+    --share-matrices devices send it and its root at every step, 2 rows^2 numbers a matrix."""
 
     decay: float = field(metadata=_DECAY)
-    """Decay of the covariance."""
+    """Decay of the second moment."""
     every: int = field(metadata={"least": 1})
     """Steps from one computation of its root to the next."""
 

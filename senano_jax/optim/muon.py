@@ -47,13 +47,13 @@ def scale_by_muon(
 ) -> optax.GradientTransformation:
     """Turns gradients of matrices [..., in, out] into orthogonal steps of unit learning rate.
 
-        u = factor rule(momentum(g))       (float32; factor: sqrt(max(1, out / in)), see step_factor)
+        u = factor rule(momentum(g), g)    (float32; factor: sqrt(max(1, out / in)), see step_factor)
 
     Leading axes hold separate matrices, each orthogonalised by itself.
 
     Args:
       momentum: what makes a direction of the gradients.
-      rule: what orthogonalises the matrices.
+      rule: what orthogonalises the matrices, given the gradients if it reads them.
       axis_name: a mapped axis whose devices hold equal gradients and share the orthogonalisation (see stacks.py).
       query_key_columns: columns of a matrix into which queries and keys are cut (see `cut`).
       down_rate: multiplies u of the parameters called `down`.

@@ -23,7 +23,7 @@ Stacks = dict[str, Stack]  # by the shape of their matrices
 
 
 class SharedMuonState(NamedTuple):
-    """The first axis of every array but `count` goes over the devices; zeros fill the last share up."""
+    """The first axis of every array but this `count` goes over the devices; zeros fill the last share up."""
 
     count: Int[Array, ""]  # steps taken
     momentum: Any  # stacks of averages (see Momentum)

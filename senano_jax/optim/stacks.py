@@ -13,10 +13,13 @@ Stack = Float[Array, "n rows cols"]  # rows <= cols
 class StackRule(NamedTuple):
     """What is done to a stack, to each of its matrices by itself."""
 
-    init: Callable[[Stack], Any]  # stack -> what the rule keeps from step to step, a tree of arrays [n, ...]
+    init: Callable[[Stack], Any]
+    """stack -> what the rule keeps from step to step, a tree of arrays [n, ...]"""
     update: Callable[[Stack, Any, Stack | None], tuple[Stack, Any]]
-    """(stack, kept, gradients) -> the first two anew; of any number of the n matrices"""
-    reads_gradients: bool = False  # else `update` may be given None for them
+    """(stack, kept, gradients) -> new stack, new kept; of any number of the n matrices. The gradients are those of this
+    step, [n, rows, cols] like the stack."""
+    reads_gradients: bool = False
+    """Whether `update` needs the gradients; otherwise they may be None."""
 
 
 def init_stacks(rule: StackRule, matrices: list[Float[Array, "*stack in out"]]) -> dict[str, Any]:
