@@ -92,9 +92,13 @@ def test_gradients_of_one_size_leave_muon_as_it_is():
     assert relative_error(white, plain) < 0.02
 
 
-def white_steps(gradients, axis_name=None, wrap=lambda update: update, rule=MUON):
-    white = whitened(rule, Whitening(decay=0.9, every=2))
-    return steps_of(white, gradients, axis_name, wrap, query_key_columns=16)
+def white_steps(gradients, *sharing):
+    return steps_of(whitened(MUON, Whitening(decay=0.9, every=2)), gradients, *sharing, query_key_columns=16)
+
+
+def kept_in(state) -> list[WhiteningState]:
+    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, WhiteningState))
+    return [leaf for leaf in leaves if isinstance(leaf, WhiteningState)]
 
 
 def test_the_moment_is_of_gradients_not_of_directions():
@@ -107,12 +111,8 @@ def test_the_moment_is_of_gradients_not_of_directions():
     outside = normalized(whitened(AS_IT_IS, Whitening(decay=0.9, every=2)), 0.9)
     for steps in (white_steps(gradients), steps_of(outside, gradients)):
         *_, (_, state) = steps
-        (kept,) = (x for x in jax.tree.leaves(state.stacks["48x192"], is_leaf=_is_ours) if _is_ours(x))
+        (kept,) = kept_in(state.stacks["48x192"])
         assert sorted(relative_error(x, y) < 1e-6 for x in kept.moment for y in expected) == [False] * 2 + [True] * 2
-
-
-def _is_ours(node):
-    return isinstance(node, WhiteningState)
 
 
 def test_a_zero_gradient_gives_a_zero_step():
@@ -163,8 +163,7 @@ def test_a_recipe_takes_it():
     for name, recipe in {"plain": plain.optimizer, "white": config.optimizer}.items():
         optimizer = make_optimizer(recipe, 5)
         steps[name], state = optimizer.update(gradients, optimizer.init(params), params)
-    moments = {x.moment.shape for x in jax.tree.leaves(state, is_leaf=_is_ours) if _is_ours(x)}
-    assert moments == {(6, 16, 16), (1, 48, 48)}
+    assert {kept.moment.shape for kept in kept_in(state)} == {(6, 16, 16), (1, 48, 48)}
     for x, y in zip(jax.tree.leaves(steps["white"]), jax.tree.leaves(steps["plain"])):
         assert relative_error(x, y) > 0.02
 
