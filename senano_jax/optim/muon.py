@@ -35,7 +35,7 @@ class StackedMuonState(NamedTuple):
 
 def orthogonalized(iteration: Iteration, dtype: DTypeLike = jnp.bfloat16) -> StackRule:
     """Orthogonalises every matrix and keeps nothing."""
-    return StackRule(lambda stack: (), lambda stack, kept, _: (orthogonalize(stack, iteration, dtype), kept))
+    return StackRule(lambda stack: (), lambda stack, kept, *_: (orthogonalize(stack, iteration, dtype), kept))
 
 
 def scale_by_muon(
@@ -69,8 +69,8 @@ def scale_by_muon(
         direction, average = momentum.update(gradients, state.momentum, state.count)
         parts = _matrices(direction)
         stacks = state.stacks if isinstance(state, StackedMuonState) else {}
-        of_gradients = [m for part in _matrices(gradients) for m in part] if rule.reads_gradients else None
-        orthogonal, stacks = update_stacks(rule, [m for part in parts for m in part], stacks, axis_name, of_gradients)
+        flat, of_gradients = ([m for part in tree for m in part] for tree in (parts, _matrices(gradients)))
+        orthogonal, stacks = update_stacks(rule, flat, stacks, axis_name, of_gradients, state.count)
         of_parts = iter(orthogonal)
         updates = jax.tree.unflatten(
             jax.tree.structure(direction), [joined([next(of_parts) for _ in part]) for part in parts]

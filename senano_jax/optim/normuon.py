@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from senano_jax.optim.stacks import Stack, StackRule
 
@@ -26,9 +26,11 @@ def normalized(rule: StackRule, b2: float) -> StackRule:
         n, _, cols = stack.shape
         return rule.init(stack), jnp.zeros((n, cols), jnp.float32)
 
-    def update(stack: Stack, kept: tuple[Any, Float[Array, "n cols"]], gradients: Stack | None):
+    def update(
+        stack: Stack, kept: tuple[Any, Float[Array, "n cols"]], gradients: Stack | None, step: Int[Array, ""]
+    ):
         before, average = kept
-        stack, before = rule.update(stack, before, gradients)
+        stack, before = rule.update(stack, before, gradients, step)
         x = stack.astype(jnp.float32)
         square = jnp.mean(x * x, axis=-2)
         average = average + (1 - b2) * (square - average)

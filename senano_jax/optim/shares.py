@@ -104,8 +104,8 @@ def scale_by_shared_muon(
         direction, average = momentum.update(stacks, state.momentum, state.count)
         steps, kept = {}, dict(state.stacks)
         for name, stack in direction.items():
-            step, tree = rule.update(stack, state.stacks.get(name, ()), stacks[name])
-            steps[name] = jax.lax.all_gather(step, shares.axis_name, tiled=True)
+            done, tree = rule.update(stack, state.stacks.get(name, ()), stacks[name], state.count)
+            steps[name] = jax.lax.all_gather(done, shares.axis_name, tiled=True)
             if name in kept:
                 kept[name] = tree
         updates = jax.tree.map_with_path(

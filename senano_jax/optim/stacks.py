@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Stack = Float[Array, "n rows cols"]  # rows <= cols
 
@@ -15,9 +15,9 @@ class StackRule(NamedTuple):
 
     init: Callable[[Stack], Any]
     """stack -> what the rule keeps from step to step, a tree of arrays [n, ...]"""
-    update: Callable[[Stack, Any, Stack | None], tuple[Stack, Any]]
-    """(stack, kept, gradients) -> new stack, new kept; of any number of the n matrices. The gradients are those of this
-    step, [n, rows, cols] like the stack."""
+    update: Callable[[Stack, Any, Stack | None, Int[Array, ""]], tuple[Stack, Any]]
+    """(stack, kept, gradients, step) -> new stack, new kept; of any number of the n matrices. The gradients are those
+    of this step, [n, rows, cols] like the stack; the step counts from 0."""
     reads_gradients: bool = False
     """Whether `update` needs the gradients; otherwise they may be None."""
 
@@ -34,7 +34,8 @@ def update_stacks(
     matrices: list[Float[Array, "*stack in out"]],
     kept: dict[str, Any],
     axis_name: str | None,
-    gradients: list[Float[Array, "*stack in out"]] | None = None,
+    gradients: list[Float[Array, "*stack in out"]],
+    step: Int[Array, ""],
 ) -> tuple[list[Float[Array, "*stack in out"]], dict[str, Any]]:
     """Applies `rule` to every matrix: those of one shape (up to transposition) in one stack, and so their gradients if
     it reads them.
@@ -45,7 +46,7 @@ def update_stacks(
     done, new = {}, dict(kept)
     of_gradients = stacked(gradients) if rule.reads_gradients else {}
     for name, stack in stacked(matrices).items():
-        done[name], tree = _divided(rule, stack, kept.get(name, ()), of_gradients.get(name), axis_name)
+        done[name], tree = _divided(rule, stack, kept.get(name, ()), of_gradients.get(name), step, axis_name)
         if name in kept:
             new[name] = tree
     return unstacked(done, matrices), new
@@ -98,11 +99,11 @@ def _name(shape: tuple[int, int]) -> str:
 
 
 def _divided(
-    rule: StackRule, stack: Stack, kept: Any, gradients: Stack | None, axis_name: str | None
+    rule: StackRule, stack: Stack, kept: Any, gradients: Stack | None, step: Int[Array, ""], axis_name: str | None
 ) -> tuple[Stack, Any]:
     """One stack, split over the devices of `axis_name`; where it does not divide, zeros fill the last share up."""
     if axis_name is None:
-        return rule.update(stack, kept, gradients)
+        return rule.update(stack, kept, gradients, step)
     count, devices = len(stack), jax.lax.axis_size(axis_name)
     size = -(-count // devices)
     start = jax.lax.axis_index(axis_name) * size
@@ -110,5 +111,5 @@ def _divided(
     def mine(x):
         return jax.lax.dynamic_slice_in_dim(filled_up(x, devices), start, size)
 
-    done = rule.update(*jax.tree.map(mine, (stack, kept, gradients)))
+    done = rule.update(*jax.tree.map(mine, (stack, kept, gradients)), step)
     return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True)[:count], done)

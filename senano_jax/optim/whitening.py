@@ -22,7 +22,6 @@ _COEFFICIENTS = ITERATIONS["six-step"].coefficients
 class WhiteningState(NamedTuple):
     """Of a stack of n matrices [rows, cols]."""
 
-    count: Int[Array, "n"]  # 1 and the steps taken; 0: fills a share up (see stacks.py)
     moment: Float[Array, "n rows rows"]  # the second, of the gradients
     root: Float[Array, "n rows rows"]  # its inverse square root, as last computed
 
@@ -42,18 +41,17 @@ def whitened(rule: StackRule, whitening: Whitening) -> StackRule:
     def init(stack):
         n, rows, _ = stack.shape
         zeros = jnp.zeros((n, rows, rows), jnp.float32)
-        return rule.init(stack), WhiteningState(jnp.ones(n, jnp.int32), zeros, zeros)
+        return rule.init(stack), WhiteningState(zeros, zeros)
 
-    def update(stack: Stack, kept: tuple[Any, WhiteningState], gradients: Stack):
-        before, (count, moment, root) = kept
+    def update(stack: Stack, kept: tuple[Any, WhiteningState], gradients: Stack, step: Int[Array, ""]):
+        before, (moment, root) = kept
         g = gradients.astype(jnp.float32)
         moment = moment + (1 - whitening.decay) * (jnp.matmul(g, g.mT) - moment)
-        # Real matrices come first in a share, and all of them have one count.
-        is_due = (count[0] > 0) & ((count[0] - 1) % whitening.every == 0)
+        is_due = step % whitening.every == 0
         root = jax.lax.cond(is_due, lambda c, _: inverse_root(c), lambda _, r: r, moment, root)
         white = jnp.matmul(root, stack.astype(jnp.float32)).astype(stack.dtype)
-        stack, before = rule.update(white, before, gradients)
-        return stack, (before, WhiteningState(count + (count > 0), moment, root))
+        stack, before = rule.update(white, before, gradients, step)
+        return stack, (before, WhiteningState(moment, root))
 
     return StackRule(init, update, reads_gradients=True)
 
