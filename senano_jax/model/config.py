@@ -81,6 +81,9 @@ class ModelConfig(TransformerConfig):
     input_rank: int = 0
     """With a tied table: rank of what is added to it where tokens come in, the product of a table of so many numbers a
     token, zero at the start, and a matrix. 0: nothing."""
+    narrow_rows: tuple[tuple[int, int], ...] = ()
+    """With a tied table: bands of rarer tokens that have numbers in the first dimensions alone, pairs of a band's first
+    token and its width."""
     logit_bias: bool = False
     """Learn a number a column of the head that is added to its products before the cap."""
     head_gate: bool = False
@@ -217,9 +220,25 @@ def check_model(model: ModelConfig | Gpt2Config) -> None:
             raise UserError(
                 f"--model.input-rank is {model.input_rank}, but the embedding is a table by itself; use --model.tied"
             )
+        _check_narrow_rows(model)
         for flag, reads in {"--model.head-gate": model.head_gate, "--model.smear": model.smear}.items():
             if reads and model.dim < GATE_INPUTS:
                 raise UserError(f"{flag} reads {GATE_INPUTS} channels, --model.dim is {model.dim}; widen it")
+
+
+def _check_narrow_rows(model: ModelConfig) -> None:
+    flag, before = f"--model.narrow-rows {model.narrow_rows}", 0
+    if model.narrow_rows and not model.tied:
+        raise UserError(f"{flag} is of a table for embedding and head; use --model.tied")
+    for first, width in model.narrow_rows:
+        if not before < first < model.vocab_size:
+            raise UserError(
+                f"{flag} has a band that starts at token {first}; use {before + 1} to {model.vocab_size - 1}, "
+                "and later for each next band"
+            )
+        if not 1 <= width < model.dim:
+            raise UserError(f"{flag} has a band of width {width}; use 1 to {model.dim - 1}")
+        before = first
 
 
 def _check_schedule(model: ModelConfig) -> None:

@@ -12,6 +12,7 @@ from senano_jax.model.context import Context
 from senano_jax.model.elementwise import columns_as_rows, norm, rows_of
 from senano_jax.model.loss import cross_entropy
 from senano_jax.model.pieces.input_correction import InputCorrection
+from senano_jax.model.pieces.narrow_rows import NarrowRows
 from senano_jax.model.pieces.paired_heads import slots_of
 from senano_jax.model.pieces.smear import Smear
 from senano_jax.model.rotary import rotary_tables
@@ -23,8 +24,8 @@ TIED_DEVIATION = 0.005  # of a table that is both embedding and head, at the sta
 
 class Gpt(nn.Module):
     """Parameters: embedding, unless it is the head, and value_embedding_<i> [vocab, dim] in `dtype`; head [dim, padded
-    vocab], logit_bias [padded vocab] if there is one, x0_values_<layer> [dim, dim], those of smear, of the
-    input's correction and of the trunk, in float32.
+    vocab], or as far as its columns are whole, logit_bias [padded vocab] if there is one, x0_values_<layer> [dim, dim],
+    those of narrow rows, of smear, of the input's correction and of the trunk, in float32.
 
     Profiles tell the parts of a step by the names of `features` and of the layers' scopes (profiling/hlo.py).
     """
@@ -37,7 +38,8 @@ class Gpt(nn.Module):
         self.embedding = None if c.tied else self._table("embedding")
         self.value_tables = [self._table(f"value_embedding_{n}") for n in range(c.value_embeddings)]
         zeros, small = nn.initializers.zeros, nn.initializers.normal(TIED_DEVIATION)
-        self.head = self.param("head", small if c.tied else zeros, (c.dim, c.padded_vocab_size))
+        whole = c.narrow_rows[0][0] if c.narrow_rows else c.padded_vocab_size
+        self.head = self.param("head", small if c.tied else zeros, (c.dim, whole))
         self.smear = Smear() if c.smear else None
         self.trunk = trunk_of(c)
         nn.share_scope(self, self.trunk)
@@ -48,12 +50,19 @@ class Gpt(nn.Module):
             self.input_correction = InputCorrection(c.vocab_size, c.input_rank)
             nn.share_scope(self, self.input_correction)
         self.x0_matrices = [self.param(f"x0_values_{layer}", zeros, (c.dim, c.dim)) for layer in c.values_from_x0]
+        self.narrow_rows = None
+        if c.narrow_rows:
+            self.narrow_rows = NarrowRows(c.narrow_rows, c.padded_vocab_size, TIED_DEVIATION)
+            nn.share_scope(self, self.narrow_rows)
 
     def _table(self, name: str) -> Float[Array, "vocab dim"]:
         def init(key):
             return jax.random.normal(key, (self.config.vocab_size, self.config.dim)).astype(self.dtype)
 
         return self.param(name, init)
+
+    def _whole_head(self) -> Float[Array, "dim padded"]:
+        return self.head if self.narrow_rows is None else self.narrow_rows(self.head)
 
     def __call__(
         self,
@@ -73,7 +82,7 @@ class Gpt(nn.Module):
         """
         asked = targets_of(targets.astype(jnp.int32), loss_weights, prefixes)
         features = self.features(inputs, window_blocks, visits)
-        return cross_entropy(features, self.head, asked, self.config.cap, self.logit_bias)
+        return cross_entropy(features, self._whole_head(), asked, self.config.cap, self.logit_bias)
 
     def logits(
         self,
@@ -85,7 +94,7 @@ class Gpt(nn.Module):
         x = self.features(inputs, window_blocks)
         if position is not None:
             x = x[:, position]
-        z = x @ self.head.astype(x.dtype)
+        z = x @ self._whole_head().astype(x.dtype)
         if self.logit_bias is not None:
             z = z.astype(jnp.float32) + self.logit_bias
         return capped(self.config.cap, self.config.dim).logits(z)
@@ -98,7 +107,7 @@ class Gpt(nn.Module):
         inputs = inputs.astype(jnp.int32)
         starts = document_start(inputs)
         windows = {True: window_intervals(starts, window_blocks), False: window_intervals(starts, window_blocks // 2)}
-        rows = rows_of(columns_as_rows(self.head) if c.tied else self.embedding, inputs, self.dtype)
+        rows = rows_of(columns_as_rows(self._whole_head()) if c.tied else self.embedding, inputs, self.dtype)
         if self.input_correction is not None:
             rows = self.input_correction(rows, inputs)
         x0 = norm(rows if self.smear is None else self.smear(rows))
