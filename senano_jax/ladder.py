@@ -253,3 +253,16 @@ def narrow_rows() -> Config:
             "model.paired_heads": (1, 5, 9, 13, 17),
         },
     )
+
+
+def bigrams() -> Config:
+    """The candidate with a table of pairs of tokens, for which rarer tokens have a third of the table's width."""
+    base = tied_recurrent()
+    return changed(
+        base,
+        {
+            "model.narrow_rows": ((8192, 256),),
+            "model.bigram_rows": 92_000,
+            "optimizer.embeddings": base.optimizer.head,
+        },
+    )

@@ -8,6 +8,7 @@ from senano_jax.config import Config
 from senano_jax.errors import UserError
 from senano_jax.ladder import (
     batch_ramp,
+    bigrams,
     by_channel,
     cautious_decay,
     exclusive,
@@ -67,6 +68,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "smear": smear,
     "input-rank": input_rank,
     "narrow-rows": narrow_rows,
+    "bigrams": bigrams,
     "weighted": weighted,
     "by-channel": by_channel,
     "mlp-output-norm": mlp_output_norm,

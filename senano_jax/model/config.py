@@ -84,6 +84,10 @@ class ModelConfig(TransformerConfig):
     narrow_rows: tuple[tuple[int, int], ...] = ()
     """With a tied table: bands of rarer tokens that have numbers in the first dimensions alone, pairs of a band's first
     token and its width."""
+    bigram_rows: int = 0
+    """Rows of a hashed table of pairs of tokens, which is added where tokens come in, zero at the start. 0: none."""
+    bigram_width: int = 256
+    """Numbers in one of them."""
     logit_bias: bool = False
     """Learn a number a column of the head that is added to its products before the cap."""
     head_gate: bool = False
@@ -221,6 +225,12 @@ def check_model(model: ModelConfig | Gpt2Config) -> None:
                 f"--model.input-rank is {model.input_rank}, but the embedding is a table by itself; use --model.tied"
             )
         _check_narrow_rows(model)
+        if model.bigram_rows < 0 or model.bigram_rows == 1:
+            raise UserError(f"--model.bigram-rows is {model.bigram_rows}; use 0, for none, or 2 and more")
+        if not 1 <= model.bigram_width <= model.dim and model.bigram_rows:
+            raise UserError(
+                f"--model.bigram-width is {model.bigram_width}; use 1 to {model.dim}, the width of the model"
+            )
         for flag, reads in {"--model.head-gate": model.head_gate, "--model.smear": model.smear}.items():
             if reads and model.dim < GATE_INPUTS:
                 raise UserError(f"{flag} reads {GATE_INPUTS} channels, --model.dim is {model.dim}; widen it")

@@ -11,6 +11,7 @@ from senano_jax.model.config import ModelConfig
 from senano_jax.model.context import Context
 from senano_jax.model.elementwise import columns_as_rows, norm, rows_of
 from senano_jax.model.loss import cross_entropy
+from senano_jax.model.pieces.bigrams import Bigrams
 from senano_jax.model.pieces.input_correction import InputCorrection
 from senano_jax.model.pieces.narrow_rows import NarrowRows
 from senano_jax.model.pieces.paired_heads import slots_of
@@ -25,7 +26,7 @@ TIED_DEVIATION = 0.005  # of a table that is both embedding and head, at the sta
 class Gpt(nn.Module):
     """Parameters: embedding, unless it is the head, and value_embedding_<i> [vocab, dim] in `dtype`; head [dim, padded
     vocab], or as far as its columns are whole, logit_bias [padded vocab] if there is one, x0_values_<layer> [dim, dim],
-    those of narrow rows, of smear, of the input's correction and of the trunk, in float32.
+    those of narrow rows, of bigrams, of smear, of the input's correction and of the trunk, in float32.
 
     Profiles tell the parts of a step by the names of `features` and of the layers' scopes (profiling/hlo.py).
     """
@@ -54,6 +55,10 @@ class Gpt(nn.Module):
         if c.narrow_rows:
             self.narrow_rows = NarrowRows(c.narrow_rows, c.padded_vocab_size, TIED_DEVIATION)
             nn.share_scope(self, self.narrow_rows)
+        self.bigrams = None
+        if c.bigram_rows:
+            self.bigrams = Bigrams(c.bigram_rows, c.bigram_width)
+            nn.share_scope(self, self.bigrams)
 
     def _table(self, name: str) -> Float[Array, "vocab dim"]:
         def init(key):
@@ -110,6 +115,8 @@ class Gpt(nn.Module):
         rows = rows_of(columns_as_rows(self._whole_head()) if c.tied else self.embedding, inputs, self.dtype)
         if self.input_correction is not None:
             rows = self.input_correction(rows, inputs)
+        if self.bigrams is not None:
+            rows = self.bigrams(rows, inputs)
         x0 = norm(rows if self.smear is None else self.smear(rows))
         x0 = jax.lax.optimization_barrier(x0)  # or an evaluation normalises the rows again, in float32, in every layer
         heads = (*inputs.shape, c.num_heads, c.head_dim)

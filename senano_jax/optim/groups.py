@@ -6,7 +6,7 @@ import re
 GROUPS = {
     "matrices": r"(.*/)?(attention/(qkv|out)|mlp/(up|down))(/kernel)?|x0_values_\d+",
     "head": r"head|narrow_head_\d+",
-    "embeddings": r"(position_)?embedding|input_(left|right)",
+    "embeddings": r"(position_)?embedding|input_(left|right)|bigram_table",
     "scalars": r"(.*/)?(lambdas|value_residual|value_lambdas|(skip|stream|added|read|x0)_weights|(logit_)?bias|scale"
     r"|visit_shifts|lane_(read|kept|written)|exclusive/strength|smear/weight|attention/query_gains)",
     "tables": r"value_embedding_\d+",

@@ -26,9 +26,7 @@ def normalized(rule: StackRule, b2: float) -> StackRule:
         n, _, cols = stack.shape
         return rule.init(stack), jnp.zeros((n, cols), jnp.float32)
 
-    def update(
-        stack: Stack, kept: tuple[Any, Float[Array, "n cols"]], gradients: Stack | None, step: Int[Array, ""]
-    ):
+    def update(stack: Stack, kept: tuple[Any, Float[Array, "n cols"]], gradients: Stack | None, step: Int[Array, ""]):
         before, average = kept
         stack, before = rule.update(stack, before, gradients, step)
         x = stack.astype(jnp.float32)

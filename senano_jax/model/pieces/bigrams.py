@@ -1,0 +1,66 @@
+"""A table of pairs of tokens: what the last two are together, beside what each is by itself."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from senano_jax.data.vocabulary import END_OF_TEXT
+from senano_jax.model.elementwise import rows_of
+
+SIGN_ROWS = 8192
+
+
+class Bigrams(nn.Module):
+    """row_t <- row_t + (0, signs[token_t, token_t-1] * table[token_t, token_t-1]), before the first norm.
+
+    Rows are found by a hash, and pairs that share one differ in the signs of its numbers, which are fixed
+    (modded-nanogpt since 2026-01 and 2026-05, which adds them to the stream in every layer; here they are part of the
+    embedding, which every layer reads). The last dimensions take them: rows of rarer tokens may be empty there.
+
+    Parameters, float32: bigram_table [rows, width], zero. The first token of a document, and of a sequence, have the
+    last row, which is no pair's.
+    """
+
+    rows: int
+    width: int
+
+    @nn.compact
+    def __call__(self, rows_BTD: Float[Array, "B T D"], tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Sum in float32, rounded once to the type of the rows."""
+        dtype = rows_BTD.dtype
+        table = self.param("bigram_table", nn.initializers.zeros, (self.rows, self.width))
+        pairs_BTW = rows_of(table, row_numbers(tokens_BT, self.rows), dtype) * signs_of(tokens_BT, self.width)
+        before = rows_BTD.shape[-1] - self.width
+        added_BTD = jnp.pad(pairs_BTW.astype(jnp.float32), ((0, 0), (0, 0), (before, 0)))
+        return (rows_BTD.astype(jnp.float32) + added_BTD).astype(dtype)
+
+
+def row_numbers(tokens_BT: Int[Array, "B T"], rows: int) -> Int[Array, "B T"]:
+    """The row of each token and the one before it."""
+    hashed = (36313 * tokens_BT) ^ (27191 * _before(tokens_BT))
+    return jnp.where(_is_first(tokens_BT), rows - 1, hashed % (rows - 1))
+
+
+def signs_of(tokens_BT: Int[Array, "B T"], width: int) -> Int[Array, "B T W"]:
+    """1 or -1, by both tokens and by dimension."""
+    bytes_BTN = jnp.asarray(_sign_bits(width))[(tokens_BT ^ _before(tokens_BT)) % SIGN_ROWS]
+    bits_BTN8 = (bytes_BTN[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
+    bits_BTW = bits_BTN8.reshape(*tokens_BT.shape, -1)[..., :width]
+    return 1 - 2 * bits_BTW.astype(jnp.int8)
+
+
+def _before(tokens_BT):
+    return jnp.where(_is_first(tokens_BT), 0, jnp.pad(tokens_BT[:, :-1], ((0, 0), (1, 0))))
+
+
+def _is_first(tokens_BT):
+    return (tokens_BT == END_OF_TEXT) | (jnp.arange(tokens_BT.shape[1]) == 0)
+
+
+@functools.cache
+def _sign_bits(width: int) -> np.ndarray:
+    """Random bits, eight a byte, as an eighth of what numbers would take in the program."""
+    return np.random.default_rng(0).integers(0, 256, (SIGN_ROWS, -(-width // 8)), dtype=np.uint8)
