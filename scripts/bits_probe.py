@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import json
 import math
+import re
 import sys
 import time
 import zlib
@@ -223,7 +224,7 @@ def drawn(path: tuple, leaf: jax.Array) -> jax.Array:
     x = rng.standard_normal(leaf.shape, np.float32)
     if leaf.ndim < 2:
         x = 0.5 + 0.2 * x
-    elif "embedding" not in name_of(path[-1:]) and name_of(path[-1:]) != "head":
+    elif not re.search("embedding|head$|head_[0-9]+$|bigram_table", name_of(path[-1:])):
         x /= np.sqrt(np.float32(leaf.shape[-2]))
     return jax.device_put(x.astype(leaf.dtype), leaf.sharding)
 

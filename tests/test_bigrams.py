@@ -1,19 +1,21 @@
 """The table of pairs of tokens: rows against the original's, sums against NumPy, and documents that stay apart."""
 
 import dataclasses
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from pieces_reference import reference
-from tiny import TINY
+from tiny import TINY, random_params, tiny_model
 
 from senano_jax.data.vocabulary import END_OF_TEXT
 from senano_jax.errors import UserError
 from senano_jax.model.build import abstract_params, make_model
 from senano_jax.model.config import check_model
-from senano_jax.model.pieces.bigrams import Bigrams, row_numbers, signs_of
+from senano_jax.model.pieces.bigrams import Bigrams, row_numbers, sign_bits, sign_numbers, signs_of
+from senano_jax.optim.groups import parameter_group
 from senano_jax.presets import preset
 
 ROWS, WIDTH, DIM = 97, 6, 10
@@ -29,11 +31,31 @@ def row_by_hand(tokens, place: int, rows: int) -> int:
 @pytest.mark.parametrize("rows", [15801, 251520, 377280])
 def test_rows_are_the_originals(rows):
     """But for the second token, before which the original puts the number of the last row."""
+    tokens, arrays = original()
+    np.testing.assert_array_equal(np.delete(row_numbers(tokens, rows), 1), np.delete(arrays[f"row_{rows}"], 1))
+
+
+def test_rows_of_signs_are_the_originals():
+    """But for the first token, for which the original takes row 0."""
+    tokens, arrays = original()
+    np.testing.assert_array_equal(np.delete(sign_numbers(tokens), 0), np.delete(arrays["sign_row"], 0))
+
+
+def original() -> tuple[jax.Array, dict[str, np.ndarray]]:
     inputs, arrays = reference("e_bigram")
     tokens = inputs["tokens"]
     assert END_OF_TEXT not in tokens and tokens.max() > 50_000
-    found = np.asarray(row_numbers(jnp.asarray(tokens, jnp.int32)[None], rows))[0]
-    np.testing.assert_array_equal(np.delete(found, 1), np.delete(arrays[f"row_{rows}"], 1))
+    return jnp.asarray(tokens, jnp.int32)[None], arrays
+
+
+def test_signs_never_change():
+    """No checkpoint holds them."""
+    assert zlib.crc32(sign_bits(256).tobytes()) == 3223233952
+    bits = sign_bits(12)[sign_numbers(jnp.asarray(TOKENS))]
+    expected = [
+        [[1 - 2 * ((row[d // 8] >> (d % 8)) & 1) for d in range(12)] for row in part] for part in bits.astype(int)
+    ]
+    np.testing.assert_array_equal(signs_of(jnp.asarray(TOKENS), 12), expected)
 
 
 def test_values_and_gradients_agree_with_numpy_in_float64():
@@ -85,11 +107,36 @@ def test_a_document_does_not_tell_which_token_was_before_it():
     assert (out[0][0, 1] != out[1][0, 1]).any()
 
 
+def test_a_model_reads_the_table_through_its_embedding():
+    """The loss is that of the model without pairs whose tokens' rows are changed by hand: here each token comes once,
+    so that it has one pair."""
+    tokens = jnp.asarray(np.random.default_rng(3).permutation(512)[None, :129], jnp.int32)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    with_pairs, plain = tiny_model(bigram_rows=ROWS, bigram_width=8), tiny_model()
+    params = random_params(with_pairs)
+    others = {name: leaf for name, leaf in params.items() if name != "bigram_table"}
+    added = signs_of(inputs, 8)[0] * params["bigram_table"][row_numbers(inputs, ROWS)[0]]
+    embedding = params["embedding"].at[inputs[0], 24:].add(added)
+
+    @jax.jit
+    def loss_and_gradient(table):
+        return jax.value_and_grad(
+            lambda table: with_pairs.apply({"params": others | {"bigram_table": table}}, inputs, targets, 1)
+        )(table)
+
+    found, gradient = loss_and_gradient(params["bigram_table"])
+    expected = plain.apply({"params": others | {"embedding": embedding}}, inputs, targets, 1)
+    without = plain.apply({"params": others}, inputs, targets, 1)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert abs(found - without) > 1e-3 * abs(without)
+    assert np.asarray(gradient).any(axis=1).sum() == len(np.unique(row_numbers(inputs, ROWS)))
+
+
 def test_at_the_start_it_changes_nothing():
     inputs = jnp.arange(128)[None]
     losses, params = {}, {}
     for rows in (0, ROWS):
-        model = make_model(dataclasses.replace(TINY, bigram_rows=rows, bigram_width=8), "float32")
+        model = make_model(dataclasses.replace(TINY, tied=True, bigram_rows=rows, bigram_width=8), "float32")
         variables = model.init(jax.random.key(3), inputs, inputs, 1)
         params[rows], losses[rows] = variables["params"], model.apply(variables, inputs, inputs, 1)
     table = params[ROWS].pop("bigram_table")
@@ -103,7 +150,7 @@ def test_at_the_start_it_changes_nothing():
     [
         ({"bigram_rows": -1}, r"--model\.bigram-rows is -1; use 0, for none, or 2 and more"),
         ({"bigram_rows": 1}, r"--model\.bigram-rows is 1; use 0"),
-        ({"bigram_rows": 9, "bigram_width": 33}, r"--model\.bigram-width is 33; use 1 to 32, the width of the model"),
+        ({"bigram_rows": 9, "bigram_width": 33}, r"--model\.bigram-width is 33; use 1 to --model\.dim, 32"),
     ],
     ids=str,
 )
@@ -112,8 +159,9 @@ def test_tables_that_cannot_be_are_refused(change, line):
         check_model(dataclasses.replace(preset("demo").model, dim=32, num_heads=2, **change))
 
 
-def test_the_preset_stays_within_the_limit_and_its_table_learns_as_the_tokens_does():
+def test_the_preset_stays_within_the_limit_and_its_table_has_the_rule_of_the_tokens():
     config = preset("bigrams")
     params = abstract_params(make_model(config.model, "bfloat16"))
     assert 160_000_000 < sum(leaf.size for leaf in jax.tree.leaves(params)) <= 162_000_000
     assert config.optimizer.embeddings == config.optimizer.head
+    assert parameter_group((jax.tree_util.DictKey("bigram_table"),)) == "embeddings"

@@ -11,7 +11,7 @@ from tiny import TINY, random_params, random_sequences, tiny_model
 from senano_jax.errors import UserError
 from senano_jax.model.build import abstract_params, make_model
 from senano_jax.model.config import check_model
-from senano_jax.model.pieces.narrow_rows import NarrowRows
+from senano_jax.model.pieces.narrow_rows import band_shapes, with_narrow_rows
 from senano_jax.optim.groups import parameter_group
 from senano_jax.presets import preset
 
@@ -42,9 +42,9 @@ def test_values_and_gradients_are_those_of_the_table_assembled_by_hand():
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
 
     def whole(params):
-        bands = {name: band for name, band in params.items() if name != "head"}
-        return NarrowRows(BANDS, 640, 0.005).apply({"params": bands}, params["head"])
+        return with_narrow_rows(params["head"], [params["narrow_head_0"], params["narrow_head_1"]])
 
+    assert list(band_shapes(BANDS, 640)) == [(16, 200), (4, 240)]
     found, pull_back = jax.vjp(whole, params)
     np.testing.assert_allclose(found, assembled(params), rtol=1e-6)
     pulled = rng.standard_normal((32, 640)).astype(np.float32)
@@ -65,15 +65,16 @@ def test_a_model_with_them_is_the_one_that_has_their_table():
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
 
     def loss(model):
-        return jax.value_and_grad(lambda params: model.apply({"params": params}, inputs, targets, 1))
+        return jax.jit(jax.value_and_grad(lambda params: model.apply({"params": params}, inputs, targets, 1)))
 
     (found, gradients), (expected, wanted) = loss(narrow)(params), loss(plain)(layers | {"head": table})
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    bands = {name: gradients.pop(name) for name in ("head", "narrow_head_0", "narrow_head_1")}
+    d_bands = [gradients.pop(name) for name in ("head", "narrow_head_0", "narrow_head_1")]
     d_table = wanted.pop("head")
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), gradients, wanted)
-    np.testing.assert_allclose(bands["head"], d_table[:, :200], rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(bands["narrow_head_1"], 8**0.5 * d_table[:4, 400:], rtol=1e-3, atol=1e-4)
+    d_expected = d_table[:, :200], 2**0.5 * d_table[:16, 200:400], 8**0.5 * d_table[:4, 400:]
+    for found_band, expected_band in zip(d_bands, d_expected, strict=True):
+        np.testing.assert_allclose(found_band, expected_band, rtol=1e-3, atol=1e-4)
     logits = [
         model.apply({"params": p}, inputs, 1, method="logits")
         for model, p in ((narrow, params), (plain, layers | {"head": table}))
@@ -82,7 +83,6 @@ def test_a_model_with_them_is_the_one_that_has_their_table():
 
 
 def test_columns_have_one_norm_at_the_start_and_all_else_its_weights():
-    """Bands are drawn last."""
     inputs = jnp.arange(128)[None]
     drawn = {}
     for rows in ((), BANDS):
@@ -104,10 +104,13 @@ def test_the_heads_rule_updates_them():
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"narrow_rows": ((9, 8),)}, r"--model\.narrow-rows \(\(9, 8\),\) is of a table for .*; use --model\.tied"),
-        ({"tied": True, "narrow_rows": ((0, 8),)}, "starts at token 0; use 1 to 50256"),
-        ({"tied": True, "narrow_rows": ((50257, 8),)}, "starts at token 50257; use 1 to 50256"),
-        ({"tied": True, "narrow_rows": ((9, 8), (9, 4))}, "starts at token 9; use 10 to 50256"),
+        ({"narrow_rows": ((9, 8),)}, r"--model\.narrow-rows needs one table for embedding and head; use --model\.tied"),
+        ({"tied": True, "narrow_rows": ((0, 8),)}, "a band from token 0; use 1 to 50256"),
+        ({"tied": True, "narrow_rows": ((50257, 8),)}, "a band from token 50257; use 1 to 50256"),
+        (
+            {"tied": True, "narrow_rows": ((9, 8), (9, 4))},
+            "a band from token 9 after one from 9; order them, each once",
+        ),
         ({"tied": True, "narrow_rows": ((9, 32),)}, "a band of width 32; use 1 to 31"),
         ({"tied": True, "narrow_rows": ((9, 0),)}, "a band of width 0; use 1 to 31"),
     ],

@@ -152,7 +152,7 @@ def test_a_recipe_takes_it():
         steps[name], state = optimizer.update(gradients, optimizer.init(params), params)
     assert {kept.moment.shape for kept in kept_in(state)} == {(6, 16, 16), (1, 48, 48)}
     for x, y in zip(jax.tree.leaves(steps["white"]), jax.tree.leaves(steps["plain"])):
-        assert relative_error(x, y) > 0.02
+        assert 0.02 < relative_error(x, y) < 0.9  # 1 of a step of zeros, as if no root had been computed yet
 
 
 @pytest.mark.parametrize(

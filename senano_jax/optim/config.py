@@ -163,9 +163,10 @@ class Recipe:
     schedule: Cooldown | WarmupCosine
     """What all learning rates are multiplied by."""
     head: AdamRule | None = None
-    """Output head; None: as the matrices."""
+    """Output head, and a table that is embedding and head; None: as the matrices."""
     embeddings: AdamRule | None = None
-    """Embeddings of tokens and positions; None: as the matrices."""
+    """Embeddings of tokens, of pairs of them and of positions, a tied table's input correction; None: as the
+    matrices."""
     scalars: AdamRule | None = None
     """Lambdas, weights of skip connections, biases, scales of norms; None: as the matrices."""
     tables: AdamRule | None = None

@@ -69,8 +69,9 @@ def scale_by_muon(
         direction, average = momentum.update(gradients, state.momentum, state.count)
         parts = _matrices(direction)
         stacks = state.stacks if isinstance(state, StackedMuonState) else {}
-        flat, of_gradients = ([m for part in tree for m in part] for tree in (parts, _matrices(gradients)))
-        orthogonal, stacks = update_stacks(rule, flat, stacks, axis_name, of_gradients, state.count)
+        directions = [m for part in parts for m in part]
+        of_gradients = [m for part in _matrices(gradients) for m in part]
+        orthogonal, stacks = update_stacks(rule, directions, stacks, axis_name, of_gradients, state.count)
         of_parts = iter(orthogonal)
         updates = jax.tree.unflatten(
             jax.tree.structure(direction), [joined([next(of_parts) for _ in part]) for part in parts]

@@ -38,7 +38,7 @@ def update_stacks(
     step: Int[Array, ""],
 ) -> tuple[list[Float[Array, "*stack in out"]], dict[str, Any]]:
     """Applies `rule` to every matrix: those of one shape (up to transposition) in one stack, and so their gradients if
-    it reads them.
+    it reads them. `step` counts from 0.
 
     Everything is the same on all devices of `axis_name`, before and after: each does its part of every stack, and all
     gather the results. None: every device does all of it.

@@ -1,10 +1,12 @@
-"""What attention can be given besides: small modules, each in a file, and the one place that says which layer has
-which.
+"""What the embedding and attention can be given besides: small modules, each in a file, and the one place that says
+which layer's attention has which. Pieces of the embedding (`bigrams`, `input_correction`, `narrow_rows`, `smear`) are
+applied in `Gpt`.
 
-A piece is a linen module with `after(y_BTHK, v_BTHK, x_BTD, visit)`: attention's output [B, T, H, K] before its last
-product, from what attention gave, the values that it weighed, the layer's normalised input and the number of this visit
-of the layer, an int or a traced one. Parameters that differ between visits have these as their first axis. Two pieces
-that one kernel computes are applied as one (`GatedExclusive`); their parameters stay where they are.
+A piece of attention is a linen module with `after(y_BTHK, v_BTHK, x_BTD, visit)`: attention's output [B, T, H, K]
+before its last product, from what attention gave, the values that it weighed, the layer's normalised input and the
+number of this visit of the layer, an int or a traced one. Parameters that differ between visits have these as their
+first axis. Two pieces that one kernel computes are applied as one (`GatedExclusive`); their parameters stay where they
+are.
 """
 
 from flax import linen as nn

@@ -14,14 +14,15 @@ SIGN_ROWS = 8192
 
 
 class Bigrams(nn.Module):
-    """row_t <- row_t + (0, signs[token_t, token_t-1] * table[token_t, token_t-1]), before the first norm.
+    """row_t <- row_t + (0, signs_t * table[hash(token_t, token_t-1)]), before the first norm.
 
-    Rows are found by a hash, and pairs that share one differ in the signs of its numbers, which are fixed
-    (modded-nanogpt since 2026-01 and 2026-05, which adds them to the stream in every layer; here they are part of the
-    embedding, which every layer reads). The last dimensions take them: rows of rarer tokens may be empty there.
+    modded-nanogpt has this table since 2026-01 and the signs since 2026-05: pairs that share a row mostly differ in the
+    signs of its numbers, which are fixed. It adds rows to the stream in every layer; here they are part of the
+    embedding, which every layer reads. They are added to the last dimensions: narrow rows are zero there. The first
+    token of a document, and of a sequence, have the last row, which is no pair's, and no token before them; in
+    modded-nanogpt only the first one of a sequence, which counts as the number of that row for the token after it.
 
-    Parameters, float32: bigram_table [rows, width], zero. The first token of a document, and of a sequence, have the
-    last row, which is no pair's.
+    Parameters, float32: bigram_table [rows, width], zero.
     """
 
     rows: int
@@ -39,14 +40,19 @@ class Bigrams(nn.Module):
 
 
 def row_numbers(tokens_BT: Int[Array, "B T"], rows: int) -> Int[Array, "B T"]:
-    """The row of each token and the one before it."""
+    """The table's row of each token and the one before it."""
     hashed = (36313 * tokens_BT) ^ (27191 * _before(tokens_BT))
     return jnp.where(_is_first(tokens_BT), rows - 1, hashed % (rows - 1))
 
 
+def sign_numbers(tokens_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The row of signs of each token and the one before it: the same for a b and b a, and for a a and b b."""
+    return (tokens_BT ^ _before(tokens_BT)) % SIGN_ROWS
+
+
 def signs_of(tokens_BT: Int[Array, "B T"], width: int) -> Int[Array, "B T W"]:
     """1 or -1, by both tokens and by dimension."""
-    bytes_BTN = jnp.asarray(_sign_bits(width))[(tokens_BT ^ _before(tokens_BT)) % SIGN_ROWS]
+    bytes_BTN = jnp.asarray(sign_bits(width))[sign_numbers(tokens_BT)]
     bits_BTN8 = (bytes_BTN[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
     bits_BTW = bits_BTN8.reshape(*tokens_BT.shape, -1)[..., :width]
     return 1 - 2 * bits_BTW.astype(jnp.int8)
@@ -61,6 +67,10 @@ def _is_first(tokens_BT):
 
 
 @functools.cache
-def _sign_bits(width: int) -> np.ndarray:
-    """Random bits, eight a byte, as an eighth of what numbers would take in the program."""
-    return np.random.default_rng(0).integers(0, 256, (SIGN_ROWS, -(-width // 8)), dtype=np.uint8)
+def sign_bits(width: int) -> np.ndarray:
+    """Random bits, eight a byte: an eighth of what signs would take in the program.
+
+    A trained table means something with its own signs alone, and no checkpoint holds them. So they must never change;
+    NumPy has frozen this generator.
+    """
+    return np.random.RandomState(0).randint(0, 256, (SIGN_ROWS, -(-width // 8)), dtype=np.uint8)

@@ -1,35 +1,30 @@
 """A tied table whose later, rarer tokens have fewer numbers than the stream is wide."""
 
+from collections.abc import Iterator
+
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Array, Float
 
+Bands = tuple[tuple[int, int], ...]
+"""First token and width of each; a band ends where the next one begins, the last with the head's columns."""
 
-class NarrowRows(nn.Module):
-    """Of each band of tokens the embeddings, which are columns of the head too, have numbers in the first `width`
-    dimensions and zeros in the others. GPT-2's tokens are numbered as BPE merged them, so that later ones are rarer.
 
-    Adaptive input representations (Baevski & Auli, arXiv 1809.10853) give each band a matrix from its width to that of
-    the stream; here the layers can turn the stream so that the first dimensions are those that it would choose. What
-    is stored counts sqrt(dim / width) times, so that a column has the norm that a whole one has at the start, and a
-    step of Adam moves it as far.
+def band_shapes(bands: Bands, columns: int) -> Iterator[tuple[int, int]]:
+    """Yields width and number of tokens of each band."""
+    ends = (*(first for first, _ in bands[1:]), columns)
+    for (first, width), end in zip(bands, ends, strict=True):
+        yield width, end - first
 
-    Parameters, float32: narrow_head_<n> [width, tokens of the band], normal with `deviation`.
+
+def with_narrow_rows(head_DF: Float[Array, "D F"], bands: list[Float[Array, "width tokens"]]) -> Float[Array, "D V"]:
+    """The head's whole columns, then those of each band, zero but for their first `width` numbers:
+
+        column = sqrt(dim / width) (band, 0)
+
+    The factor gives it the norm of a whole column at the start, and a step of Adam moves it as far. GPT-2's tokens are
+    numbered as BPE merged them, so that later ones are rarer. Adaptive input representations (Baevski & Auli, arXiv
+    1809.10853) have a matrix for each band instead of zeros; bands in the first dimensions are ours.
     """
-
-    bands: tuple[tuple[int, int], ...]
-    """First token and width of each; the next one begins where it ends, the last with the head."""
-    columns: int
-    """Of the head, padding included."""
-    deviation: float
-
-    @nn.compact
-    def __call__(self, head_DF: Float[Array, "D F"]) -> Float[Array, "D V"]:
-        """The whole head behind the columns of the first band's predecessors, float32."""
-        dim, parts = len(head_DF), [head_DF]
-        ends = (*(first for first, _ in self.bands[1:]), self.columns)
-        for number, ((first, width), end) in enumerate(zip(self.bands, ends, strict=True)):
-            init = nn.initializers.normal(self.deviation)
-            band = self.param(f"narrow_head_{number}", init, (width, end - first))
-            parts.append(jnp.pad((dim / width) ** 0.5 * band, ((0, dim - width), (0, 0))))
-        return jnp.concatenate(parts, axis=1)
+    dim = len(head_DF)
+    padded = [jnp.pad((dim / len(band)) ** 0.5 * band, ((0, dim - len(band)), (0, 0))) for band in bands]
+    return jnp.concatenate([head_DF, *padded], axis=1)
