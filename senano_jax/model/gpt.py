@@ -52,8 +52,8 @@ class Gpt(nn.Module):
             self.input_correction = InputCorrection(c.vocab_size, c.input_rank)
             nn.share_scope(self, self.input_correction)
         self.x0_matrices = [self.param(f"x0_values_{layer}", zeros, (c.dim, c.dim)) for layer in c.values_from_x0]
-        shapes = band_shapes(c.narrow_rows, c.padded_vocab_size) if c.narrow_rows else ()
-        self.bands = [self.param(f"narrow_head_{n}", small, shape) for n, shape in enumerate(shapes)]
+        shapes = enumerate(band_shapes(c.narrow_rows, c.padded_vocab_size))
+        self.bands = [self.param(f"narrow_head_{n}", small, shape) for n, shape in shapes]
         self.bigrams = None
         if c.bigram_rows:
             self.bigrams = Bigrams(c.bigram_rows, c.bigram_width)

@@ -70,7 +70,7 @@ def scale_by_muon(
         parts = _matrices(direction)
         stacks = state.stacks if isinstance(state, StackedMuonState) else {}
         directions = [m for part in parts for m in part]
-        of_gradients = [m for part in _matrices(gradients) for m in part]
+        of_gradients = [m for part in _matrices(gradients) for m in part] if rule.reads_gradients else []
         orthogonal, stacks = update_stacks(rule, directions, stacks, axis_name, of_gradients, state.count)
         of_parts = iter(orthogonal)
         updates = jax.tree.unflatten(

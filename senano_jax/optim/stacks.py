@@ -37,14 +37,14 @@ def update_stacks(
     gradients: list[Float[Array, "*stack in out"]],
     step: Int[Array, ""],
 ) -> tuple[list[Float[Array, "*stack in out"]], dict[str, Any]]:
-    """Applies `rule` to every matrix: those of one shape (up to transposition) in one stack, and so their gradients if
-    it reads them. `step` counts from 0.
+    """Applies `rule` to every matrix: those of one shape (up to transposition) in one stack, and so their gradients,
+    which may be left out if it does not read them. `step` counts from 0.
 
     Everything is the same on all devices of `axis_name`, before and after: each does its part of every stack, and all
     gather the results. None: every device does all of it.
     """
     done, new = {}, dict(kept)
-    of_gradients = stacked(gradients) if rule.reads_gradients else {}
+    of_gradients = stacked(gradients)
     for name, stack in stacked(matrices).items():
         done[name], tree = _divided(rule, stack, kept.get(name, ()), of_gradients.get(name), step, axis_name)
         if name in kept:

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from senano_jax.data.vocabulary import END_OF_TEXT
-from senano_jax.model.elementwise import rows_of
+from senano_jax.model.elementwise import rows_of, weighted_sum
 
 SIGN_ROWS = 8192
 
@@ -35,8 +35,8 @@ class Bigrams(nn.Module):
         table = self.param("bigram_table", nn.initializers.zeros, (self.rows, self.width))
         pairs_BTW = rows_of(table, row_numbers(tokens_BT, self.rows), dtype) * signs_of(tokens_BT, self.width)
         before = rows_BTD.shape[-1] - self.width
-        added_BTD = jnp.pad(pairs_BTW.astype(jnp.float32), ((0, 0), (0, 0), (before, 0)))
-        return (rows_BTD.astype(jnp.float32) + added_BTD).astype(dtype)
+        added_BTD = jnp.pad(pairs_BTW, ((0, 0), (0, 0), (before, 0)))
+        return weighted_sum((1.0, rows_BTD), (1.0, added_BTD), dtype=dtype)
 
 
 def row_numbers(tokens_BT: Int[Array, "B T"], rows: int) -> Int[Array, "B T"]:

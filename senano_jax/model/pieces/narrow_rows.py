@@ -11,8 +11,8 @@ Bands = tuple[tuple[int, int], ...]
 
 def band_shapes(bands: Bands, columns: int) -> Iterator[tuple[int, int]]:
     """Yields width and number of tokens of each band."""
-    ends = (*(first for first, _ in bands[1:]), columns)
-    for (first, width), end in zip(bands, ends, strict=True):
+    borders = (*(first for first, _ in bands), columns)
+    for (first, width), end in zip(bands, borders[1:], strict=True):
         yield width, end - first
 
 
