@@ -240,29 +240,3 @@ def input_rank() -> Config:
     """The candidate with 48 directions in which a token's embedding differs from its column of the head."""
     base = tied_recurrent()
     return changed(base, {"model.input_rank": 48, "optimizer.embeddings": base.optimizer.head})
-
-
-def narrow_rows() -> Config:
-    """The candidate with three layers more in the loop, for which the rarer tokens, numbers 8,192 and up, have a third
-    of the table's width."""
-    return changed(
-        tied_recurrent(),
-        {
-            "model.narrow_rows": ((8192, 256),),
-            "model.layers.loop": 16,
-            "model.paired_heads": (1, 5, 9, 13, 17),
-        },
-    )
-
-
-def bigrams() -> Config:
-    """The candidate with a table of pairs of tokens, for which rarer tokens have a third of the table's width."""
-    base = tied_recurrent()
-    return changed(
-        base,
-        {
-            "model.narrow_rows": ((8192, 256),),
-            "model.bigram_rows": 92_000,
-            "optimizer.embeddings": base.optimizer.head,
-        },
-    )

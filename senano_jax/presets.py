@@ -8,7 +8,6 @@ from senano_jax.config import Config
 from senano_jax.errors import UserError
 from senano_jax.ladder import (
     batch_ramp,
-    bigrams,
     by_channel,
     cautious_decay,
     exclusive,
@@ -21,7 +20,6 @@ from senano_jax.ladder import (
     mixed_momentum,
     mlp_output_norm,
     multi_token,
-    narrow_rows,
     normuon,
     output_init,
     paired_heads,
@@ -67,8 +65,6 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "values-from-x0": values_from_x0,
     "smear": smear,
     "input-rank": input_rank,
-    "narrow-rows": narrow_rows,
-    "bigrams": bigrams,
     "weighted": weighted,
     "by-channel": by_channel,
     "mlp-output-norm": mlp_output_norm,

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from muon_steps import SHAPES, momentum, random_gradients, steps_of
 from oracles import odd_polynomials, relative_error
 
 from senano_jax.config import changed, settings
 from senano_jax.config_check import check_config
 from senano_jax.errors import UserError
 from senano_jax.optim.cuts import cut, joined
-from senano_jax.optim.muon import orthogonalized, step_factor
+from senano_jax.optim.momentum import nesterov
+from senano_jax.optim.muon import orthogonalized, scale_by_muon, step_factor
 from senano_jax.optim.newton_schulz import ITERATIONS
 from senano_jax.optim.normuon import normalized
 from senano_jax.optim.recipe import make_optimizer
@@ -28,6 +28,11 @@ from senano_jax.presets import preset
 B2, RATE, STEPS = 0.9, 0.023, 5
 POLAR_EXPRESS = ITERATIONS["polar-express"]
 FLOAT32 = normalized(orthogonalized(POLAR_EXPRESS, jnp.float32), B2)
+SHAPES = {"qkv": (3, 48, 48), "out": (48, 48), "up": (48, 192), "down": (192, 48)}
+
+
+def momentum(step):
+    return 0.85 + step / 3000
 
 
 def as_published(average, square, gradient, mu):
@@ -48,6 +53,20 @@ def published_matrices(tree):
     q, k, v = tree["qkv"]
     pairs = {f"{name}{i}": (1, m[:, 16 * i : 16 * i + 16].T) for name, m in (("q", q), ("k", k)) for i in range(3)}
     return pairs | {"v": (1, v.T), "out": (1, tree["out"].T), "up": (2, tree["up"].T), "down": (4, tree["down"])}
+
+
+def random_gradients(seed, shapes=SHAPES):
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def steps_of(rule, gradients, axis_name=None, wrap=lambda update: update, **options):
+    """Yields the updates of each step and the last state's statistics."""
+    optimizer = scale_by_muon(nesterov(momentum), rule, axis_name, **options)
+    state, update = optimizer.init(gradients[0]), jax.jit(wrap(optimizer.update))
+    for gradient in gradients:
+        updates, state = update(gradient, state)
+        yield updates, state
 
 
 def test_it_is_the_formula():

@@ -136,8 +136,6 @@ def test_gpt2_may_bring_its_head_along():
         ({"cap": SoftCap(shift=5.0)}, "--model.cap is SoftCap("),
         ({"tied": True}, "--model.tied is True, which"),
         ({"input_rank": 4}, "--model.input-rank is 4, which"),
-        ({"narrow_rows": ((256, 8),)}, "--model.narrow-rows is ((256, 8),), which"),
-        ({"bigram_rows": 9}, "--model.bigram-rows is 9, which"),
         ({"logit_bias": True}, "--model.logit-bias is True, which"),
         ({"head_gate": True}, "--model.head-gate is True, which"),
         ({"exclusive_attention": True}, "--model.exclusive-attention is True, which"),

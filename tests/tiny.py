@@ -12,7 +12,6 @@ from senano_jax.config import Gpt2Config, LayerSchedule, ModelConfig
 from senano_jax.model.build import Model, abstract_params, make_model
 from senano_jax.model.gpt import Gpt
 from senano_jax.model.gpt2 import Gpt2
-from senano_jax.optim.groups import parameter_group
 from senano_jax.presets import demo
 from senano_jax.runlog.writer import RunFolder
 from senano_jax.training.checkpoint import Checkpoints
@@ -47,7 +46,7 @@ def random_params(model: Model, seed: int = 0):
         x = rng.standard_normal(leaf.shape).astype(np.float32)
         if leaf.ndim < 2:
             x = 0.5 + 0.2 * x
-        elif parameter_group(path) not in ("head", "embeddings", "tables"):
+        elif "embedding" not in path[-1].key and path[-1].key != "head":
             x = x / np.sqrt(leaf.shape[-2])
         return jnp.asarray(x, leaf.dtype)
 

@@ -81,14 +81,6 @@ class ModelConfig(TransformerConfig):
     input_rank: int = 0
     """With a tied table: rank of what is added to it where tokens come in, the product of a table of so many numbers a
     token, zero at the start, and a matrix. 0: nothing."""
-    narrow_rows: tuple[tuple[int, int], ...] = ()
-    """With a tied table: bands of rarer tokens whose rows are zero behind the first dimensions, pairs of a band's first
-    token and its width; a band ends where the next one begins, the last with the vocabulary."""
-    bigram_rows: int = 0
-    """Rows of a hashed table of pairs of tokens, which is added to the embedding, zero at the start; the optimiser's
-    rule for embeddings updates it. 0: none."""
-    bigram_width: int = 256
-    """Width of a row of the table of pairs; it is added to the last dimensions of the embedding."""
     logit_bias: bool = False
     """Learn a number a column of the head that is added to its products before the cap."""
     head_gate: bool = False
@@ -225,32 +217,9 @@ def check_model(model: ModelConfig | Gpt2Config) -> None:
             raise UserError(
                 f"--model.input-rank is {model.input_rank}, but the embedding is a table by itself; use --model.tied"
             )
-        _check_narrow_rows(model)
-        _check_bigrams(model)
         for flag, reads in {"--model.head-gate": model.head_gate, "--model.smear": model.smear}.items():
             if reads and model.dim < GATE_INPUTS:
                 raise UserError(f"{flag} reads {GATE_INPUTS} channels, --model.dim is {model.dim}; widen it")
-
-
-def _check_narrow_rows(model: ModelConfig) -> None:
-    flag, before = "--model.narrow-rows", 0
-    if model.narrow_rows and not model.tied:
-        raise UserError(f"{flag} needs one table for embedding and head; use --model.tied")
-    for first, width in model.narrow_rows:
-        if not 1 <= first < model.vocab_size:
-            raise UserError(f"{flag} has a band from token {first}; use 1 to {model.vocab_size - 1}")
-        if first <= before:
-            raise UserError(f"{flag} has a band from token {first} after one from {before}; order them, each once")
-        if not 1 <= width < model.dim:
-            raise UserError(f"{flag} has a band of width {width}; use 1 to {model.dim - 1}")
-        before = first
-
-
-def _check_bigrams(model: ModelConfig) -> None:
-    if model.bigram_rows < 0 or model.bigram_rows == 1:
-        raise UserError(f"--model.bigram-rows is {model.bigram_rows}; use 0, for none, or 2 and more")
-    if model.bigram_rows and not 1 <= model.bigram_width <= model.dim:
-        raise UserError(f"--model.bigram-width is {model.bigram_width}; use 1 to --model.dim, {model.dim}")
 
 
 def _check_schedule(model: ModelConfig) -> None:

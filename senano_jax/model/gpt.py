@@ -11,9 +11,7 @@ from senano_jax.model.config import ModelConfig
 from senano_jax.model.context import Context
 from senano_jax.model.elementwise import columns_as_rows, norm, rows_of
 from senano_jax.model.loss import cross_entropy
-from senano_jax.model.pieces.bigrams import Bigrams
 from senano_jax.model.pieces.input_correction import InputCorrection
-from senano_jax.model.pieces.narrow_rows import band_shapes, with_narrow_rows
 from senano_jax.model.pieces.paired_heads import slots_of
 from senano_jax.model.pieces.smear import Smear
 from senano_jax.model.rotary import rotary_tables
@@ -25,9 +23,8 @@ TIED_DEVIATION = 0.005  # of a table that is both embedding and head, at the sta
 
 class Gpt(nn.Module):
     """Parameters: embedding, unless it is the head, and value_embedding_<i> [vocab, dim] in `dtype`; head [dim, padded
-    vocab], or up to the first token of the first band, and then narrow_head_<band> [width, tokens]; logit_bias [padded
-    vocab] if there is one, x0_values_<layer> [dim, dim], those of bigrams, of smear, of the input's correction and of
-    the trunk, in float32.
+    vocab], logit_bias [padded vocab] if there is one, x0_values_<layer> [dim, dim], those of smear, of the
+    input's correction and of the trunk, in float32.
 
     Profiles tell the parts of a step by the names of `features` and of the layers' scopes (profiling/hlo.py).
     """
@@ -40,8 +37,7 @@ class Gpt(nn.Module):
         self.embedding = None if c.tied else self._table("embedding")
         self.value_tables = [self._table(f"value_embedding_{n}") for n in range(c.value_embeddings)]
         zeros, small = nn.initializers.zeros, nn.initializers.normal(TIED_DEVIATION)
-        whole = c.narrow_rows[0][0] if c.narrow_rows else c.padded_vocab_size
-        self.head = self.param("head", small if c.tied else zeros, (c.dim, whole))
+        self.head = self.param("head", small if c.tied else zeros, (c.dim, c.padded_vocab_size))
         self.smear = Smear() if c.smear else None
         self.trunk = trunk_of(c)
         nn.share_scope(self, self.trunk)
@@ -52,21 +48,12 @@ class Gpt(nn.Module):
             self.input_correction = InputCorrection(c.vocab_size, c.input_rank)
             nn.share_scope(self, self.input_correction)
         self.x0_matrices = [self.param(f"x0_values_{layer}", zeros, (c.dim, c.dim)) for layer in c.values_from_x0]
-        shapes = enumerate(band_shapes(c.narrow_rows, c.padded_vocab_size))
-        self.bands = [self.param(f"narrow_head_{n}", small, shape) for n, shape in shapes]
-        self.bigrams = None
-        if c.bigram_rows:
-            self.bigrams = Bigrams(c.bigram_rows, c.bigram_width)
-            nn.share_scope(self, self.bigrams)
 
     def _table(self, name: str) -> Float[Array, "vocab dim"]:
         def init(key):
             return jax.random.normal(key, (self.config.vocab_size, self.config.dim)).astype(self.dtype)
 
         return self.param(name, init)
-
-    def _whole_head(self) -> Float[Array, "dim padded"]:
-        return with_narrow_rows(self.head, self.bands) if self.bands else self.head
 
     def __call__(
         self,
@@ -85,9 +72,8 @@ class Gpt(nn.Module):
         None: as configured.
         """
         asked = targets_of(targets.astype(jnp.int32), loss_weights, prefixes)
-        head = self._whole_head()
-        features = self.features(inputs, window_blocks, visits, head)
-        return cross_entropy(features, head, asked, self.config.cap, self.logit_bias)
+        features = self.features(inputs, window_blocks, visits)
+        return cross_entropy(features, self.head, asked, self.config.cap, self.logit_bias)
 
     def logits(
         self,
@@ -96,33 +82,25 @@ class Gpt(nn.Module):
         position: Int[Array, ""] | int | None = None,
     ) -> Float[Array, "B T V"] | Float[Array, "B V"]:
         """Soft-capped logits, float32: of all tokens, for short sequences, or of the one at `position` alone."""
-        head = self._whole_head()
-        x = self.features(inputs, window_blocks, head=head)
+        x = self.features(inputs, window_blocks)
         if position is not None:
             x = x[:, position]
-        z = x @ head.astype(x.dtype)
+        z = x @ self.head.astype(x.dtype)
         if self.logit_bias is not None:
             z = z.astype(jnp.float32) + self.logit_bias
         return capped(self.config.cap, self.config.dim).logits(z)
 
     def features(
-        self,
-        inputs: Int[Array, "B T"],
-        window_blocks: Int[Array, ""] | int,
-        visits: int | None = None,
-        head: Float[Array, "D V"] | None = None,
+        self, inputs: Int[Array, "B T"], window_blocks: Int[Array, ""] | int, visits: int | None = None
     ) -> Float[Array, "B T D"]:
-        """Normalised residual stream that the head reads. `head` is the whole one, if the caller has made it."""
+        """Normalised residual stream that the head reads."""
         c = self.config
         inputs = inputs.astype(jnp.int32)
         starts = document_start(inputs)
         windows = {True: window_intervals(starts, window_blocks), False: window_intervals(starts, window_blocks // 2)}
-        table = columns_as_rows(self._whole_head() if head is None else head) if c.tied else self.embedding
-        rows = rows_of(table, inputs, self.dtype)
+        rows = rows_of(columns_as_rows(self.head) if c.tied else self.embedding, inputs, self.dtype)
         if self.input_correction is not None:
             rows = self.input_correction(rows, inputs)
-        if self.bigrams is not None:
-            rows = self.bigrams(rows, inputs)
         x0 = norm(rows if self.smear is None else self.smear(rows))
         x0 = jax.lax.optimization_barrier(x0)  # or an evaluation normalises the rows again, in float32, in every layer
         heads = (*inputs.shape, c.num_heads, c.head_dim)

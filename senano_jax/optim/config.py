@@ -64,17 +64,6 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class Whitening:
-    """Directions are divided by the root of the gradients' second moment, a square matrix on the shorter side. Without
-    --share-matrices devices send it and its root at every step, 2 rows^2 numbers a matrix."""
-
-    decay: float = field(metadata=_DECAY)
-    """Decay of the second moment."""
-    every: int = field(metadata={"least": 1})
-    """Steps from one computation of its root to the next."""
-
-
-@dataclass(frozen=True)
 class MuonRule:
     """Momentum, then orthogonalisation of each matrix."""
 
@@ -84,8 +73,6 @@ class MuonRule:
     """Rate of the average of the gradients, and how much of it is in the step (Nesterov)."""
     mixture: Mixture | None = None
     """Two averages late in the run; None: one."""
-    whitening: Whitening | None = None
-    """What is done to directions before they are orthogonalised; None: nothing."""
     iteration: Literal["newton-schulz", "polar-express", "six-step"] = "newton-schulz"
     """How matrices are orthogonalised: the first leaves singular values in 0.7 to 1.2, the others nearer to 1."""
     neuron_b2: float | None = field(default=None, metadata=_DECAY)
@@ -165,8 +152,7 @@ class Recipe:
     head: AdamRule | None = None
     """Output head, and a table that is embedding and head; None: as the matrices."""
     embeddings: AdamRule | None = None
-    """Embeddings of tokens, of pairs of them and of positions, a tied table's input correction; None: as the
-    matrices."""
+    """Embeddings of tokens and positions, a tied table's input correction; None: as the matrices."""
     scalars: AdamRule | None = None
     """Lambdas, weights of skip connections, biases, scales of norms; None: as the matrices."""
     tables: AdamRule | None = None

@@ -5,8 +5,8 @@ import re
 # Of each group, a pattern that the whole path of a parameter fits, its names joined with "/". No path fits two.
 GROUPS = {
     "matrices": r"(.*/)?(attention/(qkv|out)|mlp/(up|down))(/kernel)?|x0_values_\d+",
-    "head": r"head|narrow_head_\d+",
-    "embeddings": r"(position_)?embedding|input_(left|right)|bigram_table",
+    "head": r"head",
+    "embeddings": r"(position_)?embedding|input_(left|right)",
     "scalars": r"(.*/)?(lambdas|value_residual|value_lambdas|(skip|stream|added|read|x0)_weights|(logit_)?bias|scale"
     r"|visit_shifts|lane_(read|kept|written)|exclusive/strength|smear/weight|attention/query_gains)",
     "tables": r"value_embedding_\d+",

@@ -35,7 +35,7 @@ class StackedMuonState(NamedTuple):
 
 def orthogonalized(iteration: Iteration, dtype: DTypeLike = jnp.bfloat16) -> StackRule:
     """Orthogonalises every matrix and keeps nothing."""
-    return StackRule(lambda stack: (), lambda stack, kept, *_: (orthogonalize(stack, iteration, dtype), kept))
+    return StackRule(lambda stack: (), lambda stack, kept: (orthogonalize(stack, iteration, dtype), kept))
 
 
 def scale_by_muon(
@@ -47,13 +47,13 @@ def scale_by_muon(
 ) -> optax.GradientTransformation:
     """Turns gradients of matrices [..., in, out] into orthogonal steps of unit learning rate.
 
-        u = factor rule(momentum(g), g)    (float32; factor: sqrt(max(1, out / in)), see step_factor)
+        u = factor rule(momentum(g))       (float32; factor: sqrt(max(1, out / in)), see step_factor)
 
     Leading axes hold separate matrices, each orthogonalised by itself.
 
     Args:
       momentum: what makes a direction of the gradients.
-      rule: what orthogonalises the matrices, given the gradients if it reads them.
+      rule: what orthogonalises the matrices.
       axis_name: a mapped axis whose devices hold equal gradients and share the orthogonalisation (see stacks.py).
       query_key_columns: columns of a matrix into which queries and keys are cut (see `cut`).
       down_rate: multiplies u of the parameters called `down`.
@@ -69,9 +69,7 @@ def scale_by_muon(
         direction, average = momentum.update(gradients, state.momentum, state.count)
         parts = _matrices(direction)
         stacks = state.stacks if isinstance(state, StackedMuonState) else {}
-        directions = [m for part in parts for m in part]
-        of_gradients = [m for part in _matrices(gradients) for m in part] if rule.reads_gradients else []
-        orthogonal, stacks = update_stacks(rule, directions, stacks, axis_name, of_gradients, state.count)
+        orthogonal, stacks = update_stacks(rule, [m for part in parts for m in part], stacks, axis_name)
         of_parts = iter(orthogonal)
         updates = jax.tree.unflatten(
             jax.tree.structure(direction), [joined([next(of_parts) for _ in part]) for part in parts]

@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from senano_jax.optim.stacks import Stack, StackRule
 
@@ -26,9 +26,9 @@ def normalized(rule: StackRule, b2: float) -> StackRule:
         n, _, cols = stack.shape
         return rule.init(stack), jnp.zeros((n, cols), jnp.float32)
 
-    def update(stack: Stack, kept: tuple[Any, Float[Array, "n cols"]], gradients: Stack | None, step: Int[Array, ""]):
+    def update(stack: Stack, kept: tuple[Any, Float[Array, "n cols"]]):
         before, average = kept
-        stack, before = rule.update(stack, before, gradients, step)
+        stack, before = rule.update(stack, before)
         x = stack.astype(jnp.float32)
         square = jnp.mean(x * x, axis=-2)
         average = average + (1 - b2) * (square - average)
@@ -37,4 +37,4 @@ def normalized(rule: StackRule, b2: float) -> StackRule:
         scale = scale * norm / jnp.maximum(new_norm, _LEAST)
         return (x * scale[:, None, :]).astype(stack.dtype), (before, average)
 
-    return StackRule(init, update, rule.reads_gradients)
+    return StackRule(init, update)

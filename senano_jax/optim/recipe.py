@@ -21,7 +21,6 @@ from senano_jax.optim.newton_schulz import ITERATIONS
 from senano_jax.optim.normuon import normalized
 from senano_jax.optim.schedules import learning_rate_factor, ramp
 from senano_jax.optim.shares import Shares, scale_by_shared_muon
-from senano_jax.optim.whitening import whitened
 
 # The names of the groups' states in checkpoints.
 _STATES = {"matrices": "muon", "head": "head", "embeddings": "embed", "scalars": "scalar"}
@@ -120,8 +119,6 @@ def _muon(rule: MuonRule, steps: int, axis_name: str | None, shares: Shares | No
     on_stacks = orthogonalized(ITERATIONS[rule.iteration])
     if rule.neuron_b2 is not None:
         on_stacks = normalized(on_stacks, rule.neuron_b2)
-    if rule.whitening is not None:
-        on_stacks = whitened(on_stacks, rule.whitening)
 
     def mu(step):
         return ramp(step, steps, rule.momentum)

@@ -23,7 +23,7 @@ Stacks = dict[str, Stack]  # by the shape of their matrices
 
 
 class SharedMuonState(NamedTuple):
-    """The first axis of every array but this `count` goes over the devices; zeros fill the last share up."""
+    """The first axis of every array but `count` goes over the devices; zeros fill the last share up."""
 
     count: Int[Array, ""]  # steps taken
     momentum: Any  # stacks of averages (see Momentum)
@@ -104,8 +104,8 @@ def scale_by_shared_muon(
         direction, average = momentum.update(stacks, state.momentum, state.count)
         steps, kept = {}, dict(state.stacks)
         for name, stack in direction.items():
-            done, tree = rule.update(stack, state.stacks.get(name, ()), stacks[name], state.count)
-            steps[name] = jax.lax.all_gather(done, shares.axis_name, tiled=True)
+            step, tree = rule.update(stack, state.stacks.get(name, ()))
+            steps[name] = jax.lax.all_gather(step, shares.axis_name, tiled=True)
             if name in kept:
                 kept[name] = tree
         updates = jax.tree.map_with_path(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 Stack = Float[Array, "n rows cols"]  # rows <= cols
 
@@ -13,13 +13,8 @@ Stack = Float[Array, "n rows cols"]  # rows <= cols
 class StackRule(NamedTuple):
     """What is done to a stack, to each of its matrices by itself."""
 
-    init: Callable[[Stack], Any]
-    """stack -> what the rule keeps from step to step, a tree of arrays [n, ...]"""
-    update: Callable[[Stack, Any, Stack | None, Int[Array, ""]], tuple[Stack, Any]]
-    """(stack, kept, gradients, step) -> new stack, new kept; of any number of the n matrices. The gradients are those
-    of this step, [n, rows, cols] like the stack; the step counts from 0."""
-    reads_gradients: bool = False
-    """Whether `update` needs the gradients; otherwise they may be None."""
+    init: Callable[[Stack], Any]  # stack -> what the rule keeps from step to step, a tree of arrays [n, ...]
+    update: Callable[[Stack, Any], tuple[Stack, Any]]  # (stack, kept) -> both anew; any number of the n matrices
 
 
 def init_stacks(rule: StackRule, matrices: list[Float[Array, "*stack in out"]]) -> dict[str, Any]:
@@ -30,23 +25,16 @@ def init_stacks(rule: StackRule, matrices: list[Float[Array, "*stack in out"]]) 
 
 
 def update_stacks(
-    rule: StackRule,
-    matrices: list[Float[Array, "*stack in out"]],
-    kept: dict[str, Any],
-    axis_name: str | None,
-    gradients: list[Float[Array, "*stack in out"]],
-    step: Int[Array, ""],
+    rule: StackRule, matrices: list[Float[Array, "*stack in out"]], kept: dict[str, Any], axis_name: str | None
 ) -> tuple[list[Float[Array, "*stack in out"]], dict[str, Any]]:
-    """Applies `rule` to every matrix: those of one shape (up to transposition) in one stack, and so their gradients,
-    which may be left out if it does not read them. `step` counts from 0.
+    """Applies `rule` to every matrix: those of one shape (up to transposition) in one stack.
 
     Everything is the same on all devices of `axis_name`, before and after: each does its part of every stack, and all
     gather the results. None: every device does all of it.
     """
     done, new = {}, dict(kept)
-    of_gradients = stacked(gradients)
     for name, stack in stacked(matrices).items():
-        done[name], tree = _divided(rule, stack, kept.get(name, ()), of_gradients.get(name), step, axis_name)
+        done[name], tree = _divided(rule, stack, kept.get(name, ()), axis_name)
         if name in kept:
             new[name] = tree
     return unstacked(done, matrices), new
@@ -98,12 +86,10 @@ def _name(shape: tuple[int, int]) -> str:
     return f"{shape[0]}x{shape[1]}"
 
 
-def _divided(
-    rule: StackRule, stack: Stack, kept: Any, gradients: Stack | None, step: Int[Array, ""], axis_name: str | None
-) -> tuple[Stack, Any]:
+def _divided(rule: StackRule, stack: Stack, kept: Any, axis_name: str | None) -> tuple[Stack, Any]:
     """One stack, split over the devices of `axis_name`; where it does not divide, zeros fill the last share up."""
     if axis_name is None:
-        return rule.update(stack, kept, gradients, step)
+        return rule.update(stack, kept)
     count, devices = len(stack), jax.lax.axis_size(axis_name)
     size = -(-count // devices)
     start = jax.lax.axis_index(axis_name) * size
@@ -111,5 +97,5 @@ def _divided(
     def mine(x):
         return jax.lax.dynamic_slice_in_dim(filled_up(x, devices), start, size)
 
-    done = rule.update(*jax.tree.map(mine, (stack, kept, gradients)), step)
+    done = rule.update(*jax.tree.map(mine, (stack, kept)))
     return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True)[:count], done)
