@@ -53,7 +53,7 @@ def test_at_the_start_it_changes_nothing_and_draws_after_all_others():
     losses = {}
     for rank in (0, 4):
         model = make_model(dataclasses.replace(plain, input_rank=rank), "float32")
-        variables = model.init(jax.random.key(3), inputs, inputs, 1)
+        variables = jax.jit(model.init)(jax.random.key(3), inputs, inputs, 1)
         params[rank] = variables["params"]
         losses[rank] = model.apply(variables, inputs, inputs, 1)
     added = {name: params[4].pop(name) for name in ("input_left", "input_right")}
