@@ -144,7 +144,8 @@ def _check_names(arguments: Sequence[str], known: Collection[str], without_value
         if not name.startswith("--") or name in known:
             continue
         ends = [flag for flag in known if flag.endswith("." + name.lstrip("-"))]
-        near = sorted(ends) or difflib.get_close_matches(name, sorted(known), n=1)
+        # Flags of one group begin alike, so that difflib's own bound finds something near any of them.
+        near = sorted(ends) or difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75)
         meant = f"; did you mean {near[0]}?" if near else ";"
         takes_it = before in known and before.rpartition(".")[2].lstrip("-") not in without_value
         as_value = f"; a value that begins with -- is given as {before}=VALUE" if takes_it else ""

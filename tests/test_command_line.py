@@ -58,6 +58,7 @@ def refusal(command, *arguments) -> str:
     [
         (["--stepz", "3"], "unknown flag --stepz; did you mean --steps? python -m senano_jax.train [PRESET] --help"),
         (["--layers.visits=2"], "unknown flag --layers.visits; did you mean --model.layers.visits?"),
+        (["--model.window-rows", "1"], "unknown flag --model.window-rows; python -m senano_jax.train [PRESET] --help"),
         (["--quite-another"], "unknown flag --quite-another; python -m senano_jax.train [PRESET] --help lists all"),
         (["--stages.0.rate=2"], "unknown flag --stages.0.rate"),  # a part that the preset does not have
         (["--steps", "three"], "--steps: 'three' is not a whole number; python -m senano_jax.train [PRESET] --help"),
