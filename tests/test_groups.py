@@ -15,7 +15,7 @@ from senano_jax.optim.schedules import learning_rate_factor
 from senano_jax.presets import PRESETS, preset
 
 OPTIMIZER = preset("recurrent").optimizer
-MODELS = {(config.model, config.dtype): name for name, config in ((name, preset(name)) for name in PRESETS)}
+MODELS = {(preset(name).model, preset(name).dtype): name for name in PRESETS}  # one preset for each model
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,9 @@ def test_training_takes_its_gradient_there():
         before = jax.tree.map(np.asarray, state)
         state, metrics = step(state, place_batch(mesh, sequences, 1), 2)
     assert isinstance(before.opt_state, LookAheadState)
+    loss = jax.jit(model.apply)
     losses = [
-        float(jax.jit(model.apply)({"params": params}, sequences[:, :-1], sequences[:, 1:], 2)) / 512
+        float(loss({"params": params}, sequences[:, :-1], sequences[:, 1:], 2)) / 512
         for params in (look_ahead(before.opt_state, before.params), before.params)
     ]
     assert float(metrics.loss) == pytest.approx(losses[0], rel=1e-5)

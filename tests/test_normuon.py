@@ -61,7 +61,7 @@ def random_gradients(seed, shapes=SHAPES):
 
 
 def steps_of(rule, gradients, axis_name=None, wrap=lambda update: update, **options):
-    """Yields the updates of each step and the last state's statistics."""
+    """Yields updates and state of each step."""
     optimizer = scale_by_muon(nesterov(momentum), rule, axis_name, **options)
     state, update = optimizer.init(gradients[0]), jax.jit(wrap(optimizer.update))
     for gradient in gradients:
