@@ -5,9 +5,9 @@ import math
 from senano_jax.config import Config, Gpt2Config, ModelConfig, Stage
 from senano_jax.data.bpe import PUBLISHED
 from senano_jax.errors import UserError, check_counts
-from senano_jax.model.config import check_model
+from senano_jax.model.config import check_model, flag_of_heads_dim
 from senano_jax.model.schedule import UNet
-from senano_jax.optim.config import check_optimizer
+from senano_jax.optim.config import MuonRule, check_optimizer
 from senano_jax.plan import Plan, PlannedStage
 from senano_jax.windows import BLOCK
 
@@ -78,6 +78,8 @@ def check_config(config: Config) -> None:
             f"the nearest is {max(1, round(data.val_tokens / data.val_seq_len)) * data.val_seq_len}"
         )
     check_optimizer(config.optimizer)
+    if config.own_model is None:
+        _check_columns(config)
 
 
 def check_split(plan: Plan, devices: int, micro_batches: int) -> None:
@@ -89,6 +91,17 @@ def check_split(plan: Plan, devices: int, micro_batches: int) -> None:
                 f"a step of {stage.sequences} sequences ({flags[0]} / {flags[1]}) cannot be split evenly over "
                 f"{devices} devices x {micro_batches} micro-batches; change --devices, --micro-batches or {flags[0]}"
             )
+
+
+def _check_columns(config: Config) -> None:
+    """Those of the parts that queries and keys are orthogonalised in."""
+    model, rule = config.model, getattr(config.optimizer, "matrices", None)
+    columns = rule.query_key_columns if isinstance(rule, MuonRule) else None
+    if columns is not None and isinstance(model, ModelConfig) and model.heads_dim % columns:
+        raise UserError(
+            f"--optimizer.matrices.query-key-columns is {columns}; it must divide the {model.heads_dim} columns of "
+            f"queries and keys ({flag_of_heads_dim(model)}), which are {model.num_heads} heads of {model.head_dim}"
+        )
 
 
 def _check_windows(config: Config) -> None:

@@ -179,9 +179,12 @@ def test_queries_and_keys_are_cut_by_heads_and_joined_again():
 
 
 def test_columns_that_do_not_divide_are_refused():
-    """When the state is made, before anything is compiled; the flag, its value and what there is to divide."""
+    """With the configuration, or when the state of a model that is not the configuration's is made; the flag, its value
+    and what there is to divide."""
     config = changed(preset("normuon"), {"optimizer.matrices.query_key_columns": 40})
-    check_config(config)
+    with pytest.raises(UserError, match=r"--optimizer.matrices.query-key-columns is 40; it must divide the 768 column"):
+        check_config(config)
+    check_config(changed(config, {"own_model": "Own 0123"}))
     params = {"layer_0": {"attention": {"qkv": jnp.zeros((3, 96, 96))}}}
     with pytest.raises(UserError, match=r"--optimizer.matrices.query-key-columns is 40; it must divide the 96 columns"):
         jax.eval_shape(make_optimizer(config.optimizer, 5).init, params)

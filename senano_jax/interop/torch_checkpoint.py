@@ -45,7 +45,7 @@ TRANSPOSED = ("head", "qkv", "out", "up", "down", "kernel")  # ends of the paths
 
 # What the PyTorch programs compute in one way only.
 _FIXED = (
-    *("trunk", "mlp_widths", "cap", "tied", "input_rank", "logit_bias"),
+    *("attention_dim", "trunk", "mlp_widths", "cap", "tied", "input_rank", "logit_bias"),
     *("head_gate", "exclusive_attention", "key_offset", "paired_heads", "values_from_x0", "smear", "query_gains"),
 )
 

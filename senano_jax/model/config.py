@@ -21,7 +21,7 @@ class TransformerConfig:
     dim: int
     """Width of the residual stream."""
     num_heads: int
-    """Attention heads; the head width is dim / num_heads."""
+    """Attention heads; the head width is dim / num_heads, or attention_dim / num_heads where there is one."""
     mlp_expansion: int = 4
     """Hidden width of the MLP, in units of dim."""
     vocab_size: int = 50257
@@ -35,9 +35,14 @@ class TransformerConfig:
     residual stream that is rounded to the activations' type, so bfloat16 losses differ in the fourth digit."""
 
     @property
+    def heads_dim(self) -> int:
+        """Width of a layer's attention, all heads together."""
+        return self.dim
+
+    @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.dim // self.num_heads
+        return self.heads_dim // self.num_heads
 
     @property
     def positions(self) -> int:
@@ -64,6 +69,8 @@ class ModelConfig(TransformerConfig):
 
     layers: LayerSchedule
     """Order of the layers."""
+    attention_dim: int | None = None
+    """Width of a layer's attention, all heads together; None: that of the residual stream."""
     value_embeddings: int = 0
     """Tables of values by token, mixed into the attention of as many layers at the start and again, in the same order,
     at the end. 0: every layer mixes in the values of the first one instead."""
@@ -107,6 +114,11 @@ class ModelConfig(TransformerConfig):
     output_init: float = 0.0
     """Standard deviation at the start of the last matrices of attention and MLP, in units of one over the root of their
     inputs: uniform numbers in attention, normal ones in the MLP. 0: both are zero."""
+
+    @property
+    def heads_dim(self) -> int:
+        """Width of a layer's attention, all heads together."""
+        return self.dim if self.attention_dim is None else self.attention_dim
 
     def mlp_width(self, layer: int) -> int:
         """Hidden units of a layer's MLP."""
@@ -172,6 +184,12 @@ class Gpt2Config(TransformerConfig):
         return (True,) * self.num_layers
 
 
+def flag_of_heads_dim(model: ModelConfig | Gpt2Config) -> str:
+    """The flag that decides the width of a layer's attention."""
+    own = isinstance(model, ModelConfig) and model.attention_dim is not None
+    return "--model.attention-dim" if own else "--model.dim"
+
+
 def check_model(model: ModelConfig | Gpt2Config) -> None:
     """Raises UserError at the first value that cannot work."""
     counts = {
@@ -184,21 +202,24 @@ def check_model(model: ModelConfig | Gpt2Config) -> None:
         counts |= {"--model.num-layers": model.num_layers, "--model.max-length": model.max_length}
     else:
         counts["--model.layers.prelude"] = model.layers.prelude
+        if model.attention_dim is not None:
+            counts["--model.attention-dim"] = model.attention_dim
     check_counts(counts, least=1)
-    if model.dim % model.num_heads:
+    width = flag_of_heads_dim(model)
+    if model.heads_dim % model.num_heads:
         raise UserError(
-            f"--model.dim {model.dim} is not divisible by --model.num-heads {model.num_heads}; "
+            f"{width} {model.heads_dim} is not divisible by --model.num-heads {model.num_heads}; "
             "choose a width that is a multiple of the number of heads"
         )
     if isinstance(model, ModelConfig) and model.head_dim % 4:
         raise UserError(
-            f"--model.dim {model.dim} with --model.num-heads {model.num_heads} gives heads of {model.head_dim}; "
+            f"{width} {model.heads_dim} with --model.num-heads {model.num_heads} gives heads of {model.head_dim}; "
             "the rotary embedding needs a multiple of 4"
         )
     if model.attention == "flash" and not triton_sizes.fits(model.head_dim):
         raise UserError(
             f"--model.attention flash takes heads whose width is a power of two from 16 up, not {model.head_dim} "
-            "(--model.dim / --model.num-heads); change these, or use --model.attention banded"
+            f"({width} / --model.num-heads); change these, or use --model.attention banded"
         )
     if not VOCAB_SIZE <= model.vocab_size <= model.padded_vocab_size:
         raise UserError(

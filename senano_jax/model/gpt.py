@@ -22,9 +22,9 @@ TIED_DEVIATION = 0.005  # of a table that is both embedding and head, at the sta
 
 
 class Gpt(nn.Module):
-    """Parameters: embedding, unless it is the head, and value_embedding_<i> [vocab, dim] in `dtype`; head [dim, padded
-    vocab], logit_bias [padded vocab] if there is one, x0_values_<layer> [dim, dim], those of smear, of the
-    input's correction and of the trunk, in float32.
+    """Parameters: embedding [vocab, dim], unless it is the head, and value_embedding_<i> [vocab, heads_dim] in `dtype`;
+    head [dim, padded vocab], logit_bias [padded vocab] if there is one, x0_values_<layer> [dim, heads_dim], those of
+    smear, of the input's correction and of the trunk, in float32.
 
     Profiles tell the parts of a step by the names of `features` and of the layers' scopes (profiling/hlo.py).
     """
@@ -34,8 +34,8 @@ class Gpt(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embedding = None if c.tied else self._table("embedding")
-        self.value_tables = [self._table(f"value_embedding_{n}") for n in range(c.value_embeddings)]
+        self.embedding = None if c.tied else self._table("embedding", c.dim)
+        self.value_tables = [self._table(f"value_embedding_{n}", c.heads_dim) for n in range(c.value_embeddings)]
         zeros, small = nn.initializers.zeros, nn.initializers.normal(TIED_DEVIATION)
         self.head = self.param("head", small if c.tied else zeros, (c.dim, c.padded_vocab_size))
         self.smear = Smear() if c.smear else None
@@ -47,11 +47,11 @@ class Gpt(nn.Module):
         if c.input_rank:
             self.input_correction = InputCorrection(c.vocab_size, c.input_rank)
             nn.share_scope(self, self.input_correction)
-        self.x0_matrices = [self.param(f"x0_values_{layer}", zeros, (c.dim, c.dim)) for layer in c.values_from_x0]
+        self.x0_matrices = [self.param(f"x0_values_{layer}", zeros, (c.dim, c.heads_dim)) for layer in c.values_from_x0]
 
-    def _table(self, name: str) -> Float[Array, "vocab dim"]:
+    def _table(self, name: str, width: int) -> Float[Array, "vocab width"]:
         def init(key):
-            return jax.random.normal(key, (self.config.vocab_size, self.config.dim)).astype(self.dtype)
+            return jax.random.normal(key, (self.config.vocab_size, width)).astype(self.dtype)
 
         return self.param(name, init)
 

@@ -39,8 +39,8 @@ def output_init(deviation: float, distribution: Literal["uniform", "normal"]):
 class Attention(nn.Module):
     """Multi-head attention with normalised queries and keys and a learned share of values from elsewhere.
 
-    Parameters: qkv [3, D, D], out [D, D] and the shares, value_lambdas [2] with value embeddings and value_residual
-    without, [] or, in a trunk whose weights differ between applications, [visits].
+    Parameters: qkv [3, D, A], out [A, D], for heads that are A wide together, and the shares, value_lambdas [2] with
+    value embeddings and value_residual without, [] or, in a trunk whose weights differ between applications, [visits].
     """
 
     config: ModelConfig
@@ -60,16 +60,17 @@ class Attention(nn.Module):
         """
         c = self.config
         B, T, D = x_BTD.shape
-        qkv_3DD = self.param("qkv", uniform_fan_in, (3, D, D))
-        out_DD = self.param("out", output_init(c.output_init, "uniform"), (D, D))
+        A = c.heads_dim
+        qkv_3DA = self.param("qkv", uniform_fan_in, (3, D, A))
+        out_AD = self.param("out", output_init(c.output_init, "uniform"), (A, D))
 
         # One product, so that its gradient is one too.
-        qkv_3DD = by_rows(gain_D, qkv_3DD).astype(x_BTD.dtype)
+        qkv_3DA = by_rows(gain_D, qkv_3DA).astype(x_BTD.dtype)
         if self.layer in c.paired_heads:
-            slots, qkv_DE = 2, columns_by_slot(qkv_3DD)
+            slots, qkv_DE = 2, columns_by_slot(qkv_3DA)
             other_v_BTHK, x0_v_BTHK = (None if v is None else in_slots(v) for v in (other_v_BTHK, x0_v_BTHK))
         else:
-            slots, qkv_DE = 1, jnp.swapaxes(qkv_3DD, 0, 1).reshape(D, 3 * D)
+            slots, qkv_DE = 1, jnp.swapaxes(qkv_3DA, 0, 1).reshape(D, 3 * A)
         if c.value_embeddings:
             lambdas = self.param("value_lambdas", nn.initializers.constant(0.5), (2,))
             first_v_BTHK, value_residual = None, jnp.float32(0)
@@ -103,7 +104,7 @@ class Attention(nn.Module):
         y_BTHK, v_BTHK = (z.reshape(B, T, c.num_heads, c.head_dim) for z in (y_BTHK, v_BTHK))  # of tokens, not of slots
         for piece in pieces_of(c, self.layer):
             y_BTHK = piece.after(y_BTHK, v_BTHK, x_BTD if first_BTG is None else first_BTG, visit)
-        return y_BTHK.reshape(B, T, D) @ times(weight, out_DD).astype(x_BTD.dtype), v_BTHK
+        return y_BTHK.reshape(B, T, A) @ times(weight, out_AD).astype(x_BTD.dtype), v_BTHK
 
 
 class Mlp(nn.Module):
