@@ -214,7 +214,8 @@ TEXT = """# Scaling
 
 Written by `python scripts/scaling.py --write docs/scaling.md`, whose first lines tell the model: a step is its tokens
 at the speed of one GPU, the optimiser, and the bytes that travel at {bandwidth:.0f} GB/s, the rate of two H100s of one
-machine; nothing is overlapped. All figures are of the full window, {window} blocks.
+machine; nothing is overlapped. All figures are of a window of {window} blocks: the widest of `recurrent`, and of
+`tied-recurrent` until 2026-11-29, whose attention has reached 40 since.
 
 {systems}.
 These are from profiles of 2026-11-27, with the kernels of their day and, of the two systems, with other documents;
@@ -236,8 +237,8 @@ Against one GPU of the same machine, by `scripts/bench_gpus.py` (JAX 0.11.2, 202
 
 Pairs are replicated / with `--share-matrices`. More than 8 GPUs are machines of 8, joined by 8 InfiniBand links of 400
 Gb/s each: by their data sheet these are faster than what two GPUs showed over NVLink, so that they do not count.
-Latency is not in the model. A run is the preset's tokens at the full window throughout, which is an upper bound,
-without compilation and evaluations; minutes and GPU-hours are of the replicated form.
+Latency is not in the model. A run is the preset's tokens at this window throughout, without compilation and
+evaluations, an upper bound for a run whose window grows to it; minutes and GPU-hours are of the replicated form.
 
 {table}
 

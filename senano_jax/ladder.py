@@ -213,6 +213,7 @@ def tied_recurrent() -> Config:
             "steps": 6866,
             "batch_tokens": 65_536,
             "seq_len": 8192,  # eight devices share a step
+            "final_window_tokens": 5120,
             "val_every": 500,
         },
     )
