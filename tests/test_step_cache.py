@@ -2,21 +2,18 @@
 
 import contextlib
 import dataclasses
-import json
 import os
-import threading
 from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from kept_steps import FILES, configured, kept_steps, trained, wait_for_writers
 
 from senano_jax import train
 from senano_jax.config import Stage
 from senano_jax.training import step_cache
-from senano_jax.training.loop import train as run
 from senano_jax.training.mesh import place_batch
 from senano_jax.training.own import NOTHING_OWN, Own
 from senano_jax.training.state import init_state
@@ -24,51 +21,13 @@ from senano_jax.training.step import StepMetrics
 from senano_jax.training.step_cache import StepCache, compiled_step, open_step_cache
 from senano_jax.training.wiring import wire
 
-SMALL = [
-    "demo", "--model.dim=16", "--model.num-heads=2", "--model.layers.loop=0", "--model.layers.visits=0", "--steps=4",
-    "--batch-tokens=512", "--seq-len=256", "--final-window-tokens=256", "--data.val-tokens=512",
-    "--data.val-seq-len=256", "--devices=2",
-]  # fmt: skip
-
-
-FILES = {"senano_jax/train.py": "as it is"}
 files_of_package = step_cache._files
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """That of the steps, on a machine which looks as if it had a GPU where the step cache asks for one."""
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    monkeypatch.setattr(step_cache, "on_gpu", lambda: True)
-    monkeypatch.setattr(step_cache, "_files", lambda: FILES)
-    before = jax.config.jax_compilation_cache_dir
-    reset_cache()  # JAX's own: it is the one of the folder that is asked for first
-    yield tmp_path / "cache" / "steps"
-    jax.config.update("jax_compilation_cache_dir", before)
-    reset_cache()
+folder = pytest.fixture(autouse=True)(kept_steps)
 
 
 @pytest.fixture
 def config(folder):
     return configured(folder)
-
-
-def configured(folder, *flags):
-    return train.parse_request([*SMALL, f"--compilation-cache={folder.parent}", *flags]).config
-
-
-def wait_for_writers():
-    for thread in threading.enumerate():
-        if thread.name == "step cache":
-            thread.join()
-
-
-def trained(config, path, **options):
-    """What a run reports of its steps, the times left out."""
-    folder = run(dataclasses.replace(config, run_dir=str(path)), "demo", quiet=True, **options)
-    wait_for_writers()
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in r.items() if "ms" not in name and "per_s" not in name} for r in records]
 
 
 def test_a_second_run_computes_the_same_without_lowering(folder, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from senano_jax.training.agreement import require_same_program
 from senano_jax.training.clock import Clock
 from senano_jax.training.evaluation import make_evaluator
 from senano_jax.training.mesh import place_batch
+from senano_jax.training.next_stage import NextStage
 from senano_jax.training.own import NOTHING_OWN, Own
 from senano_jax.training.processes import StopVote, together
 from senano_jax.training.recorder import Recorder, RunningStep, wait_for_step
@@ -80,6 +81,7 @@ def train(
         progress.say(_introduction(preset, wiring, run.folder.path, first_step))
 
         waiter = stack.enter_context(ThreadPoolExecutor(1))
+        next_stage = stack.enter_context(contextlib.closing(NextStage(wiring, step_cache)))
         stop = stack.enter_context(StopRequest())
         stack.enter_context(progress.starting_at(first_step))
         clock.start()
@@ -114,9 +116,12 @@ def train(
             stream.resize(stage.seq_len, stage.sequences)
             tokens = place_batch(wiring.mesh, next(stream).tokens, wiring.micro_batches[stage.index])
             if compiling:
+                next_stage.wait()
                 step_of_stage = wiring.train_steps[stage.index]
                 train_step = compiled_step(step_of_stage, stage.visits, (state, tokens, *inputs), step_cache)
             state, metrics = train_step(state, tokens, *inputs)
+            if compiling:
+                next_stage.begin(stage.index + 1, state, tokens)
             for value in metrics:  # starts the copy now: one asked for later would wait for the steps queued behind
                 value.copy_to_host_async()
             finished = waiter.submit(wait_for_step, metrics, vote(stop.received is not None), clock)

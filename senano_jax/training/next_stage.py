@@ -1,0 +1,66 @@
+"""The next stage's step, compiled while this one's trains.
+
+Stages of other sequences or another batch run programs of their own, each of which takes as long to lower and compile
+as the first one. A thread does so from the first step of the stage before on, and puts it where the run looks for
+compiled steps, so that devices wait for what is left of it. A process that ends meanwhile waits for it, its run saved.
+"""
+
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import jax
+
+from senano_jax.training.state import TrainState
+from senano_jax.training.step_cache import StepCache, compiled_step
+from senano_jax.training.wiring import Wiring
+
+_log = logging.getLogger(__name__)
+
+
+class NextStage:
+    """Of a run whose compiled steps `cache` keeps; without one it does nothing."""
+
+    def __init__(self, wiring: Wiring, cache: StepCache | None):
+        self._wiring, self._cache = wiring, cache
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="next stage")
+        self._compiling: Future | None = None
+
+    def begin(self, index: int, state: TrainState, tokens: jax.Array) -> None:
+        """Starts to compile the step of stage `index`, unless the run has no such stage; returns at once.
+
+        `state` and `tokens` are those of a step of the stage before: all states are alike, and all batches of one type
+        and split alike.
+        """
+        if self._cache is None or index >= len(self._wiring.plan.stages):
+            return
+        stage, micro_batches = self._wiring.plan.stages[index], self._wiring.micro_batches[index]
+        shape = (micro_batches, stage.sequences // micro_batches, stage.seq_len + 1)
+        arguments = (
+            jax.tree.map(_abstract, state),
+            jax.ShapeDtypeStruct(shape, tokens.dtype, sharding=tokens.sharding),
+            *self._wiring.plan.inputs(stage.first),
+        )
+        step = self._wiring.train_steps[index]
+        self._compiling = self._thread.submit(_compile, step, stage.visits, arguments, self._cache)
+
+    def wait(self) -> None:
+        """Until what has begun is compiled, or has failed: the run will meet the error again."""
+        if self._compiling is not None:
+            wait([self._compiling])
+            self._compiling = None
+
+    def close(self) -> None:
+        """Does not wait: nobody needs the next step of a run that ends."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding, weak_type=array.aval.weak_type)
+
+
+def _compile(step, visits, arguments, cache) -> None:
+    try:
+        compiled_step(step, visits, arguments, cache)
+    except Exception:
+        _log.debug("the step of the next stage was not compiled ahead", exc_info=True)
+        raise

@@ -1,0 +1,100 @@
+"""The next stage's step is compiled in a thread, is the one that the run then takes, and never costs a run anything."""
+
+import dataclasses
+import threading
+
+import jax
+import pytest
+from kept_steps import FILES, configured, kept_steps, trained
+
+from senano_jax.config import Stage
+from senano_jax.training import next_stage, step_cache
+from senano_jax.training.mesh import place_batch
+from senano_jax.training.next_stage import NextStage
+from senano_jax.training.state import init_state
+from senano_jax.training.step_cache import StepCache
+from senano_jax.training.wiring import wire
+
+folder = pytest.fixture(autouse=True)(kept_steps)
+
+# A stage for each step; the second one has the first one's program.
+STAGES = (Stage(part=1), Stage(part=1, rate=0.5), Stage(part=1, batch_tokens=1024, seq_len=128))
+
+
+@pytest.fixture
+def config(folder):
+    config = configured(folder, "--share-matrices", "--final-window-tokens=128", "--steps=3")
+    return dataclasses.replace(config, stages=STAGES)
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """The threads that compiled a step, as they came to it."""
+    threads = []
+    monkeypatch.setattr(
+        step_cache, "compile_kernels_beside", lambda lowered: threads.append(threading.current_thread().name)
+    )
+    return threads
+
+
+def test_a_run_compiles_its_first_step_alone(config, tmp_path, compiling):
+    """That such a run computes the same as one without compiled steps: test_step_cache.py."""
+    records = trained(config, tmp_path / "run", keeps_steps=True)
+    assert [name.partition("_")[0] for name in compiling] == ["MainThread", "next stage"]
+    assert records[-1]["step"] == 3
+
+
+def test_what_is_compiled_is_what_the_stage_asks_for(config, folder, compiling):
+    """Types, places and shapes of all arguments, for every stage: another one would be compiled when it is due."""
+    wiring = wire(config)
+    cache = StepCache(folder, FILES, config, wiring.mesh)
+    state = wiring.to_shared(init_state(wiring.model, wiring.optimizer, 0, wiring.mesh))
+    tokens = batch_of(wiring, 0)
+    ahead = NextStage(wiring, cache)
+    for stage in wiring.plan.stages[1:]:
+        ahead.begin(stage.index, state, tokens)
+        ahead.wait()
+        arguments = (state, batch_of(wiring, stage.index), *wiring.plan.inputs(stage.first))
+        assert cache.path(stage.visits, arguments) in cache._known
+    assert len(cache._known) == 2
+
+
+def batch_of(wiring, index):
+    stage = wiring.plan.stages[index]
+    tokens = jax.numpy.zeros((stage.sequences, stage.seq_len + 1), "uint16")
+    return place_batch(wiring.mesh, jax.device_get(tokens), wiring.micro_batches[index])
+
+
+def test_without_a_cache_and_behind_the_last_stage_nothing_begins(config, folder, monkeypatch):
+    monkeypatch.setattr(next_stage, "compiled_step", None)
+    wiring = wire(config)
+    for cache, index in ((None, 1), (StepCache(folder, FILES, config, wiring.mesh), len(STAGES))):
+        ahead = NextStage(wiring, cache)
+        ahead.begin(index, state=None, tokens=None)
+        ahead.wait()
+
+
+def test_what_fails_ahead_of_time_is_compiled_when_it_is_due(config, tmp_path, monkeypatch, compiling):
+    def fails(*_):
+        raise RuntimeError("no memory for it now")
+
+    monkeypatch.setattr(next_stage, "compiled_step", fails)
+    records = trained(config, tmp_path / "failing", keeps_steps=True)
+    assert compiling == ["MainThread"] * 2 and records[-1]["step"] == 3
+
+
+def test_a_run_that_ends_does_not_wait(config, folder, monkeypatch):
+    begun, release = threading.Event(), threading.Event()
+
+    def waits(*_):
+        begun.set()
+        release.wait()
+
+    monkeypatch.setattr(next_stage, "compiled_step", waits)
+    wiring = wire(config)
+    state = wiring.to_shared(init_state(wiring.model, wiring.optimizer, 0, wiring.mesh))
+    ahead = NextStage(wiring, StepCache(folder, FILES, config, wiring.mesh))
+    ahead.begin(1, state, batch_of(wiring, 0))
+    assert begun.wait(60)
+    ahead.close()  # this test would never end
+    release.set()
