@@ -4,6 +4,7 @@ The record's systems have the names of their own programs, GPT-2 has those that 
 PyTorch is (out, in) and ours is (in, out); nothing else differs but the names.
 """
 
+import dataclasses
 import io
 import re
 import zipfile
@@ -58,6 +59,8 @@ def torch_names(config: ModelConfig | Gpt2Config) -> dict[str, tuple[str, ...]]:
     if isinstance(config, Gpt2Config):
         return _gpt2_names(config)
     plain = ModelConfig(dim=config.dim, num_heads=config.num_heads, layers=config.layers)
+    if config.heads_dim == config.dim:
+        config = dataclasses.replace(config, attention_dim=None)
     for field in _FIXED:
         if getattr(config, field) != getattr(plain, field):
             raise UserError(

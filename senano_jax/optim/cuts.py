@@ -31,7 +31,7 @@ def cut(path: Path, parameter: Float[Array, "*stack in out"], columns: int | Non
     if fan_out % columns:
         raise UserError(
             f"--optimizer.matrices.query-key-columns is {columns}; it must divide the {fan_out} columns of queries and "
-            "keys (a head has --model.dim / --model.num-heads)"
+            "keys; choose the columns of one head, or of several"
         )
     parts = parameter[:2].reshape(2, fan_in, fan_out // columns, columns)
     return [jnp.swapaxes(parts, 1, 2), parameter[2]]
