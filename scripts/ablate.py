@@ -51,14 +51,14 @@ def main(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace, study: Study, root: Path) -> int:
     """Works through the queue. Returns 1 if one of its runs has failed, now or before."""
     jobs = chosen(study, args.only)
-    places = devices(args.gpus)
+    places = devices(args.gpus, args.per_gpu)
     with locked(root):
         wait_for_earlier_jobs(root, study.jobs, say)  # whichever: each has a device
         jobs = with_shards(jobs, args.unpack_to)
         for job in jobs if args.retry else ():
             failure_file(root, job).unlink(missing_ok=True)
         queue = Queue(study, root, jobs, places, args.time_limit, say)
-        say(f"{study.name}: {queue.unfinished} of {len(jobs)} runs to do on {len(places)} devices, in {root}")
+        say(f"{study.name}: {queue.unfinished} of {len(jobs)} runs to do, {len(places)} at a time, in {root}")
         stopped = queue.run()
     outcome = f"{len(queue.done)} of {len(jobs)} runs finished"
     outcome += f", {len(queue.failed)} failed (--retry starts them again)" if queue.failed else ""
@@ -157,6 +157,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     runs = commands.add_parser("run", parents=[shared], help="train what is left")
     runs.add_argument("--gpus", type=positive, help="GPUs to use (default: all), or processes where there is none (1)")
+    runs.add_argument(
+        "--per-gpu",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="runs on each GPU at a time: one trains while another compiles or evaluates (default: %(default)s)",
+    )
     runs.add_argument(
         "--only",
         metavar="NAME,...",

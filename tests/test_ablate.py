@@ -181,6 +181,18 @@ def test_devices_are_the_gpus_that_may_be_used_or_shares_of_the_cpu(monkeypatch)
     assert [place.platform for place in runner.devices(3)] == ["cpu"] * 3
 
 
+def test_runs_that_share_a_gpu_share_its_memory_and_the_first_ones_have_one_each(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    places = runner.devices(None, per_gpu=2)
+    assert [place.name for place in places] == ["GPU 0 (1 of 2)", "GPU 1 (1 of 2)", "GPU 0 (2 of 2)", "GPU 1 (2 of 2)"]
+    for place, gpu in zip(places, "0101", strict=True):
+        assert place.environment == {"CUDA_VISIBLE_DEVICES": gpu, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.460"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match="--per-gpu 2: there is no GPU here"):
+        runner.devices(None, per_gpu=2)
+
+
 def test_the_longest_job_is_first_and_of_equals_each_first_seed(tmp_path):
     path = tmp_path / "order.toml"
     path.write_text(

@@ -28,6 +28,7 @@ CHECKPOINTS = 8  # saved along a run whose study does not say how often
 POLL_S, STATUS_S = 0.1, 30
 ATTEMPTS = 2  # of a job that something kills
 ABOUT_EQUAL = 1.25  # ratio of lengths that do not matter
+_SHARED_MEMORY = 0.92  # of a GPU's, for all jobs on it; the rest is for their contexts
 _PROGRAM = Path(__file__).with_name("job.py")
 
 
@@ -50,19 +51,30 @@ class Running:
     written: int  # bytes of its output file that are of earlier attempts
 
 
-def devices(count: int | None) -> list[Device]:
-    """The first `count` GPUs that this process may use, or all; where there is none, `count` (1) shares of the CPU.
+def devices(count: int | None, per_gpu: int = 1) -> list[Device]:
+    """The first `count` GPUs that this process may use, or all, each of them `per_gpu` times with an equal share of its
+    memory, in turns; where there is none, `count` (1) shares of the CPU.
 
-    Initialises no GPU. Raises UserError if there are fewer.
+    Initialises no GPU. Raises UserError if there are fewer, and for shares of GPUs where there is none.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = _gpus() if visible is None else [name.strip() for name in visible.split(",") if name.strip()]
     if not names or os.environ.get("JAX_PLATFORMS") == "cpu":
+        if per_gpu > 1:
+            raise UserError(f"--per-gpu {per_gpu}: there is no GPU here; --gpus takes a number of processes on the CPU")
         return [Device(f"CPU {k}", "cpu", {}) for k in range(1 if count is None else count)]
     if count is not None and count > len(names):
         raise UserError(f"--gpus {count}: this machine has {len(names)} GPUs")
     order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if visible is None else {}  # nvidia-smi's
-    return [Device(f"GPU {name}", "cuda,cpu", {"CUDA_VISIBLE_DEVICES": name, **order}) for name in names[:count]]
+    found = [Device(f"GPU {name}", "cuda,cpu", {"CUDA_VISIBLE_DEVICES": name, **order}) for name in names[:count]]
+    if per_gpu == 1:
+        return found
+    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{_SHARED_MEMORY / per_gpu:.3f}"}
+    return [
+        Device(f"{gpu.name} ({n} of {per_gpu})", gpu.platform, gpu.environment | share)
+        for n in range(1, per_gpu + 1)
+        for gpu in found
+    ]
 
 
 def _gpus() -> list[str]:
