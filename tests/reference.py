@@ -1,6 +1,7 @@
 """The arrays that the PyTorch program computed, and the weights and tokens it was given."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -48,7 +49,9 @@ class Reference:
         return view
 
 
+@functools.cache
 def load(name: str) -> Reference:
+    """Read once for each name, so never donate its parameters."""
     arrays = dict(np.load(FOLDER / f"{name}.npz"))
     meta = json.loads(str(arrays.pop("meta")))
     base = preset("no-value-embeddings" if meta["plain"] else "recurrent").model

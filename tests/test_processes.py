@@ -1,4 +1,4 @@
-"""Two processes with four devices each: the same training as one process with eight, and one mind in all else."""
+"""Two processes with two devices each: the same training as one process with four, and one mind in all else."""
 
 import json
 import os
@@ -19,11 +19,11 @@ from senano_jax.training.processes import cause_first
 
 one_trace = kept_programs.one_trace  # for all tests here
 
-PROCESSES, DEVICES, STEPS = 2, 4, 10
+PROCESSES, DEVICES, STEPS = 2, 2, 8  # a step takes as long as it has devices: each has its own head and optimiser
 FLAGS = [
     "demo", "--model.dim=16", "--model.num-heads=2", "--model.layers.loop=0", "--model.layers.visits=0",
-    f"--steps={STEPS}", "--batch-tokens=1024", "--seq-len=128",
-    "--final-window-tokens=128", "--data.val-tokens=1024", "--data.val-seq-len=128", "--val-every=0",
+    f"--steps={STEPS}", "--batch-tokens=512", "--seq-len=128",
+    "--final-window-tokens=128", "--data.val-tokens=512", "--data.val-seq-len=128", "--val-every=0",
     # The first gradients of the scalars are rounding noise, which Adam turns into whole steps: another order of sums
     # would be another run.
     "--optimizer.scalars.rate=0",
@@ -190,7 +190,7 @@ if jax.process_index() == 1:
     os.kill(os.getpid(), signal.SIGSTOP)
 multihost_utils.process_allgather(np.ones(1))
 """
-SMALL = [*FLAGS, "--steps=4", "--batch-tokens=512", "--checkpoint-every=1"]
+SMALL = [*FLAGS, "--steps=4", "--batch-tokens=256", "--checkpoint-every=1"]
 
 
 def test_a_run_whose_processes_die_goes_on_to_the_same_losses(tmp_path):
