@@ -136,7 +136,7 @@ def test_a_job_that_was_not_chosen_is_waited_for_too(tiny, tmp_path, monkeypatch
     monkeypatch.setattr(ablate_script.Queue, "run", lambda self: None)
     study = read_study(tiny)
     arguments = argparse.Namespace(
-        only="base", gpus=1, unpack_to=None, retry=False, time_limit=None, study=tiny, out=tmp_path
+        only="base", gpus=1, per_gpu=1, unpack_to=None, retry=False, time_limit=None, study=tiny, out=tmp_path
     )
     ablate_script.run(arguments, study, tmp_path / "tiny")
     assert waited == list(study.jobs)

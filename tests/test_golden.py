@@ -18,11 +18,11 @@ bits_probe, golden, same_bits = (importlib.import_module(n) for n in ("bits_prob
 
 STORED = json.loads(golden.FILE.read_text())
 CASES = golden.golden_cases()
-# Several times the largest difference between JAX 0.10, 0.11 and 0.12, AVX2 and SSE4.2. After a step of Muon, whose
-# bfloat16 iteration turns last bits into a percent of the step, only losses are as close.
+# Several times the largest difference between JAX 0.10, 0.11 and 0.12, AVX-512, AVX2 (of two vendors) and SSE4.2. After
+# a step of Muon, whose bfloat16 iteration turns last bits into a percent of the step, only losses are as close.
 TOLERANCE = {
     "float32": {
-        "initial weights": 1e-6, "validation": 1e-5, "gradients": 3e-5, "losses": 1e-5, "gradient norms": 1e-3,
+        "initial weights": 1e-6, "validation": 1e-5, "gradients": 3e-5, "losses": 5e-5, "gradient norms": 1e-3,
     },
     "bfloat16": {
         "initial weights": 1e-6, "validation": 1e-4, "gradients": 6e-2, "losses": 1e-4, "gradient norms": 1e-2,
