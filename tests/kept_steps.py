@@ -5,11 +5,14 @@ import json
 import threading
 
 import jax
+import numpy as np
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from senano_jax import train
 from senano_jax.training import step_cache
 from senano_jax.training.loop import train as run
+from senano_jax.training.mesh import place_batch
+from senano_jax.training.state import init_state
 
 SMALL = [
     "demo", "--model.dim=16", "--model.num-heads=2", "--model.layers.loop=0", "--model.layers.visits=0", "--steps=4",
@@ -36,6 +39,14 @@ def kept_steps(tmp_path, monkeypatch):
 def configured(folder, *flags):
     """Of a small run whose steps are kept in `folder`."""
     return train.parse_request([*SMALL, f"--compilation-cache={folder.parent}", *flags]).config
+
+
+def arguments_of(wiring, index=0):
+    """Those of the first step of a stage, with shapes and places alone that matter."""
+    stage = wiring.plan.stages[index]
+    tokens = np.zeros((stage.sequences, stage.seq_len + 1), np.uint16)
+    state = wiring.to_shared(init_state(wiring.model, wiring.optimizer, 0, wiring.mesh))
+    return state, place_batch(wiring.mesh, tokens, wiring.micro_batches[index]), *wiring.plan.inputs(stage.first)
 
 
 def wait_for_writers():

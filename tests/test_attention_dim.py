@@ -2,6 +2,7 @@
 
 import functools
 
+import few_tokens
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +10,12 @@ import oracle_variants
 import oracles
 import pytest
 from attention_alone import check_by_formula, tokens_with_documents
+from few_tokens import COLUMNS, TOKENS
 from oracle_variants import slope, with_dimensions_of_the_token_before
 from oracles import random_tokens, visible_pairs
 from tiny import TINY, random_params, random_sequences, tiny_model
 
 from senano_jax import train
-from senano_jax.attention import intervals
 from senano_jax.config import LayerSchedule, OwnOptimizer, changed
 from senano_jax.config_check import check_config
 from senano_jax.errors import UserError
@@ -32,7 +33,7 @@ from senano_jax.training.step import make_train_step
 # Heads of 8, 12 and 20: no width here is a multiple of another, so that no wrong one passes for a reshape.
 DIM, HEADS, NARROW, WIDE = 48, 4, 32, 80
 LENGTH = 128
-TOKENS, COLUMNS = 120, 128
+few_tokens = pytest.fixture(few_tokens.few_tokens)
 PIECES = {
     "paired_heads": (1,),
     "values_from_x0": (0, 1),
@@ -115,13 +116,6 @@ MODELS = {
     "narrow": (NARROW, {**PIECES, "trunk": Weighted()}),
     "wide, with tables": (WIDE, {**PIECES, "trunk": BY_CHANNEL, "value_embeddings": 1}),
 }
-
-
-@pytest.fixture
-def few_tokens(monkeypatch):
-    """A vocabulary of TOKENS, whose last begins a document: NumPy computes all columns twice for each tensor."""
-    for module in (intervals, oracles):
-        monkeypatch.setattr(module, "END_OF_TEXT", TOKENS - 1)
 
 
 @pytest.mark.parametrize("name", MODELS)

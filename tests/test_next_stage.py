@@ -3,15 +3,12 @@
 import dataclasses
 import threading
 
-import jax
 import pytest
-from kept_steps import FILES, configured, kept_steps, trained
+from kept_steps import FILES, arguments_of, configured, kept_steps, trained
 
 from senano_jax.config import Stage
 from senano_jax.training import next_stage, step_cache
-from senano_jax.training.mesh import place_batch
 from senano_jax.training.next_stage import NextStage
-from senano_jax.training.state import init_state
 from senano_jax.training.step_cache import StepCache
 from senano_jax.training.wiring import wire
 
@@ -48,21 +45,13 @@ def test_what_is_compiled_is_what_the_stage_asks_for(config, folder, compiling):
     """Types, places and shapes of all arguments, for every stage: another one would be compiled when it is due."""
     wiring = wire(config)
     cache = StepCache(folder, FILES, config, wiring.mesh)
-    state = wiring.to_shared(init_state(wiring.model, wiring.optimizer, 0, wiring.mesh))
-    tokens = batch_of(wiring, 0)
+    state, tokens, *_ = arguments_of(wiring)
     ahead = NextStage(wiring, cache)
     for stage in wiring.plan.stages[1:]:
         ahead.begin(stage.index, state, tokens)
         ahead.wait()
-        arguments = (state, batch_of(wiring, stage.index), *wiring.plan.inputs(stage.first))
-        assert cache.path(stage.visits, arguments) in cache._known
+        assert cache.path(stage.visits, arguments_of(wiring, stage.index)) in cache._known
     assert len(cache._known) == 2
-
-
-def batch_of(wiring, index):
-    stage = wiring.plan.stages[index]
-    tokens = jax.numpy.zeros((stage.sequences, stage.seq_len + 1), "uint16")
-    return place_batch(wiring.mesh, jax.device_get(tokens), wiring.micro_batches[index])
 
 
 def test_without_a_cache_and_behind_the_last_stage_nothing_begins(config, folder, monkeypatch):
@@ -92,9 +81,9 @@ def test_a_run_that_ends_does_not_wait(config, folder, monkeypatch):
 
     monkeypatch.setattr(next_stage, "compiled_step", waits)
     wiring = wire(config)
-    state = wiring.to_shared(init_state(wiring.model, wiring.optimizer, 0, wiring.mesh))
+    state, tokens, *_ = arguments_of(wiring)
     ahead = NextStage(wiring, StepCache(folder, FILES, config, wiring.mesh))
-    ahead.begin(1, state, batch_of(wiring, 0))
+    ahead.begin(1, state, tokens)
     assert begun.wait(60)
     ahead.close()  # this test would never end
     release.set()

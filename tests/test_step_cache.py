@@ -9,14 +9,12 @@ import jax
 import numpy as np
 import optax
 import pytest
-from kept_steps import FILES, configured, kept_steps, trained, wait_for_writers
+from kept_steps import FILES, arguments_of, configured, kept_steps, trained, wait_for_writers
 
 from senano_jax import train
 from senano_jax.config import Stage
 from senano_jax.training import step_cache
-from senano_jax.training.mesh import place_batch
 from senano_jax.training.own import NOTHING_OWN, Own
-from senano_jax.training.state import init_state
 from senano_jax.training.step import StepMetrics
 from senano_jax.training.step_cache import StepCache, compiled_step, open_step_cache
 from senano_jax.training.wiring import wire
@@ -49,14 +47,6 @@ def test_a_second_run_computes_the_same_without_lowering(folder, tmp_path, monke
 
 def cache_of(folder, config, mesh):
     return StepCache(folder, FILES, config, mesh)
-
-
-def arguments_of(wiring):
-    """Those of the first step, with shapes and places alone that matter."""
-    stage = wiring.plan.stages[0]
-    tokens = np.zeros((stage.sequences, stage.seq_len + 1), np.uint16)
-    state = wiring.to_shared(init_state(wiring.model, wiring.optimizer, 0, wiring.mesh))
-    return state, place_batch(wiring.mesh, tokens, wiring.micro_batches[0]), *wiring.plan.inputs(0)
 
 
 @pytest.mark.parametrize(

@@ -2,23 +2,23 @@
 
 import dataclasses
 
+import few_tokens
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
+from few_tokens import COLUMNS, TOKENS
 from oracle_variants import loss as expected_loss
 from oracle_variants import slope
 from oracles import random_tokens
 from tiny import random_params, random_sequences, tiny_model
 
-from senano_jax.attention import intervals
 from senano_jax.config import LayerSchedule
 from senano_jax.model.schedule import Weighted
 from senano_jax.model.soft_cap import SoftCap
 
 LENGTH, WINDOW = 256, 2
-TOKENS, COLUMNS = 120, 128
+few_tokens = pytest.fixture(few_tokens.few_tokens)
 SHIFTED = SoftCap(height=23, divisor=7.5, shift=5, by_width=False)
 VARIANTS = {
     "head gate": {"head_gate": True, "layers": LayerSchedule(1, 2, 2, 1)},
@@ -40,13 +40,6 @@ VARIANTS = {
         "mlp_widths": ((3, 48),),
     },
 }
-
-
-@pytest.fixture
-def few_tokens(monkeypatch):
-    """A vocabulary of TOKENS, whose last begins a document: NumPy computes all columns twice for each tensor."""
-    for module in (intervals, oracles):
-        monkeypatch.setattr(module, "END_OF_TEXT", TOKENS - 1)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
