@@ -94,10 +94,13 @@ class Weighted:
     """Share of the stream of the last visit but one that is taken away before the head at the start, with exits."""
     coda_reads_exit: bool = False
     """Attention after the loop reads the stream that left the loop, and not what layers after the loop made of it."""
-    between: Literal["stream", "norm", "lanes"] = "stream"
+    between: Literal["stream", "norm", "lanes", "layer-lanes"] = "stream"
     """What goes from visit to visit, and on to the layers after the loop: the stream that a visit made; its norm, with
-    the stream that entered the loop added; or two lanes, of which each visit reads a learned mixture and to which it
-    adds the norm of what it made."""
+    the stream that entered the loop added; or lanes, of which each visit reads a learned mixture and to which it adds
+    the norm of what it made. With `layer-lanes` they go from layer to layer, from the first to the last, and each layer
+    adds what it added to its mixture."""
+    lanes: int = 2
+    """How many, where `between` has them."""
     added_by_channel: bool = False
     """Weigh what sublayers add channel by channel, and not with one number."""
     read_by_channel: bool = False
@@ -123,10 +126,19 @@ class Weighted:
         for flag, value in of_loop.items():
             if value and not layers.loop:
                 raise UserError(f"--model.trunk.{flag} needs a loop, --model.layers.loop is 0; leave it out")
-        if self.between != "stream" and not layers.loop:
+        if self.between in ("norm", "lanes") and not layers.loop:
             raise UserError(
                 f"--model.trunk.between {self.between} needs a loop, --model.layers.loop is 0; leave it out"
             )
+        if self.lanes != 2 and self.between not in ("lanes", "layer-lanes"):
+            raise UserError(f"--model.trunk.lanes is {self.lanes}, but there are none; use --model.trunk.between lanes")
+        check_counts({"--model.trunk.lanes": self.lanes}, least=1)
+        for flag in ("exits", "coda-reads-exit", "shift"):
+            if self.between == "layer-lanes" and of_loop[flag]:
+                raise UserError(
+                    f"--model.trunk.between layer-lanes leaves --model.trunk.{flag} no stream of the loop; "
+                    "leave one of them out"
+                )
         if self.backout and not (self.exits and layers.visits > 1):
             raise UserError(
                 f"--model.trunk.backout is {self.backout}, but there is no last visit but one to take away; use "

@@ -3,9 +3,11 @@
 `norm`: norm(x) + e after each visit, with e the stream that entered the loop (a boundary operator: arXiv 2609.19107, in
 the form that marin replicated on FineWeb, thread 9292 of its tracker).
 
-`lanes`: two streams L_0 and L_1, both e at first. Visit k reads u = sum_n read[k,n] L_n, makes x of it and leaves
-L_i <- sum_j kept[k,i,j] L_j + written[k,i] norm(x); the layers after the loop read L_0 + L_1 (hyper-connections over
+`lanes`: streams L_n, all e at first. Visit k reads u = sum_n read[k,n] L_n, makes x of it and leaves
+L_i <- sum_j kept[k,i,j] L_j + written[k,i] norm(x); the layers after the loop read their sum (hyper-connections over
 the loop: arXiv 2604.21106, static weights).
+
+`layer-lanes` are no matter of the loop: layer_lanes.py.
 """
 
 from typing import Literal, NamedTuple
@@ -17,33 +19,32 @@ from jaxtyping import Array, Float
 from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.norm_fork import norm_fork
 
-LANES = 2
-Between = Literal["stream", "norm", "lanes"]
+Between = Literal["stream", "norm", "lanes", "layer-lanes"]
 Carried = tuple[Float[Array, "B T D"], ...]  # float32
 
 
 class LaneWeights(NamedTuple):
-    """Of one visit, or with a leading axis of several. Float32."""
+    """Of one reader, a visit or an application of a layer, or with leading axes of several. Float32."""
 
-    read: Float[Array, "*S 2"]
-    kept: Float[Array, "*S 2 2"]
-    written: Float[Array, "*S 2"]
+    read: Float[Array, "*S n"]
+    kept: Float[Array, "*S n n"]
+    written: Float[Array, "*S n"]
 
 
-def lane_weights(module: nn.Module, visits: int) -> LaneWeights:
-    """Parameters lane_read, lane_kept and lane_written of `module`. At the start visits read the lanes in turn, keep
-    both, and write what they made to both."""
-    in_turn = jnp.eye(LANES)[jnp.arange(visits) % LANES]
+def lane_weights(module: nn.Module, readers: int, lanes: int) -> LaneWeights:
+    """Parameters lane_read, lane_kept and lane_written of `module`. At the start readers read the lanes in turn, keep
+    them all, and write to all."""
+    in_turn = jnp.eye(lanes)[jnp.arange(readers) % lanes]
     return LaneWeights(
         module.param("lane_read", lambda key: in_turn),
-        module.param("lane_kept", lambda key: jnp.tile(jnp.eye(LANES), (visits, 1, 1))),
-        module.param("lane_written", nn.initializers.ones, (visits, LANES)),
+        module.param("lane_kept", lambda key: jnp.tile(jnp.eye(lanes), (readers, 1, 1))),
+        module.param("lane_written", nn.initializers.ones, (readers, lanes)),
     )
 
 
-def begin(between: Between, x_BTD: Float[Array, "B T D"]) -> Carried:
+def begin(between: Between, x_BTD: Float[Array, "B T D"], lanes: int = 2) -> Carried:
     """What the first visit is given, of the stream that enters the loop."""
-    return (x_BTD,) if between == "stream" else (x_BTD, x_BTD)
+    return (x_BTD,) * {"norm": 2, "lanes": lanes}.get(between, 1)
 
 
 def enter(between: Between, carried: Carried, weights: LaneWeights | None) -> Float[Array, "B T D"]:
@@ -57,7 +58,7 @@ def leave(
     between: Between, carried: Carried, x_BTD: Float[Array, "B T D"], weights: LaneWeights | None, dtype: jnp.dtype
 ) -> Carried:
     """What the next visit is given, of the stream that the layers made; its norm is computed of x in `dtype`."""
-    if between == "stream":
+    if between in ("stream", "layer-lanes"):
         return (x_BTD,)
     _, normed_BTD = norm_fork(x_BTD.astype(dtype))
     if between == "norm":
@@ -65,7 +66,7 @@ def leave(
         return normed_BTD + entered_BTD, entered_BTD
     return tuple(
         weighted_sum(*zip(weights.kept[i], carried, strict=True), (weights.written[i], normed_BTD), dtype=jnp.float32)
-        for i in range(LANES)
+        for i in range(len(carried))
     )
 
 

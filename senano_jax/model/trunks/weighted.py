@@ -20,6 +20,7 @@ from senano_jax.model.norm_fork import norm_fork
 from senano_jax.model.remat import rematerialised
 from senano_jax.model.schedule import LayerSchedule
 from senano_jax.model.stream_mlp import StreamWeights, stream_mlp
+from senano_jax.model.trunks import layer_lanes
 from senano_jax.model.trunks.between import Carried, LaneWeights, begin, enter, finish, lane_weights, leave
 from senano_jax.model.trunks.exits import Exits
 
@@ -32,6 +33,7 @@ class Weights(NamedTuple):
     added: Float[Array, "*S 2"] | Float[Array, "*S 2 D"]
     x0: Float[Array, "*S"]
     read: Float[Array, "*S 2 D"] | None = None
+    lanes: LaneWeights | None = None
 
     def gain(self, sublayer: int) -> Float[Array, "D"] | None:
         """Of what a sublayer of one application reads."""
@@ -69,9 +71,16 @@ class WeightedLayer(Layer):
         return self.config.trunk.mlp_output_norm and self.config.layers.in_loop(self.layer)
 
 
-def apply_layer(layer: WeightedLayer, x: Float[Array, "B T D"], weights: Weights, context: Context, visit, read=None):
-    """The layer on a rounded stream: what `remat` keeps is its input."""
-    return layer(x.astype(context.x0.dtype), weights, context, visit, read)
+Stream = Float[Array, "B T D"] | layer_lanes.Lanes
+
+
+def apply_layer(layer: WeightedLayer, x: Stream, weights: Weights, context: Context, visit, read=None):
+    """The layer on a rounded stream: what `remat` keeps is its input. The stream may be lanes."""
+    if weights.lanes is None:
+        return layer(x.astype(context.x0.dtype), weights, context, visit, read)
+    read_BTD = layer_lanes.read(x, weights.lanes, context.x0.dtype)
+    y_BTD, v_BTHK = layer(read_BTD, weights, context, visit)
+    return layer_lanes.written(x, y_BTD - read_BTD.astype(jnp.float32), weights.lanes), v_BTHK
 
 
 class LoopVisit(nn.Module):
@@ -108,8 +117,8 @@ class LoopVisit(nn.Module):
 
 class WeightedTrunk(nn.Module):
     """Parameters, float32, by application: stream_weights [N, 2], added_weights [N, 2], x0_weights [N]; where the
-    configuration asks for it, added_weights [N, 2, D] and read_weights [N, 2, D], by visit visit_shifts [visits, D],
-    lane_read, lane_kept and lane_written, and exits_to_coda and exits_to_head; the layers.
+    configuration asks for it, added_weights [N, 2, D] and read_weights [N, 2, D], by visit visit_shifts [visits, D], by
+    visit or by application lane_read, lane_kept and lane_written, and exits_to_coda and exits_to_head; the layers.
 
     Attention and MLP of one application have the two columns.
     """
@@ -127,12 +136,15 @@ class WeightedTrunk(nn.Module):
         self.read_weights = None
         if c.trunk.read_by_channel:
             self.read_weights = self.param("read_weights", nn.initializers.ones, (N, 2, c.dim))
+        self.of_layer_lanes = None
+        if c.trunk.between == "layer-lanes":
+            self.of_layer_lanes = lane_weights(self, N, c.trunk.lanes)
         layer_class = rematerialised(WeightedLayer, c.remat)
         for layer in (*range(layers.prelude), *range(layers.prelude + layers.loop, layers.layers)):
             setattr(self, f"layer_{layer}", layer_class(c, layer))
         if layers.loop:
             self.loop = LoopVisit(c)
-            self.of_lanes = lane_weights(self, layers.visits) if c.trunk.between == "lanes" else None
+            self.of_lanes = lane_weights(self, layers.visits, c.trunk.lanes) if c.trunk.between == "lanes" else None
             self.shifts = None
             if c.trunk.shift:
                 self.shifts = self.param("visit_shifts", nn.initializers.zeros, (layers.visits, c.dim))
@@ -147,15 +159,20 @@ class WeightedTrunk(nn.Module):
         visits = layers.visits if visits is None else visits
         if layers.loop and not 1 <= visits <= layers.visits:
             raise ValueError(f"the loop has weights for 1 to {layers.visits} visits, not for {visits}")
-        weights = Weights(self.stream_weights, self.added_weights, self.x0_weights, self.read_weights)
+        weights = Weights(
+            self.stream_weights, self.added_weights, self.x0_weights, self.read_weights, self.of_layer_lanes
+        )
         x = context.x0.astype(jnp.float32)
+        if self.of_layer_lanes is not None:
+            x = (x,) * c.trunk.lanes
         for layer in range(layers.prelude):
             x, v = apply_layer(getattr(self, f"layer_{layer}"), x, _at(weights, layer), context, 0)
             if layer == 0 and not c.value_embeddings:
                 context = context._replace(first_v=v)
         read, sources = None, []
         if layers.loop:
-            sources = [context.x0, x.astype(context.x0.dtype)]
+            if c.trunk.exits:
+                sources = [context.x0, x.astype(context.x0.dtype)]
             x, exits = self._loop(x, weights, context, visits)
         if c.trunk.exits:
             sources += [exits[n] for n in range(visits)]
@@ -166,6 +183,8 @@ class WeightedTrunk(nn.Module):
             x, _ = apply_layer(
                 getattr(self, f"layer_{layer}"), x, _at(weights, layer - layers.layers), context, 0, read
             )
+        if self.of_layer_lanes is not None:
+            x = sum(x)
         return self.exits_to_head(x.astype(context.x0.dtype), sources) if c.trunk.exits else x
 
     def _loop(self, x, weights: Weights, context: Context, visits: int):
@@ -182,7 +201,7 @@ class WeightedTrunk(nn.Module):
         )
         of_visits = jax.tree.map(lambda w: w[:visits], (self.of_lanes, self.shifts, jnp.arange(layers.visits)))
         between = c.trunk.between
-        carried, exits = scan(self.loop, begin(between, x), (of_loop, *of_visits))
+        carried, exits = scan(self.loop, begin(between, x, c.trunk.lanes), (of_loop, *of_visits))
         return finish(between, carried), exits
 
 
