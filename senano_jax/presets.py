@@ -35,6 +35,8 @@ from senano_jax.ladder import (
     tied_recurrent_ramp,
     values_from_x0,
     weighted,
+    wide_recurrent,
+    wide_recurrent_ramp,
 )
 from senano_jax.preset_file import made, names_file, preset_of_file
 from senano_jax.record_systems import demo, llmc, no_value_embeddings, recurrent, value_embeddings
@@ -46,6 +48,8 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "llmc": llmc,
     "tied-recurrent": tied_recurrent,
     "tied-recurrent-ramp": tied_recurrent_ramp,
+    "wide-recurrent": wide_recurrent,
+    "wide-recurrent-ramp": wide_recurrent_ramp,
     "demo": demo,
     "polar-express": polar_express,
     "batch-ramp": batch_ramp,

@@ -65,6 +65,15 @@ def test_one_table_pays_for_five_layers_within_162_million_parameters():
     assert count <= 162_000_000
 
 
+def test_wider_layers_are_fewer_within_162_million_parameters():
+    """12 layers of 12 squares of the width, the table, and numbers by application: 28 of five, a value residual each, a
+    gate of 84 and 7 strengths of exclusive attention."""
+    config = preset("wide-recurrent")
+    count = count_parameters(abstract_params(make_model(config.model, config.dtype)))
+    assert count == 12 * 12 * 896**2 + 50_304 * 896 + 28 * (5 + 1 + 84 + 7)
+    assert count <= 162_000_000
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def init(model, seed=0):
     tokens = jnp.zeros((1, 128), jnp.int32)
