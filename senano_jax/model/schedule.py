@@ -101,6 +101,9 @@ class Weighted:
     adds what it added to its mixture."""
     lanes: int = 2
     """How many, where `between` has them."""
+    lanes_by_token: bool = False
+    """With `layer-lanes`, each token adds what it computes of the lanes to the weights of reading, keeping and writing
+    them."""
     added_by_channel: bool = False
     """Weigh what sublayers add channel by channel, and not with one number."""
     read_by_channel: bool = False
@@ -133,6 +136,11 @@ class Weighted:
         if self.lanes != 2 and self.between not in ("lanes", "layer-lanes"):
             raise UserError(f"--model.trunk.lanes is {self.lanes}, but there are none; use --model.trunk.between lanes")
         check_counts({"--model.trunk.lanes": self.lanes}, least=1)
+        if self.lanes_by_token and self.between != "layer-lanes":
+            raise UserError(
+                "--model.trunk.lanes-by-token needs --model.trunk.between layer-lanes, "
+                f"--model.trunk.between is {self.between}; leave one of them out"
+            )
         for flag in ("exits", "coda-reads-exit", "shift"):
             if self.between == "layer-lanes" and of_loop[flag]:
                 raise UserError(

@@ -8,10 +8,10 @@ GROUPS = {
     "head": r"head",
     "embeddings": r"(position_)?embedding|input_(left|right)",
     "scalars": r"(.*/)?(lambdas|value_residual|value_lambdas|(skip|stream|added|read|x0)_weights|(logit_)?bias|scale"
-    r"|visit_shifts|lane_(read|kept|written)|exclusive/strength|smear/weight|attention/query_gains)",
+    r"|visit_shifts|lane_(read|kept|written|scale)|exclusive/strength|smear/weight|attention/query_gains)",
     "tables": r"value_embedding_\d+",
     "gates": r"(.*/)?\w*gate",
-    "generators": r"exits_to_\w+/(inner|outer|offset)",
+    "generators": r"exits_to_\w+/(inner|outer|offset)|lane_generator",
 }
 
 

@@ -20,9 +20,9 @@ from senano_jax.model.norm_fork import norm_fork
 from senano_jax.model.remat import rematerialised
 from senano_jax.model.schedule import LayerSchedule
 from senano_jax.model.stream_mlp import StreamWeights, stream_mlp
-from senano_jax.model.trunks import layer_lanes
 from senano_jax.model.trunks.between import Carried, LaneWeights, begin, enter, finish, lane_weights, leave
 from senano_jax.model.trunks.exits import Exits
+from senano_jax.model.trunks.layer_lanes import Lanes, LayerLanes, layer_lanes, read_lanes, write_lanes
 
 
 class Weights(NamedTuple):
@@ -33,7 +33,7 @@ class Weights(NamedTuple):
     added: Float[Array, "*S 2"] | Float[Array, "*S 2 D"]
     x0: Float[Array, "*S"]
     read: Float[Array, "*S 2 D"] | None = None
-    lanes: LaneWeights | None = None
+    lanes: LayerLanes | None = None
 
     def gain(self, sublayer: int) -> Float[Array, "D"] | None:
         """Of what a sublayer of one application reads."""
@@ -71,16 +71,17 @@ class WeightedLayer(Layer):
         return self.config.trunk.mlp_output_norm and self.config.layers.in_loop(self.layer)
 
 
-Stream = Float[Array, "B T D"] | layer_lanes.Lanes
+Stream = Float[Array, "B T D"] | Lanes
 
 
 def apply_layer(layer: WeightedLayer, x: Stream, weights: Weights, context: Context, visit, read=None):
     """The layer on a rounded stream: what `remat` keeps is its input. The stream may be lanes."""
     if weights.lanes is None:
         return layer(x.astype(context.x0.dtype), weights, context, visit, read)
-    read_BTD = layer_lanes.read(x, weights.lanes, context.x0.dtype)
-    y_BTD, v_BTHK = layer(read_BTD, weights, context, visit)
-    return layer_lanes.written(x, y_BTD - read_BTD.astype(jnp.float32), weights.lanes), v_BTHK
+    of_lanes = weights.lanes.of(x, context.x0.dtype)
+    read_BTD = read_lanes(x, of_lanes, context.x0.dtype)
+    y_BTD, v_BTHK = layer(read_BTD, weights._replace(lanes=None), context, visit)
+    return write_lanes(x, y_BTD - read_BTD.astype(jnp.float32), of_lanes), v_BTHK
 
 
 class LoopVisit(nn.Module):
@@ -118,7 +119,8 @@ class LoopVisit(nn.Module):
 class WeightedTrunk(nn.Module):
     """Parameters, float32, by application: stream_weights [N, 2], added_weights [N, 2], x0_weights [N]; where the
     configuration asks for it, added_weights [N, 2, D] and read_weights [N, 2, D], by visit visit_shifts [visits, D], by
-    visit or by application lane_read, lane_kept and lane_written, and exits_to_coda and exits_to_head; the layers.
+    visit or by application lane_read, lane_kept and lane_written, by application lane_generator and lane_scale, and
+    exits_to_coda and exits_to_head; the layers.
 
     Attention and MLP of one application have the two columns.
     """
@@ -138,7 +140,7 @@ class WeightedTrunk(nn.Module):
             self.read_weights = self.param("read_weights", nn.initializers.ones, (N, 2, c.dim))
         self.of_layer_lanes = None
         if c.trunk.between == "layer-lanes":
-            self.of_layer_lanes = lane_weights(self, N, c.trunk.lanes)
+            self.of_layer_lanes = layer_lanes(self, N, c.trunk.lanes, c.dim if c.trunk.lanes_by_token else None)
         layer_class = rematerialised(WeightedLayer, c.remat)
         for layer in (*range(layers.prelude), *range(layers.prelude + layers.loop, layers.layers)):
             setattr(self, f"layer_{layer}", layer_class(c, layer))
