@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -155,6 +157,19 @@ def test_a_time_limit_ends_the_queue_with_the_way_on(tiny, tmp_path, ablate):
     status, output = output_of(ablate("run", tiny, "--time-limit", 1, "--only", "slow", "--out", tmp_path))
     assert status == 0
     assert "time limit: 0 of 2 runs finished, 2 left; go on with: python scripts/ablate.py run" in output, output
+
+
+def test_under_nohup_the_queue_hears_nothing_of_a_closed_terminal_and_its_jobs_do():
+    """They are stopped by the same signal, also while they import, before a line of theirs can say so."""
+    says = "import signal; print(signal.getsignal(signal.SIGHUP).name)"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with runner._noting_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            said = subprocess.run([sys.executable, "-c", says], capture_output=True, text=True, check=True).stdout
+        assert (said, received, signal.getsignal(signal.SIGHUP)) == ("SIG_DFL\n", [], signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_two_queues_are_kept_out_of_one_folder(tmp_path):

@@ -75,11 +75,20 @@ def test_the_first_signal_saves_and_the_second_ends_at_once(number, tmp_path):
         assert checkpoints.steps() == [12, 11]
 
 
+@pytest.fixture
+def without_nohup():
+    """Programs go on to ignore what is ignored where they are started, SIGHUP under nohup; handlers end there."""
+    before = signal.signal(signal.SIGHUP, lambda *_: None)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("without_nohup")
 def test_a_closed_terminal_saves_however_often_it_is_told(tmp_path):
     """The kernel and the shell both tell; SIGTERM may follow, as from a session that ends."""
     process = slow_run(tmp_path / "run", "time.sleep(1)")
     process.send_signal(signal.SIGHUP)
-    # Several that wait for a process would reach it in an order of the kernel's. Steps may end before it is told.
+    # Several that wait for a process would reach it in an order of the kernel's. A step may end before it is told.
     assert any("SIGHUP: finishing the step under way" in line for line in process.stdout)
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
         process.send_signal(number)

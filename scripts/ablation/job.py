@@ -45,7 +45,6 @@ def main(parent: int) -> None:
 
 
 def _stop_with(parent: int) -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup, which is meant for the queue
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
     if os.getppid() != parent:  # it died before it could be watched

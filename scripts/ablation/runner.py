@@ -105,7 +105,11 @@ def locked(root: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _noting_signals() -> Iterator[list[str]]:
-    """The names of the signals that ask to stop, as they come; another SIGTERM or SIGINT ends the process at once."""
+    """The names of the signals that ask to stop, as they come; another SIGTERM or SIGINT ends the process at once.
+
+    SIGHUP does nothing where it was ignored before (nohup). Jobs do hear of it, from their first moment on: a program
+    that is started goes on to ignore what is ignored, and knows nothing of handlers.
+    """
     received: list[str] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -113,8 +117,12 @@ def _noting_signals() -> Iterator[list[str]]:
             os._exit(128 + number)
         received.append(signal.Signals(number).name)
 
+    def nothing(number: int, frame: FrameType | None) -> None: ...
+
     asking = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, note) for number in asking}
+    if signal.SIGHUP not in asking:
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, nothing)
     try:
         yield received
     finally:
