@@ -10,13 +10,14 @@ from tiny import random_params, random_sequences, tiny_model
 from senano_jax.config import LayerSchedule
 from senano_jax.model.schedule import Weighted
 from senano_jax.model.trunks import between
-from senano_jax.model.trunks.between import LaneWeights, begin, enter, finish, leave
+from senano_jax.model.trunks.between import begin, enter, finish, leave
+from senano_jax.model.trunks.lanes import LaneWeights
 
 
 def looped(kind, e, A1, A2, visits, weights=None):
     """The toy loop of the references: u <- u + tanh(u A1), u <- u + tanh(u A2) at each visit. Returns what the layers
     after the loop read and what each visit read."""
-    carried, read = begin(kind, e), []
+    carried, read = begin(kind, e, 2), []
     for k in range(visits):
         of_visit = None if weights is None else jax.tree.map(lambda w, k=k: w[k], weights)
         u = enter(kind, carried, of_visit)

@@ -9,8 +9,7 @@ from tiny import random_params, random_sequences, tiny_model
 from senano_jax.config import LayerSchedule
 from senano_jax.errors import UserError
 from senano_jax.model.schedule import Weighted
-from senano_jax.model.trunks.between import LaneWeights
-from senano_jax.model.trunks.layer_lanes import LayerLanes, read_lanes, write_lanes
+from senano_jax.model.trunks.lanes import LaneWeights, LayerLanes, read_lanes, write_lanes
 from senano_jax.optim.groups import parameter_group
 
 LAYERS = LayerSchedule(1, 1, 3, 1)

@@ -7,42 +7,22 @@ the form that marin replicated on FineWeb, thread 9292 of its tracker).
 L_i <- sum_j kept[k,i,j] L_j + written[k,i] norm(x); the layers after the loop read their sum (hyper-connections over
 the loop: arXiv 2604.21106, static weights).
 
-`layer-lanes` are no matter of the loop: layer_lanes.py.
+`layer-lanes` are no matter of the loop: lanes.py.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Array, Float
 
-from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.norm_fork import norm_fork
+from senano_jax.model.trunks.lanes import LaneWeights, read_lanes, write_lanes
 
 Between = Literal["stream", "norm", "lanes", "layer-lanes"]
 Carried = tuple[Float[Array, "B T D"], ...]  # float32
 
 
-class LaneWeights(NamedTuple):
-    """Of one reader, a visit or an application of a layer, or with leading axes of several. Float32."""
-
-    read: Float[Array, "*S n"]
-    kept: Float[Array, "*S n n"]
-    written: Float[Array, "*S n"]
-
-
-def lane_weights(module: nn.Module, readers: int, lanes: int) -> LaneWeights:
-    """Parameters lane_read, lane_kept and lane_written of `module`. At the start readers read the lanes in turn, keep
-    them all, and write to all."""
-    in_turn = jnp.eye(lanes)[jnp.arange(readers) % lanes]
-    return LaneWeights(
-        module.param("lane_read", lambda key: in_turn),
-        module.param("lane_kept", lambda key: jnp.tile(jnp.eye(lanes), (readers, 1, 1))),
-        module.param("lane_written", nn.initializers.ones, (readers, lanes)),
-    )
-
-
-def begin(between: Between, x_BTD: Float[Array, "B T D"], lanes: int = 2) -> Carried:
+def begin(between: Between, x_BTD: Float[Array, "B T D"], lanes: int) -> Carried:
     """What the first visit is given, of the stream that enters the loop."""
     return (x_BTD,) * {"norm": 2, "lanes": lanes}.get(between, 1)
 
@@ -51,7 +31,7 @@ def enter(between: Between, carried: Carried, weights: LaneWeights | None) -> Fl
     """What the layers of a visit read, float32."""
     if between != "lanes":
         return carried[0]
-    return weighted_sum(*zip(weights.read, carried, strict=True), dtype=jnp.float32)
+    return read_lanes(carried, weights, jnp.float32)
 
 
 def leave(
@@ -64,10 +44,7 @@ def leave(
     if between == "norm":
         entered_BTD = carried[1]
         return normed_BTD + entered_BTD, entered_BTD
-    return tuple(
-        weighted_sum(*zip(weights.kept[i], carried, strict=True), (weights.written[i], normed_BTD), dtype=jnp.float32)
-        for i in range(len(carried))
-    )
+    return write_lanes(carried, normed_BTD, weights)
 
 
 def finish(between: Between, carried: Carried) -> Float[Array, "B T D"]:

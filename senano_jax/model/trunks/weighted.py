@@ -20,9 +20,17 @@ from senano_jax.model.norm_fork import norm_fork
 from senano_jax.model.remat import rematerialised
 from senano_jax.model.schedule import LayerSchedule
 from senano_jax.model.stream_mlp import StreamWeights, stream_mlp
-from senano_jax.model.trunks.between import Carried, LaneWeights, begin, enter, finish, lane_weights, leave
+from senano_jax.model.trunks.between import Carried, begin, enter, finish, leave
 from senano_jax.model.trunks.exits import Exits
-from senano_jax.model.trunks.layer_lanes import Lanes, LayerLanes, layer_lanes, read_lanes, write_lanes
+from senano_jax.model.trunks.lanes import (
+    Lanes,
+    LaneWeights,
+    LayerLanes,
+    lane_weights,
+    layer_lanes,
+    read_lanes,
+    write_lanes,
+)
 
 
 class Weights(NamedTuple):

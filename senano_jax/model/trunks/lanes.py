@@ -1,5 +1,5 @@
-"""Several residual streams, which go through all layers side by side, with weights of their own for each application
-of a layer: hyper-connections (arXiv 2409.19606).
+"""Lanes: several residual streams side by side, of which a reader takes a mixture and to which it writes. Readers are
+visits of the loop (between.py) or, as follows, applications of layers: hyper-connections (arXiv 2409.19606).
 
 All lanes L_i are the embedding at first. A layer reads u = sum_i read[i] L_i, makes y of it, which holds its own
 residual sum, and leaves L_i <- sum_j kept[i,j] L_j + written[i] (y - u); the head reads the sum of the lanes.
@@ -15,10 +15,28 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from senano_jax.model.elementwise import norm, weighted_sum
-from senano_jax.model.trunks.between import LaneWeights, lane_weights
 
 Lanes = tuple[Float[Array, "B T D"], ...]  # float32
 INITIAL_SCALE = 0.01  # of what tokens add, whose generator is zero at the start; from the paper
+
+
+class LaneWeights(NamedTuple):
+    """Of one reader, a visit or an application of a layer, or with leading axes of several. Float32."""
+
+    read: Float[Array, "*S n"]
+    kept: Float[Array, "*S n n"]
+    written: Float[Array, "*S n"]
+
+
+def lane_weights(module: nn.Module, readers: int, lanes: int) -> LaneWeights:
+    """Parameters lane_read, lane_kept and lane_written of `module`. At the start readers read the lanes in turn, keep
+    them all, and write to all."""
+    in_turn = jnp.eye(lanes)[jnp.arange(readers) % lanes]
+    return LaneWeights(
+        module.param("lane_read", lambda key: in_turn),
+        module.param("lane_kept", lambda key: jnp.tile(jnp.eye(lanes), (readers, 1, 1))),
+        module.param("lane_written", nn.initializers.ones, (readers, lanes)),
+    )
 
 
 class LayerLanes(NamedTuple):
@@ -57,12 +75,12 @@ def layer_lanes(module: nn.Module, applications: int, lanes: int, by_token: int 
 
 
 def read_lanes(lanes: Lanes, weights: LaneWeights, dtype: jnp.dtype) -> Float[Array, "B T D"]:
-    """What a layer reads, in `dtype`."""
+    """What a reader takes, in `dtype`."""
     return weighted_sum(*zip(weights.read, lanes, strict=True), dtype=dtype)
 
 
 def write_lanes(lanes: Lanes, added: Float[Array, "B T D"], weights: LaneWeights) -> Lanes:
-    """The lanes after a layer that added `added` to what it read."""
+    """The lanes after a reader that adds `added` to them."""
     return tuple(
         weighted_sum(*zip(weights.kept[i], lanes, strict=True), (weights.written[i], added), dtype=jnp.float32)
         for i in range(len(lanes))
