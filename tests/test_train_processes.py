@@ -17,15 +17,13 @@ launcher = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(launcher)
 
 PATIENT = """
-import os, signal, sys, time
+import os, signal, sys
 
-def end(*_):
-    os.write(1, b"saved\\n")
-    sys.exit()
-
-signal.signal(signal.SIGTERM, end)
+# Held back until it is asked for: one that came just before a sleep would be answered after it.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 os.write(1, f"{sys.argv[1]} {os.environ['JAX_PROCESS_ID']}\\n".encode())
-time.sleep(600)
+signal.sigwait({signal.SIGTERM})
+os.write(1, b"saved\\n")
 """
 
 
