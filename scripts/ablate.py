@@ -2,7 +2,7 @@
 
     python scripts/ablate.py run STUDY.toml --time-limit 3300   # one run on each GPU at a time, the longest first
     python scripts/ablate.py status STUDY.toml
-    python scripts/ablate.py table STUDY.toml --write docs/fewer_tokens.md
+    python scripts/ablate.py table STUDY.toml --write docs/studies.md
     python scripts/ablate.py plot STUDY.toml --image curves.png
 
 What a study is: scripts/ablation/study.py. A run has the folder OUT/STUDY/VARIANT-seedK; beside it lie its output

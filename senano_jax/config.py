@@ -49,8 +49,6 @@ class DataConfig:
     """Tokens of one validation sequence."""
     discard_micro_batch: int = 0
     """Tokens skipped after every step, to replay the order of the PyTorch loader."""
-    bpe_dir: str | None = field(default=None, metadata=FREE)
-    """Folder with GPT-2's encoder.json and vocab.bpe, which tell what a token begins with."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,6 @@ class Stage:
     ahead: tuple[tuple[float, float], ...] = ()
     """Weights in the loss of the token 1, 2, ... ahead. Each is a pair: its value at the stage's first step, and that
     which it moves to, linearly, until the next stage. By default the next token counts alone, with weight 1."""
-    prefix: tuple[float, float] = (0.0, 0.0)
-    """Weight in the loss of the longest token that the next one begins with, moving alike. Above 0 it needs the tables
-    of --data.bpe-dir."""
     visits: int | None = None
     """Times that training applies the loop; as often as the model says by default, which evaluations always do."""
 

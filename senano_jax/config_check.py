@@ -3,9 +3,8 @@
 import math
 
 from senano_jax.config import Config, Gpt2Config, ModelConfig, Stage
-from senano_jax.data.bpe import PUBLISHED
 from senano_jax.errors import UserError, check_counts
-from senano_jax.model.config import check_model, flag_of_heads_dim
+from senano_jax.model.config import check_model
 from senano_jax.model.schedule import UNet
 from senano_jax.optim.config import MuonRule, check_optimizer
 from senano_jax.plan import Plan, PlannedStage
@@ -64,11 +63,6 @@ def check_config(config: Config) -> None:
     _check_windows(config)
     for number, stage in enumerate(config.stages):
         _check_stage(number, stage, model)
-        if any(stage.prefix) and data.bpe_dir is None:
-            raise UserError(
-                f"{_flag(number, 'prefix')} needs --data.bpe-dir, a folder with GPT-2's encoder.json and vocab.bpe, "
-                f"from {PUBLISHED}"
-            )
     plan = Plan(config)
     for stage in plan.stages:
         _check_steps(config, plan, stage)
@@ -97,10 +91,10 @@ def _check_columns(config: Config) -> None:
     """Those of the parts that queries and keys are orthogonalised in."""
     model, rule = config.model, getattr(config.optimizer, "matrices", None)
     columns = rule.query_key_columns if isinstance(rule, MuonRule) else None
-    if columns is not None and isinstance(model, ModelConfig) and model.heads_dim % columns:
+    if columns is not None and isinstance(model, ModelConfig) and model.dim % columns:
         raise UserError(
-            f"--optimizer.matrices.query-key-columns is {columns}; it must divide the {model.heads_dim} columns of "
-            f"queries and keys ({flag_of_heads_dim(model)}), which are {model.num_heads} heads of {model.head_dim}"
+            f"--optimizer.matrices.query-key-columns is {columns}; it must divide the {model.dim} columns of queries "
+            f"and keys (--model.dim), which are {model.num_heads} heads of {model.head_dim}"
         )
 
 
@@ -131,10 +125,9 @@ def _check_stage(number: int, stage: Stage, model: ModelConfig | Gpt2Config) -> 
         raise UserError(f"{_flag(number, 'part')} is {stage.part}; use a number above 0")
     if not (math.isfinite(stage.rate) and stage.rate >= 0):
         raise UserError(f"{_flag(number, 'rate')} is {stage.rate}; use 0 or more")
-    for name, pairs in {"ahead": stage.ahead, "prefix": (stage.prefix,)}.items():
-        for weight in (weight for pair in pairs for weight in pair):
-            if not (math.isfinite(weight) and weight >= 0):
-                raise UserError(f"{_flag(number, name)} holds {weight}; use weights of 0 or more")
+    for weight in (weight for pair in stage.ahead for weight in pair):
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UserError(f"{_flag(number, 'ahead')} holds {weight}; use weights of 0 or more")
     if stage.visits is not None:
         _check_visits(f"{_flag(number, 'visits')} {stage.visits}", stage.visits, model)
 

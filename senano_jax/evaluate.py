@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from senano_jax.model.build import Model, Params
 
 PROG = "python -m senano_jax.evaluate"
-UNUSED = ("data.train_files", "data.discard_micro_batch", "data.bpe_dir")
+UNUSED = ("data.train_files", "data.discard_micro_batch")
 SECONDS_BETWEEN_LINES = 10  # of progress
 
 

@@ -3,8 +3,6 @@
 What has been measured of them is in docs/fewer_tokens.md.
 """
 
-import dataclasses
-
 from senano_jax.config import Config, LayerSchedule, Stage, changed
 from senano_jax.model.schedule import Weighted
 from senano_jax.model.soft_cap import SoftCap
@@ -107,45 +105,10 @@ def paired_heads() -> Config:
     return changed(strict(), {"model.paired_heads": (1, 5, 9)})
 
 
-def values_from_x0() -> Config:
-    """The embedding, by a matrix of their own, adds to the values of three layers, which costs less than tables of
-    values by token; the MLPs of five layers are narrower for it, so that parameters stay below 162,000,000."""
-    widths = tuple((layer, 2816) for layer in (1, 2, 9, 10, 11))
-    return changed(strict(), {"model.values_from_x0": (1, 10, 11), "model.mlp_widths": widths})
-
-
-def smear() -> Config:
-    """Each token's embedding takes some of that of the token before (modded-nanogpt of 2025-09)."""
-    return changed(strict(), {"model.smear": True})
-
-
 def weighted() -> Config:
     """No skip connections over depth: weights of the residual stream and of what is added to it, by application
     (modded-nanogpt of 2026-03 has them by layer), and less added by the layers of the loop (arXiv 2606.18524)."""
     return changed(strict(), {"model.trunk": Weighted()})
-
-
-def by_channel() -> Config:
-    """What tells applications of one layer apart besides numbers: weights by channel of what sublayers read and add,
-    which ride on their matrices, and a vector for each visit of the loop. Ours."""
-    trunk = Weighted(added_by_channel=True, read_by_channel=True, shift=True)
-    return changed(strict(), {"model.trunk": trunk})
-
-
-def mlp_output_norm() -> Config:
-    """What the MLPs of the loop add is normalised (parameter-golf, pull request 855), from random numbers on."""
-    return changed(output_init(), {"model.trunk": Weighted(mlp_output_norm=True)})
-
-
-def query_gains() -> Config:
-    """How sharply each head attends is learned, by visit (arXiv 2010.04245 has one number a layer)."""
-    return changed(strict(), {"model.query_gains": True})
-
-
-def output_init() -> Config:
-    """Each sublayer adds something from the start on, attention as in modded-nanogpt since 2026-02; the MLP does so in
-    its slow track, from numbers twice as large. Layers of the loop add less (`weighted`), as they do at every visit."""
-    return changed(weighted(), {"model.output_init": 0.5})
 
 
 def shifted_cap() -> Config:
@@ -164,15 +127,6 @@ def multi_token() -> Config:
         Stage(part=1),
     )
     return changed(strict(), {"stages": stages})
-
-
-def prefix() -> Config:
-    """Each token also predicts the longest token that the next one begins with, in the first two thirds of the run, as
-    in modded-nanogpt since 2026-07. It needs GPT-2's tables in data/gpt2."""
-    base = multi_token()
-    weights = ((0.25, 0.25), (0.25, 0.0), (0.0, 0.0))
-    stages = tuple(dataclasses.replace(stage, prefix=pair) for stage, pair in zip(base.stages, weights, strict=True))
-    return changed(base, {"stages": stages, "data.bpe_dir": "data/gpt2"})
 
 
 def look_ahead() -> Config:
@@ -256,9 +210,3 @@ def wide_recurrent_ramp() -> Config:
     """`wide_recurrent` with the ramp of `tied_recurrent_ramp`: the candidate for a whole run. 449.84M tokens; 379.85M
     with `--steps 6762`. Not verified on FineWeb."""
     return changed(tied_recurrent_ramp(), _WIDE)
-
-
-def input_rank() -> Config:
-    """`tied_recurrent` with 48 directions in which a token's embedding differs from its column of the head."""
-    base = tied_recurrent()
-    return changed(base, {"model.input_rank": 48, "optimizer.embeddings": base.optimizer.head})

@@ -19,7 +19,6 @@ class StepInputs(NamedTuple):
     window_blocks: np.int32  # long attention window, in blocks of 128 tokens
     loss_weights: Float32[np.ndarray, "K"] | None = None  # of predicting the token 1, 2, .. K ahead
     rate: np.float32 | None = None  # factor of all learning rates, beside that of their schedule
-    prefix_weight: np.float32 | None = None  # of predicting what the next token begins with
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class PlannedStage:
     seq_len: int
     rate: float
     ahead: tuple[tuple[float, float], ...]
-    prefix: tuple[float, float]
     visits: int | None
     model: ModelConfig | Gpt2Config
     """As the stage applies it."""
@@ -46,11 +44,6 @@ class PlannedStage:
     def sequences(self) -> int:
         """Of one step, over all devices and micro-batches."""
         return self.batch_tokens // self.seq_len
-
-    @property
-    def has_prefix(self) -> bool:
-        """Whether what the next token begins with is predicted too, with a weight above 0 at some step."""
-        return any(self.prefix)
 
 
 class Plan:
@@ -100,8 +93,7 @@ class Plan:
 
     def inputs(self, step: int) -> StepInputs:
         """All that changes from step to step, for the step that `step` steps precede."""
-        window = np.int32(self.window(step))
-        return StepInputs(window, self.loss_weights(step), self.rate(step), self.prefix_weight(step))
+        return StepInputs(np.int32(self.window(step)), self.loss_weights(step), self.rate(step))
 
     def loss_weights(self, step: int) -> Float32[np.ndarray, "K"] | None:
         """Weights of predicting the token 1, 2, .. K ahead; None in a run where the next token counts alone.
@@ -112,28 +104,17 @@ class Plan:
         if not longest:
             return None
         stage = self.stage(step)
-        weights = _moved(stage.ahead or ((1.0, 1.0),), stage, step)
+        # Each moves linearly from the first of its pair, at the stage's first step, to the second, at the next one's.
+        start, end = np.array(stage.ahead or ((1.0, 1.0),)).T
+        done = (step - stage.first) / (stage.end - stage.first)
+        weights = (start + (end - start) * done).astype(np.float32)
         return np.pad(weights, (0, longest - len(weights)))
-
-    def prefix_weight(self, step: int) -> np.float32 | None:
-        """Weight of predicting what the next token begins with; None in a run that does not predict it."""
-        if not any(stage.has_prefix for stage in self.stages):
-            return None
-        stage = self.stage(step)
-        return _moved(stage.prefix, stage, step)
 
     def rate(self, step: int) -> np.float32 | None:
         """The stage's factor of all learning rates; None if no stage of the run has one."""
         if all(stage.rate == 1 for stage in self.stages):
             return None
         return np.float32(self.stage(step).rate)
-
-
-def _moved(pairs: tuple, stage: PlannedStage, step: int) -> np.ndarray | np.float32:
-    """What moves linearly from the first of each pair, at the stage's first step, to its second, at the next one's."""
-    start, end = np.array(pairs).T
-    done = (step - stage.first) / (stage.end - stage.first)
-    return (start + (end - start) * done).astype(np.float32)
 
 
 def _planned(config: Config) -> tuple[PlannedStage, ...]:
@@ -159,7 +140,6 @@ def _planned(config: Config) -> tuple[PlannedStage, ...]:
                 seq_len=seq_len,
                 rate=stage.rate,
                 ahead=stage.ahead,
-                prefix=stage.prefix,
                 visits=visits,
                 model=model,
             )

@@ -24,7 +24,6 @@ class Inputs(NamedTuple):
     params: dict
     x: jax.Array  # [T, D]
     first_v: jax.Array  # [T, H, K]
-    x0_v: jax.Array | None  # [T, H, K], of a layer that takes them
 
 
 def tokens_with_documents(*starts: int) -> np.ndarray:
@@ -39,16 +38,15 @@ def random_inputs(config: ModelConfig, layer: int, seed: int = 0) -> Inputs:
     x = jnp.asarray(rng.standard_normal((LENGTH, config.dim)), jnp.float32)
     heads = (LENGTH, config.num_heads, config.head_dim)
     first_v = jnp.asarray(rng.standard_normal(heads), jnp.float32)
-    x0_v = jnp.asarray(rng.standard_normal(heads), jnp.float32) if layer in config.values_from_x0 else None
 
     def drawn(leaf):
         drawn = rng.standard_normal(leaf.shape) / (leaf.shape[-2] ** 0.5 if leaf.ndim > 1 else 1)
         return jnp.asarray(drawn, jnp.float32)
 
     module = Layer(config, layer)
-    context = _context(config, np.zeros(LENGTH, np.int32), Inputs({}, x, first_v, x0_v))
+    context = _context(config, np.zeros(LENGTH, np.int32), Inputs({}, x, first_v))
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x[None], context, 0, method=Layer.attend))
-    return Inputs(jax.tree.map(drawn, shapes["params"]["attention"]), x, first_v, x0_v)
+    return Inputs(jax.tree.map(drawn, shapes["params"]["attention"]), x, first_v)
 
 
 def attention(config: ModelConfig, layer: int, tokens: np.ndarray, inputs: Inputs, visit=0):
@@ -64,8 +62,7 @@ def _context(config: ModelConfig, tokens: np.ndarray, inputs: Inputs) -> Context
     windows = {True: window_intervals(starts, WINDOW), False: window_intervals(starts, WINDOW // 2)}
     rotary, slots = rotary_tables(LENGTH, config.head_dim), slots_of(starts, WINDOW, config.head_dim)
     x0, first_v = jnp.zeros_like(inputs.x)[None], inputs.first_v[None]
-    x0_values = (None if inputs.x0_v is None else inputs.x0_v[None],) * len(config.values_from_x0)
-    return Context(x0, first_v, (), rotary, windows, slots, x0_values)
+    return Context(x0, first_v, (), rotary, windows, slots)
 
 
 def check_by_formula(config: ModelConfig, layer: int, tokens: np.ndarray, visit: int = 0) -> None:
@@ -76,8 +73,7 @@ def check_by_formula(config: ModelConfig, layer: int, tokens: np.ndarray, visit:
     options = {"key_offset": config.offsets_keys(layer), "paired": paired}
 
     def by_formula(inputs):
-        given = options if inputs.x0_v is None else options | {"x0_v": inputs.x0_v}
-        return expected_attention(inputs.params, inputs.x, inputs.first_v, seen, config.num_heads, visit, **given)
+        return expected_attention(inputs.params, inputs.x, inputs.first_v, seen, config.num_heads, visit, **options)
 
     weights = [rng.standard_normal(shape) for shape in (inputs.x.shape, inputs.first_v.shape)]
     exact = jax.tree.map(lambda x: np.asarray(x, np.float64), inputs)

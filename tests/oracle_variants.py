@@ -9,12 +9,10 @@ import numpy as np
 from oracles import norm, rotary, visible_pairs
 
 
-def loss(
-    params, tokens, targets, window_blocks, loss_weights, *, layers, heads, cap, coda_reads_exit, norms_loop
-) -> float:
+def loss(params, tokens, targets, window_blocks, loss_weights, *, layers, heads, cap, coda_reads_exit) -> float:
     """Summed over the tokens of one sequence; `loss_weights` are those of the tokens 1, 2, .. ahead, `layers` is
     (prelude, loop, visits, coda) and `cap` (height, divisor, shift). With `coda_reads_exit` the attention of layers
-    after the loop reads the stream that left it, with `norms_loop` the MLPs of the loop add what is normalised."""
+    after the loop reads the stream that left it."""
     prelude, loop, visits, coda = layers
     applications = [(params[f"layer_{n}"], n, 0) for n in range(prelude)]
     for visit in range(visits):
@@ -34,14 +32,10 @@ def loss(
                 x = x + blend(params["exits_to_coda"], x, exits[:-1])
             read = norm(x) if coda_reads_exit else None
         if "stream_weights" in params:
-            if "visit_shifts" in params and (i - prelude) % loop == 0 and prelude <= i < prelude + loop * visits:
-                x = x + params["visit_shifts"][visit]
-            gains = params["read_weights"][i] if "read_weights" in params else (1.0, 1.0)
-            y, v = attention(layer["attention"], norm(x) if read is None else read, *where, gain=gains[0])
+            y, v = attention(layer["attention"], norm(x) if read is None else read, *where)
             stream, added = params["stream_weights"][i], params["added_weights"][i]
             x = stream[0] * x + added[0] * y + params["x0_weights"][i] * x0
-            adds = mlp(layer["mlp"], x, gains[1])
-            x = stream[1] * x + added[1] * (norm(adds) if norms_loop and prelude <= n < prelude + loop else adds)
+            x = stream[1] * x + added[1] * mlp(layer["mlp"], x)
         else:
             if i >= count // 2:
                 x = x + params["skip_weights"][i - count // 2] * kept[count - 1 - i]
@@ -55,7 +49,7 @@ def loss(
     if "exits_to_head" in params:
         x = x + blend(params["exits_to_head"], x, exits)
     height, divisor, shift = cap
-    z = norm(x) @ params["head"] + params.get("logit_bias", 0)
+    z = norm(x) @ params["head"]
     logits = height / (1 + np.exp(-(z + shift) / divisor))
     logsumexp = np.log(np.exp(logits).sum(-1))
     total = 0.0
@@ -65,23 +59,14 @@ def loss(
     return total
 
 
-def attention(w, x, first_v, visible, heads, visit, *, x0_v=0.0, key_offset=False, paired=False, gain=1.0):
-    """What attention adds, and the values that it weighs; `visible` is of slots if heads are paired. The gate reads x
-    without its gain."""
-    q, k, v = ((gain * x @ matrix).reshape(len(x), heads, -1) for matrix in w["qkv"])
-    v = v + x0_v
+def attention(w, x, first_v, visible, heads, visit, *, key_offset=False, paired=False):
+    """What attention adds, and the values that it weighs; `visible` is of slots if heads are paired."""
+    q, k, v = ((x @ matrix).reshape(len(x), heads, -1) for matrix in w["qkv"])
     if first_v is not None:
         share = w["value_residual"] if np.ndim(w["value_residual"]) == 0 else w["value_residual"][visit]
         v = (1 - share) * v + share * first_v
     z_q, z_k, z_v = (one_in_each_slot(z) for z in (q, k, v)) if paired else (q, k, v)
     z_q, z_k = rotary(norm(z_q)), rotary(norm(z_k))
-    if "query_gains" in w:
-        gains = w["query_gains"][visit]
-        if paired:
-            z_q[::2] *= gains[: heads // 2, None]
-            z_q[1::2] *= gains[heads // 2 :, None]
-        else:
-            z_q *= gains[:, None]
     if key_offset:
         z_k = with_dimensions_of_the_token_before(z_k)
     z_y = np.zeros_like(z_v)
@@ -130,8 +115,8 @@ def with_dimensions_of_the_token_before(k):
     return offset
 
 
-def mlp(w, x, gain=1.0):
-    return np.maximum(gain * norm(x) @ w["up"], 0) ** 2 @ w["down"]
+def mlp(w, x):
+    return np.maximum(norm(x) @ w["up"], 0) ** 2 @ w["down"]
 
 
 def slope(function, params, path, direction, step=1e-5) -> float:

@@ -61,13 +61,12 @@ def own_run(tmp_path_factory):
     ("stage", "name"),
     [
         (Stage(part=1, ahead=((1.0, 1.0), (0.5, 0.0))), "ahead"),
-        (Stage(part=1, prefix=(0.5, 0.0)), "prefix"),
         (Stage(part=1, visits=1), "visits"),  # of the two that its configuration has
     ],
 )
 def test_a_model_of_ones_own_knows_no_stages_that_call_it_otherwise(tmp_path, stage, name):
     """Said before there is a folder."""
-    changes = {"run_dir": str(tmp_path / "run"), "stages": (Stage(part=1), stage), "data.bpe_dir": "gpt2", "steps": 4}
+    changes = {"run_dir": str(tmp_path / "run"), "stages": (Stage(part=1), stage), "steps": 4}
     changes |= {"model.layers.loop": 2, "model.layers.visits": 2, "model.trunk": Weighted()}
     with pytest.raises(UserError, match=rf"--stages\.1\.{name} is for the models of this package"):
         senano_jax.fit(changed(tiny_demo(), changes), optax.sgd(0.5), model=Bigram(64), quiet=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pieces_reference import largest_error, reference
+from pieces_reference import largest_error, reference, with_row
 
 from senano_jax.errors import UserError
 from senano_jax.model.cap import Plain, capped
@@ -29,13 +29,14 @@ def test_the_shifted_cap_is_the_original_one():
 
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_head_cap_and_loss_are_the_original_ones(with_bias):
-    """Products of the normalised stream, bias, cap and cross-entropy; gradients of stream, head and bias."""
+    """Products of the normalised stream, cap and cross-entropy; gradients of stream and head. A bias of the original is
+    the head's row for a channel that is 1 in all tokens."""
     inputs, arrays = reference("a_head_cap")
     targets = targets_of(jnp.asarray(inputs["y"])[None], None)
     end = "" if with_bias else "_nobias"
 
     def loss(x, head, bias):
-        return cross_entropy(norm(x)[None], head, targets, SHIFTED, bias if with_bias else None)
+        return cross_entropy(*with_row(norm(x)[None], head, bias if with_bias else 0 * bias), targets, SHIFTED)
 
     gradient = jax.value_and_grad(loss, argnums=(0, 1, 2))
     value, (d_x, d_head, d_bias) = gradient(inputs["x"], inputs["W"], jnp.asarray(inputs["b"]))

@@ -65,8 +65,6 @@ def test_what_a_piece_computes_is_counted():
     """A gate of 12 inputs for each of two heads, at six applications; and a narrower MLP."""
     gated = tiny_model(head_gate=True).config
     assert matrix_flops_per_token(gated) == by_formula(TINY) + 6 * 2 * 12 * 2
-    with_values = tiny_model(values_from_x0=(1, 3)).config  # once for all visits
-    assert matrix_flops_per_token(with_values) == by_formula(TINY) + 2 * 2 * 32**2
     narrow = tiny_model(mlp_widths=((3, 64),)).config
     assert matrix_flops_per_token(narrow) == by_formula(TINY) - 2 * 2 * 32 * 64
 

@@ -45,7 +45,7 @@ def test_value_embeddings_count_as_parameters():
     assert [(leaf.shape, leaf.dtype) for leaf in tables] == [((50_257, 768), jnp.dtype("bfloat16"))] * 4
 
 
-@pytest.mark.parametrize("name", ["strict", "head-gate", "weighted", "shifted-cap", "multi-token", "prefix"])
+@pytest.mark.parametrize("name", ["strict", "head-gate", "weighted", "shifted-cap", "multi-token"])
 def test_the_ladder_begins_at_or_below_162_million_parameters(name):
     """Read strictly: the last layer's MLP is 256 units narrower, which the Hopper product takes as well."""
     config = preset(name)
@@ -186,7 +186,7 @@ def sensitivity(model, params, tokens_T, position, window_blocks):
 LENGTH = 384
 # END_OF_TEXT needs the whole embedding; the head may be narrow, as long as targets are.
 READER = tiny_model(vocab_size=50257)
-PIECES = {"head_gate": True, "exclusive_attention": True, "paired_heads": (1,), "values_from_x0": (0, 1)}
+PIECES = {"head_gate": True, "exclusive_attention": True, "paired_heads": (1,)}
 READERS = {
     "skips": READER,
     "weighted": tiny_model(vocab_size=50257, trunk=Weighted(exits=True, coda_reads_exit=True)),
@@ -203,10 +203,8 @@ def test_pieces_leave_the_initial_weights_of_all_others_as_they_are():
         model, tokens = tiny_model(num_heads=4, **changes), jnp.zeros((1, 128), jnp.int32)
         return dict(jax.tree.leaves_with_path(jax.jit(model.init)(jax.random.key(0), tokens, tokens, 1)["params"]))
 
-    plain, with_pieces = initial(), initial(**PIECES, smear=True, key_offset="all")
-    assert (
-        len(with_pieces) == len(plain) + 4 + 3 + 2 + 2
-    )  # gates, strengths but where heads are paired, matrices, smear
+    plain, with_pieces = initial(), initial(**PIECES, key_offset="all")
+    assert len(with_pieces) == len(plain) + 4 + 3  # gates, strengths but where heads are paired
     for path, weights in plain.items():
         np.testing.assert_array_equal(with_pieces[path], weights, jax.tree_util.keystr(path))
 
@@ -219,7 +217,7 @@ def different_tokens(boundary=None):
     return tokens
 
 
-CAUSAL = READERS | {"one token back": tiny_model(vocab_size=50257, key_offset="all", smear=True)}
+CAUSAL = READERS | {"one token back": tiny_model(vocab_size=50257, key_offset="all")}
 
 
 @pytest.mark.parametrize("reader", CAUSAL)

@@ -79,9 +79,8 @@ def test_a_parameter_of_no_group_is_refused(name, fitting):
     [
         (("value_embedding_0",), "tables"),
         (("layer_1", "attention", "head_gate"), "gates"),
-        (("smear_gate",), "gates"),
+        (("loop", "layer_1", "attention", "head_gate", "gate"), "gates"),
         (("loop", "layer_1", "mlp", "down"), "matrices"),
-        (("x0_values_11",), "matrices"),
     ],
 )
 def test_groups_that_follow_another_until_they_have_a_rule_of_their_own(names, group):
@@ -99,7 +98,7 @@ def test_groups_that_follow_another_until_they_have_a_rule_of_their_own(names, g
 def test_a_group_with_a_rule_of_its_own_moves_by_its_rate():
     """Here the gates and the tables, beside scalars and embeddings that move by theirs."""
     rng = np.random.default_rng(0)
-    names = {"smear_gate": 0.5, "skip_weights": 0.04, "value_embedding_0": 0.125, "embedding": 0.6}
+    names = {"head_gate": 0.5, "skip_weights": 0.04, "value_embedding_0": 0.125, "embedding": 0.6}
     gradients = {name: jnp.asarray(rng.standard_normal((4, 4)), jnp.float32) for name in names}
     recipe = dataclasses.replace(
         OPTIMIZER,

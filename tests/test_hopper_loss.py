@@ -21,16 +21,16 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
-def run(z, targets, weights=None, bias=None, **options):
+def run(z, targets, weights=None, **options):
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        return logsumexp_and_gradient(z, targets, weights, bias, slope=SLOPE, implementation="hopper", **options)
+        return logsumexp_and_gradient(z, targets, weights, slope=SLOPE, implementation="hopper", **options)
 
 
-def check(results, z, targets, weights=None, bias=0.0, shift=0.0, cap=CAP, others=2e-5, of_sigmoid=2e-8):
+def check(results, z, targets, weights=None, shift=0.0, cap=CAP, others=2e-5, of_sigmoid=2e-8):
     """Each number of the gradient is rounded to a short float and to bfloat16. `others` are its other errors, beside
     that of a sigmoid near 1."""
     logsumexp, dz = (np.asarray(result, np.float64) for result in results)
-    reference, d_reference = expected(z, targets, weights, bias, shift, cap)
+    reference, d_reference = expected(z, targets, weights, shift, cap)
     np.testing.assert_allclose(logsumexp, reference, rtol=1e-5)
     of_short = 2.0 ** (short_for(cap * np.log2(np.e)).exponent_bits - 17)
     np.testing.assert_allclose(dz, d_reference, rtol=HALF_ULP + of_short + others, atol=of_sigmoid * cap * SLOPE)
@@ -38,15 +38,14 @@ def check(results, z, targets, weights=None, bias=0.0, shift=0.0, cap=CAP, other
 
 # Less than a step; a step and no more; a load for each step, the last one short; loads of two steps, as of half a row.
 @needs_interpreter
-@pytest.mark.parametrize(("lines", "with_bias"), [(1, True), (STEP, True), (2 * STEP + 5, False), (65, True)])
-def test_several_weighted_targets(capsys, lines, with_bias):
+@pytest.mark.parametrize("lines", [1, STEP, 2 * STEP + 5, 65])
+def test_several_weighted_targets(capsys, lines):
     """Where two of a token's targets are one, both of its weights count; a token without weights has no gradient."""
     z, _ = inputs(3, lines * THIRDS, jnp.bfloat16)
-    targets, weights, bias = several(*z.shape)
+    targets, weights = several(*z.shape)
     targets = targets.at[1, :2].set(targets[1, 2])
-    bias = bias if with_bias else None
-    results = run(z, targets, weights, bias, cap=CAP, shift=50.0)
-    check(results, z, targets, weights, bias if with_bias else 0.0, 50.0)
+    results = run(z, targets, weights, cap=CAP, shift=50.0)
+    check(results, z, targets, weights, 50.0)
     np.testing.assert_array_equal(np.asarray(results[1][-1], np.float32), 0)
     assert "RACE DETECTED" not in capsys.readouterr().out
 
@@ -152,15 +151,13 @@ def test_auto_takes_it_wherever_it_can(monkeypatch, runs, dtype, logits, options
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("lines", [1, STEP, 65, 131])
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_several_weighted_targets_on_a_gpu(lines, with_bias):
+def test_several_weighted_targets_on_a_gpu(lines):
     """More tokens than two for each multiprocessor: blocks follow one another."""
     z, _ = inputs(600, lines * THIRDS, jnp.bfloat16)
-    targets, weights, bias = several(*z.shape)
-    bias = bias if with_bias else None
+    targets, weights = several(*z.shape)
     options = {"cap": CAP, "slope": SLOPE, "shift": 50.0}
-    results = logsumexp_and_gradient(z, targets, weights, bias, implementation="hopper", **options)
-    check(results, z, targets, weights, bias if with_bias else 0.0, 50.0, **APPROXIMATE)
+    results = logsumexp_and_gradient(z, targets, weights, implementation="hopper", **options)
+    check(results, z, targets, weights, 50.0, **APPROXIMATE)
 
 
 @pytest.mark.gpu

@@ -60,13 +60,11 @@ def expected_loss(params, inputs, targets, config, visits):
         nonlocal first_v
         in_loop = layers.prelude <= n < layers.prelude + layers.loop
         weights = (params["loop"] if in_loop else params)[f"layer_{n}"]
-        gains = params["read_weights"][position] if "read_weights" in params else (1.0, 1.0)
         stream, added = params["stream_weights"][position], params["added_weights"][position]
-        y, v = attention(weights["attention"], norm(x), first_v, visible, config.num_heads, visit, gain=gains[0])
+        y, v = attention(weights["attention"], norm(x), first_v, visible, config.num_heads, visit)
         first_v = v if position == 0 else first_v
         x = stream[0] * x + added[0] * y + params["x0_weights"][position] * x0
-        adds = mlp(weights["mlp"], x, gains[1])
-        return stream[1] * x + added[1] * (norm(adds) if chosen.mlp_output_norm and in_loop else adds)
+        return stream[1] * x + added[1] * mlp(weights["mlp"], x)
 
     def after(lanes, at, adds):
         return [mixture(kept[at, i], lanes) + written[at, i] * adds for i in range(len(lanes))]
@@ -104,13 +102,7 @@ def expected_loss(params, inputs, targets, config, visits):
 # Of each: lanes, layers, visits that are computed, other changes of the trunk, and of the model.
 CASES = {
     "two of three visits": (3, LayerSchedule(1, 2, 3, 2), 2, {}, {}),
-    "by channel, unrolled": (
-        2,
-        LayerSchedule(1, 1, 2, 0),
-        2,
-        {"added_by_channel": True, "read_by_channel": True, "mlp_output_norm": True},
-        {"query_gains": True, "unroll": True, "remat": "full"},
-    ),
+    "unrolled": (2, LayerSchedule(1, 1, 2, 0), 2, {}, {"unroll": True, "remat": "full"}),
     "one lane, no loop": (1, LayerSchedule(2, 0, 0, 1), 0, {}, {}),
     "from visit to visit": (3, LayerSchedule(1, 1, 3, 0), 2, {"between": "lanes"}, {}),
 }
@@ -296,7 +288,6 @@ LAYER_LANES = {"between": "layer-lanes"}
         ("between lanes needs a loop", 0, {"between": "lanes"}),
         ("exits", 2, LAYER_LANES | {"exits": True}),
         ("coda-reads-exit", 2, LAYER_LANES | {"coda_reads_exit": True}),
-        ("shift", 2, LAYER_LANES | {"shift": True}),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(named, loop, changes):
@@ -310,8 +301,8 @@ def test_what_cannot_work_is_refused_by_name(named, loop, changes):
 def test_lanes_from_layer_to_layer_need_no_loop_and_may_be_any_number():
     for lanes in (1, 2, 5):
         for layers in (LayerSchedule(1, 2, 2, 1), LayerSchedule(2, 0, 0, 1)):
-            trunk(lanes, added_by_channel=True, read_by_channel=True).check(layers)
-        Weighted(between="lanes", lanes=lanes, exits=True, shift=True).check(LayerSchedule(1, 2, 2, 1))
+            trunk(lanes).check(layers)
+        Weighted(between="lanes", lanes=lanes, exits=True).check(LayerSchedule(1, 2, 2, 1))
 
 
 def test_a_step_of_training_moves_every_weight_of_the_lanes():

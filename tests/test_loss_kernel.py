@@ -36,14 +36,12 @@ def test_a_shift_before_the_cap():
         np.testing.assert_allclose(result, reference, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_several_weighted_targets(with_bias):
+def test_several_weighted_targets():
     """Where two of a token's targets are one, both of its weights count; a token without weights has no gradient."""
     z, _ = inputs(8, 384, jnp.float32)
-    targets, weights, bias = several(*z.shape)
-    bias = bias if with_bias else None
-    results = logsumexp_and_gradient(z, targets, weights, bias, cap=CAP, slope=SLOPE, shift=50.0, interpret=True)
-    for result, reference in zip(results, expected(z, targets, weights, bias if with_bias else 0, 50)):
+    targets, weights = several(*z.shape)
+    results = logsumexp_and_gradient(z, targets, weights, cap=CAP, slope=SLOPE, shift=50.0, interpret=True)
+    for result, reference in zip(results, expected(z, targets, weights, 50)):
         np.testing.assert_allclose(result, reference, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(results[1][-1], 0)
 
@@ -65,34 +63,33 @@ def test_what_it_takes(monkeypatch):
     assert not loss_is_fused(131_072, 50304, Plain(50257))
 
 
-def by_differentiation(x, head, bias, targets: Targets, cap: SoftCap):
-    """Loss and gradients of x, head and bias: JAX's own, in float64 but for the rounding of the products to x's type,
-    which has the derivative 1."""
+def by_differentiation(x, head, targets: Targets, cap: SoftCap):
+    """Loss and gradients of x and head: JAX's own, in float64 but for the rounding of the products to x's type, which
+    has the derivative 1."""
     with jax.enable_x64(True):
-        dtype, arrays = x.dtype, [jnp.asarray(np.asarray(array, np.float64)) for array in (x, head, bias)]
+        dtype, arrays = x.dtype, [jnp.asarray(np.asarray(array, np.float64)) for array in (x, head)]
         tokens = jnp.asarray(targets.tokens)
         weights = 1 if targets.weights is None else jnp.asarray(np.asarray(targets.weights, np.float64))
 
-        def loss(x, head, bias):
+        def loss(x, head):
             z = x @ head
             z += jax.lax.stop_gradient(z.astype(dtype).astype(z.dtype) - z)
-            logits = cap.height * jax.nn.sigmoid((z + bias + cap.shift) / cap.divisor)
+            logits = cap.height * jax.nn.sigmoid((z + cap.shift) / cap.divisor)
             return -(weights * jnp.take_along_axis(jax.nn.log_softmax(logits), tokens, -1)).sum()
 
-        return jax.value_and_grad(loss, argnums=(0, 1, 2))(*arrays)
+        return jax.value_and_grad(loss, argnums=(0, 1))(*arrays)
 
 
 def features(dtype, shape, columns):
-    """x, head, bias and the next tokens; logits all over the cap's range."""
+    """x, head and the next tokens; logits all over the cap's range."""
     rng = np.random.default_rng(2)
     x = jnp.asarray(rng.standard_normal(shape), dtype)
     head = jnp.asarray(np.asarray(rng.standard_normal((shape[-1], columns)), dtype), jnp.float32)
-    bias = jnp.asarray(2 * rng.standard_normal(columns), jnp.float32)
-    return x, head, bias, jnp.asarray(rng.integers(0, columns, shape[:2]), jnp.int32)
+    return x, head, jnp.asarray(rng.integers(0, columns, shape[:2]), jnp.int32)
 
 
-@pytest.mark.parametrize(("count", "with_bias"), [(None, True), (1, False), (2, False), (3, True)])
-def test_the_loss_through_the_kernel(count, with_bias, monkeypatch):
+@pytest.mark.parametrize("count", [None, 1, 2, 3])
+def test_the_loss_through_the_kernel(count, monkeypatch):
     """Value and all gradients, in two chunks, two sequences at whose ends targets are missing."""
     monkeypatch.setattr(loss_module, "on_gpu", lambda: True)
     calls = []
@@ -102,23 +99,15 @@ def test_the_loss_through_the_kernel(count, with_bias, monkeypatch):
         return logsumexp_and_gradient(*args, **options, interpret=True)
 
     monkeypatch.setattr(loss_module.loss_kernel, "logsumexp_and_gradient", interpreted)
-    x, head, bias, next_BT = features(jnp.float32, (2, 12, 16), 256)
+    x, head, next_BT = features(jnp.float32, (2, 12, 16), 256)
     targets = targets_of(next_BT, None if count is None else jnp.asarray(WEIGHTS[:count]))
-    given = bias if with_bias else None
-    loss = functools.partial(cross_entropy, chunk_tokens=12)
-    value, (d_x, d_head, d_bias) = jax.value_and_grad(
-        lambda x, head, bias: loss(x, head, targets, SHIFTED, bias), argnums=(0, 1, 2)
-    )(x, head, given)
-    reference, gradients = by_differentiation(x, head, bias if with_bias else 0 * bias, targets, SHIFTED)
+    loss = functools.partial(cross_entropy, targets=targets, cap=SHIFTED, chunk_tokens=12)
+    value, (d_x, d_head) = jax.value_and_grad(loss, argnums=(0, 1))(x, head)
+    reference, gradients = by_differentiation(x, head, targets, SHIFTED)
     assert calls == [{"cap": 23, "slope": 1 / 7.5, "shift": 5}]  # traced once
     assert float(value) == pytest.approx(float(reference), rel=1e-6)
     assert relative_error(d_x, gradients[0]) < 3e-6
     assert relative_error(d_head, gradients[1]) < 3e-6
-    if with_bias:
-        assert relative_error(d_bias, gradients[2]) < 3e-6
-        assert d_bias.dtype == jnp.float32
-    else:
-        assert d_bias is None
 
 
 @pytest.mark.gpu
@@ -132,14 +121,12 @@ def test_on_a_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_several_weighted_targets_on_a_gpu(with_bias):
+def test_several_weighted_targets_on_a_gpu():
     """One rounding to bfloat16, and in each number 2e-5 for exponentials of 3 ulp, whose arguments reach 43."""
     z, _ = inputs(64, 50304, jnp.bfloat16)
-    targets, weights, bias = several(*z.shape)
-    bias = bias if with_bias else None
-    logsumexp, dz = logsumexp_and_gradient(z, targets, weights, bias, cap=CAP, slope=SLOPE, shift=50.0)
-    reference, d_reference = expected(z, targets, weights, bias if with_bias else 0, 50)
+    targets, weights = several(*z.shape)
+    logsumexp, dz = logsumexp_and_gradient(z, targets, weights, cap=CAP, slope=SLOPE, shift=50.0)
+    reference, d_reference = expected(z, targets, weights, 50)
     np.testing.assert_allclose(logsumexp, reference, rtol=1e-5)
     error = np.linalg.norm(np.asarray(dz, np.float64) - d_reference, axis=1)
     assert (error <= (HALF_ULP + 2e-5) * np.linalg.norm(d_reference, axis=1)).all()
@@ -147,20 +134,15 @@ def test_several_weighted_targets_on_a_gpu(with_bias):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("count", [None, 1, 2, 3])
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_the_loss_on_a_gpu(count, with_bias):
+def test_the_loss_on_a_gpu(count):
     """In bfloat16 and the whole width of the vocabulary. The gradient of each product is rounded once, that of x once
     more; independent roundings make less than half of HALF_ULP each, sums in another order next to nothing."""
-    x, head, bias, next_BT = features(jnp.bfloat16, (2, 128, 64), 50304)
+    x, head, next_BT = features(jnp.bfloat16, (2, 128, 64), 50304)
     assert loss_is_fused(next_BT.size, head.shape[1], SHIFTED)
     targets = targets_of(next_BT, None if count is None else jnp.asarray(WEIGHTS[:count]))
-    given = bias if with_bias else None
-    value, (d_x, d_head, d_bias) = jax.jit(
-        jax.value_and_grad(lambda x, head, bias: cross_entropy(x, head, targets, SHIFTED, bias), argnums=(0, 1, 2))
-    )(x, head, given)
-    reference, gradients = by_differentiation(x, head, bias if with_bias else 0 * bias, targets, SHIFTED)
+    loss = functools.partial(cross_entropy, targets=targets, cap=SHIFTED)
+    value, (d_x, d_head) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, head)
+    reference, gradients = by_differentiation(x, head, targets, SHIFTED)
     assert float(value) == pytest.approx(float(reference), rel=1e-4)
     assert relative_error(d_x, gradients[0]) < 2 * HALF_ULP
     assert relative_error(d_head, gradients[1]) < HALF_ULP
-    if with_bias:
-        assert relative_error(d_bias, gradients[2]) < HALF_ULP

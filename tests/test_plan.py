@@ -198,5 +198,4 @@ def test_stages_are_read_back_and_compared_value_by_value(tmp_path):
         "stages.2.part",
         "stages.2.rate",
         "stages.2.ahead",
-        "stages.2.prefix",
     }

@@ -206,16 +206,6 @@ def test_where_no_steps_are_kept(config, folder, monkeypatch):
         assert open_step_cache(config, NOTHING_OWN, wiring) is None
 
 
-def test_tables_of_prefixes_are_no_part_of_the_configuration(config, folder):
-    """The step holds them, and they are read from a folder's files."""
-    stage = train.parse_request(["prefix"]).config.stages[0]
-    wiring = wire(config)
-    planned = [dataclasses.replace(wiring.plan.stages[0], prefix=stage.prefix)]
-    jax.config.update("jax_compilation_cache_dir", str(folder.parent))
-    wiring.plan.stages = planned
-    assert planned[0].has_prefix and open_step_cache(config, NOTHING_OWN, wiring) is None
-
-
 @pytest.mark.parametrize(("first", "keeps"), [("demo", True), ("mine.py:small", False)])
 def test_the_command_keeps_steps_unless_it_runs_a_file_that_may_replace_functions(tmp_path, monkeypatch, first, keeps):
     (tmp_path / "mine.py").write_text("from senano_jax import preset\n\n\ndef small():\n    return preset('demo')\n")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import cross_entropies, relative_error
-from pieces_reference import largest_error, reference
+from pieces_reference import largest_error, reference, with_row
 from tiny import random_params, random_sequences, tiny_gpt2, tiny_model
 
 from senano_jax.model.cap import Plain
@@ -38,13 +38,14 @@ def test_without_weights_the_next_token_alone():
 
 
 def test_three_tokens_ahead_are_the_original_ones():
-    """A sequence of two documents, whose border is crossed; the numbers of automatic differentiation."""
+    """A sequence of two documents, whose border is crossed; the numbers of automatic differentiation. The original's
+    bias is the head's row for a channel that is 1 in all tokens."""
     inputs, arrays = reference("a_head_mtp")
     cap = SoftCap(height=23, divisor=7.5, shift=5, by_width=False)
     targets = targets_of(jnp.asarray(inputs["y"])[None], jnp.asarray(WEIGHTS))
 
     def loss(x, head, bias):
-        return cross_entropy(norm(x)[None], head, targets, cap, bias, chunk_tokens=16)
+        return cross_entropy(*with_row(norm(x)[None], head, bias), targets, cap, chunk_tokens=16)
 
     arguments = inputs["x"], inputs["W"], jnp.asarray(inputs["b"])
     value, gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))(*arguments)

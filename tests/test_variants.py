@@ -24,19 +24,11 @@ VARIANTS = {
     "head gate": {"head_gate": True, "layers": LayerSchedule(1, 2, 2, 1)},
     "weighted": {"trunk": Weighted(), "layers": LayerSchedule(1, 2, 3, 1), "unroll": True},
     "exits": {"trunk": Weighted(exits=True), "layers": LayerSchedule(2, 1, 3, 2), "tied": True},
-    "by channel": {
-        "trunk": Weighted(added_by_channel=True, read_by_channel=True, shift=True),
-        "layers": LayerSchedule(1, 2, 2, 1),
-        "query_gains": True,
-        "head_gate": True,
-    },
-    "norm of outputs": {"trunk": Weighted(mlp_output_norm=True), "layers": LayerSchedule(1, 2, 2, 1)},
     "all of it": {
         "trunk": Weighted(exits=True, coda_reads_exit=True),
         "layers": LayerSchedule(2, 1, 2, 1),
         "head_gate": True,
         "cap": SHIFTED,
-        "logit_bias": True,
         "mlp_widths": ((3, 48),),
     },
 }
@@ -73,7 +65,6 @@ def test_loss_and_gradients_are_those_of_the_formulas(variant):
             heads=2,
             cap=(cap.height, cap.divisor, cap.shift),
             coda_reads_exit=getattr(c.trunk, "coda_reads_exit", False),
-            norms_loop=getattr(c.trunk, "mlp_output_norm", False),
         )
 
     params64 = jax.tree.map(lambda x: np.asarray(x, np.float64), params)

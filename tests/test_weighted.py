@@ -17,7 +17,7 @@ class Tanh(WeightedLayer):
 
     matrix: jax.Array | None = None
 
-    def attend(self, x_BTD, context, visit, weight, gain):
+    def attend(self, x_BTD, context, visit, weight):
         return (weight * jnp.tanh(x_BTD @ self.matrix)).astype(x_BTD.dtype), None
 
 

@@ -99,11 +99,10 @@ def _pieces(text: str) -> Iterator[str]:
         yield text[done:]
 
 
-def read_tables(folder: Path, flag: str = "--bpe-dir") -> dict[bytes, int]:
+def read_tables(folder: Path) -> dict[bytes, int]:
     """Token bytes to token number, which is also the order of merging, from the published tables in `folder`.
 
-    Raises UserError, naming the `flag` that gave the folder, if a table cannot be read or the two do not belong
-    together.
+    Raises UserError if a table cannot be read or the two do not belong together.
     """
     folder = expand_home(folder)
     encoder_path, merges_path = folder / "encoder.json", folder / "vocab.bpe"
@@ -117,17 +116,17 @@ def read_tables(folder: Path, flag: str = "--bpe-dir") -> dict[bytes, int]:
         merged = [bytes(byte_of[char] for char in merge.replace(" ", "")) for merge in merges if merge]
     except OSError as error:
         raise UserError(
-            f"cannot read {error.filename} ({error.strerror}): {flag} takes a folder with encoder.json and vocab.bpe, "
-            f"from {PUBLISHED}"
+            f"cannot read {error.filename} ({error.strerror}): --bpe-dir takes a folder with encoder.json and "
+            f"vocab.bpe, from {PUBLISHED}"
         ) from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"{encoder_path} and {merges_path} are not GPT-2's tables ({type(error).__name__}: {error}): "
-            f"give {flag} the published ones"
+            "give --bpe-dir the published ones"
         ) from error
     in_order = sorted(ranks, key=ranks.__getitem__)
     if len(in_order) != 256 + len(merged) or in_order[256:] != merged or len(set(ranks.values())) != len(ranks):
-        raise UserError(f"{encoder_path} and {merges_path} do not belong together: give {flag} matching ones")
+        raise UserError(f"{encoder_path} and {merges_path} do not belong together: give --bpe-dir matching ones")
     return ranks
 
 

@@ -4,7 +4,6 @@ The record's systems have the names of their own programs, GPT-2 has those that 
 PyTorch is (out, in) and ours is (in, out); nothing else differs but the names.
 """
 
-import dataclasses
 import io
 import re
 import zipfile
@@ -46,8 +45,8 @@ TRANSPOSED = ("head", "qkv", "out", "up", "down", "kernel")  # ends of the paths
 
 # What the PyTorch programs compute in one way only.
 _FIXED = (
-    *("attention_dim", "trunk", "mlp_widths", "cap", "tied", "input_rank", "logit_bias"),
-    *("head_gate", "exclusive_attention", "key_offset", "paired_heads", "values_from_x0", "smear", "query_gains"),
+    *("trunk", "mlp_widths", "cap", "tied"),
+    *("head_gate", "exclusive_attention", "key_offset", "paired_heads"),
 )
 
 
@@ -59,8 +58,6 @@ def torch_names(config: ModelConfig | Gpt2Config) -> dict[str, tuple[str, ...]]:
     if isinstance(config, Gpt2Config):
         return _gpt2_names(config)
     plain = ModelConfig(dim=config.dim, num_heads=config.num_heads, layers=config.layers)
-    if config.heads_dim == config.dim:
-        config = dataclasses.replace(config, attention_dim=None)
     for field in _FIXED:
         if getattr(config, field) != getattr(plain, field):
             raise UserError(

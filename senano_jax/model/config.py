@@ -21,7 +21,7 @@ class TransformerConfig:
     dim: int
     """Width of the residual stream."""
     num_heads: int
-    """Attention heads; the head width is dim / num_heads, or attention_dim / num_heads where there is one."""
+    """Attention heads; the head width is dim / num_heads."""
     mlp_expansion: int = 4
     """Hidden width of the MLP, in units of dim."""
     vocab_size: int = 50257
@@ -35,14 +35,9 @@ class TransformerConfig:
     residual stream that is rounded to the activations' type, so bfloat16 losses differ in the fourth digit."""
 
     @property
-    def heads_dim(self) -> int:
-        """Width of a layer's attention, all heads together."""
-        return self.dim
-
-    @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.heads_dim // self.num_heads
+        return self.dim // self.num_heads
 
     @property
     def positions(self) -> int:
@@ -69,8 +64,6 @@ class ModelConfig(TransformerConfig):
 
     layers: LayerSchedule
     """Order of the layers."""
-    attention_dim: int | None = None
-    """Width of a layer's attention, all heads together; None: that of the residual stream."""
     value_embeddings: int = 0
     """Tables of values by token, mixed into the attention of as many layers at the start and again, in the same order,
     at the end. 0: every layer mixes in the values of the first one instead."""
@@ -85,11 +78,6 @@ class ModelConfig(TransformerConfig):
     """From the head's products to logits."""
     tied: bool = False
     """The columns of the head are the tokens' embeddings too: one table, which the head's rule updates."""
-    input_rank: int = 0
-    """With a tied table: rank of what is added to it where tokens come in, the product of a table of so many numbers a
-    token, zero at the start, and a matrix. 0: nothing."""
-    logit_bias: bool = False
-    """Learn a number a column of the head that is added to its products before the cap."""
     head_gate: bool = False
     """Multiply what each attention head gives by a gate between 0 and 1 that the layer's input opens, with weights of
     its own for each visit."""
@@ -102,23 +90,6 @@ class ModelConfig(TransformerConfig):
     by this one token."""
     paired_heads: tuple[int, ...] = ()
     """Layers whose heads attend in pairs: each sees the keys of both, over half as many tokens as the window has."""
-    values_from_x0: tuple[int, ...] = ()
-    """Layers to whose values a product of the embedding with a matrix of their own is added, which is zero at the
-    start."""
-    query_gains: bool = False
-    """Multiply the queries of each head by a learned number, of its own for each visit, 1 at the start: how sharply it
-    attends."""
-    smear: bool = False
-    """Add to each token's embedding a learned share of that of the token before, also across the start of a document;
-    none at the start of training."""
-    output_init: float = 0.0
-    """Standard deviation at the start of the last matrices of attention and MLP, in units of one over the root of their
-    inputs: uniform numbers in attention, normal ones in the MLP. 0: both are zero."""
-
-    @property
-    def heads_dim(self) -> int:
-        """Width of a layer's attention, all heads together."""
-        return self.dim if self.attention_dim is None else self.attention_dim
 
     def mlp_width(self, layer: int) -> int:
         """Hidden units of a layer's MLP."""
@@ -136,8 +107,7 @@ class ModelConfig(TransformerConfig):
     @property
     def has_parameters_by_visit(self) -> bool:
         """Whether layers of the loop have parameters that differ from visit to visit."""
-        pieces = self.head_gate or self.exclusive_attention or self.query_gains
-        return pieces or isinstance(self.trunk, Weighted)
+        return self.head_gate or self.exclusive_attention or isinstance(self.trunk, Weighted)
 
     def value_table(self, layer: int) -> int | None:
         """The value embedding that a layer mixes in, if any."""
@@ -184,12 +154,6 @@ class Gpt2Config(TransformerConfig):
         return (True,) * self.num_layers
 
 
-def flag_of_heads_dim(model: ModelConfig | Gpt2Config) -> str:
-    """The flag that decides the width of a layer's attention."""
-    own = isinstance(model, ModelConfig) and model.attention_dim is not None
-    return "--model.attention-dim" if own else "--model.dim"
-
-
 def check_model(model: ModelConfig | Gpt2Config) -> None:
     """Raises UserError at the first value that cannot work."""
     counts = {
@@ -202,24 +166,21 @@ def check_model(model: ModelConfig | Gpt2Config) -> None:
         counts |= {"--model.num-layers": model.num_layers, "--model.max-length": model.max_length}
     else:
         counts["--model.layers.prelude"] = model.layers.prelude
-        if model.attention_dim is not None:
-            counts["--model.attention-dim"] = model.attention_dim
     check_counts(counts, least=1)
-    width = flag_of_heads_dim(model)
-    if model.heads_dim % model.num_heads:
+    if model.dim % model.num_heads:
         raise UserError(
-            f"{width} {model.heads_dim} is not divisible by --model.num-heads {model.num_heads}; "
+            f"--model.dim {model.dim} is not divisible by --model.num-heads {model.num_heads}; "
             "choose a width that is a multiple of the number of heads"
         )
     if isinstance(model, ModelConfig) and model.head_dim % 4:
         raise UserError(
-            f"{width} {model.heads_dim} with --model.num-heads {model.num_heads} gives heads of {model.head_dim}; "
+            f"--model.dim {model.dim} with --model.num-heads {model.num_heads} gives heads of {model.head_dim}; "
             "the rotary embedding needs a multiple of 4"
         )
     if model.attention == "flash" and not triton_sizes.fits(model.head_dim):
         raise UserError(
             f"--model.attention flash takes heads whose width is a power of two from 16 up, not {model.head_dim} "
-            f"({width} / --model.num-heads); change these, or use --model.attention banded"
+            "(--model.dim / --model.num-heads); change these, or use --model.attention banded"
         )
     if not VOCAB_SIZE <= model.vocab_size <= model.padded_vocab_size:
         raise UserError(
@@ -230,17 +191,8 @@ def check_model(model: ModelConfig | Gpt2Config) -> None:
         _check_schedule(model)
         check_counts({"--model.mlp-widths": min((width for _, width in model.mlp_widths), default=1)}, least=1)
         model.cap.check("--model.cap")
-        if not 0 <= model.output_init < float("inf"):
-            raise UserError(f"--model.output-init is {model.output_init}; use 0 or more")
-        if not 0 <= model.input_rank < model.dim:
-            raise UserError(f"--model.input-rank is {model.input_rank}; use 0, for none, to {model.dim - 1}")
-        if model.input_rank and not model.tied:
-            raise UserError(
-                f"--model.input-rank is {model.input_rank}, but the embedding is a table by itself; use --model.tied"
-            )
-        for flag, reads in {"--model.head-gate": model.head_gate, "--model.smear": model.smear}.items():
-            if reads and model.dim < GATE_INPUTS:
-                raise UserError(f"{flag} reads {GATE_INPUTS} channels, --model.dim is {model.dim}; widen it")
+        if model.head_gate and model.dim < GATE_INPUTS:
+            raise UserError(f"--model.head-gate reads {GATE_INPUTS} channels, --model.dim is {model.dim}; widen it")
 
 
 def _check_schedule(model: ModelConfig) -> None:
@@ -258,19 +210,12 @@ def _check_schedule(model: ModelConfig) -> None:
         "--model.layers.long-windows": layers.long_windows or (),
         "--model.layers.no-attention": layers.no_attention,
         "--model.paired-heads": model.paired_heads,
-        "--model.values-from-x0": model.values_from_x0,
         "--model.mlp-widths": tuple(layer for layer, _ in model.mlp_widths),
     }.items():
         if unknown := [n for n in named if not 0 <= n < layers.layers]:
             raise UserError(f"{flag} names layer {unknown[0]}; there are layers 0 to {layers.layers - 1}")
-    for flag, named in {
-        "--model.paired-heads": model.paired_heads,
-        "--model.values-from-x0": model.values_from_x0,
-    }.items():
-        if without := [n for n in named if n in layers.no_attention]:
-            raise UserError(f"{flag} names layer {without[0]}, which has no attention; leave it out")
-    if twice := [n for n in model.values_from_x0 if model.values_from_x0.count(n) > 1]:
-        raise UserError(f"--model.values-from-x0 names layer {twice[0]} more than once; name it once")
+    if without := [n for n in model.paired_heads if n in layers.no_attention]:
+        raise UserError(f"--model.paired-heads names layer {without[0]}, which has no attention; leave it out")
     if model.paired_heads and model.num_heads % 2:
         raise UserError(
             f"--model.paired-heads takes an even number of heads, --model.num-heads is {model.num_heads}; "

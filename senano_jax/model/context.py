@@ -23,4 +23,3 @@ class Context(NamedTuple):
     rotary: tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]
     windows: dict[bool, Intervals]  # by whether the layer has a long one
     slots: Slots | None = None  # if some layer pairs its heads
-    x0_values: tuple[Float[Array, "B T H K"], ...] = ()  # from x0, one for each of the values_from_x0

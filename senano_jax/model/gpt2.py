@@ -15,7 +15,7 @@ from senano_jax.model.cap import Plain
 from senano_jax.model.config import Gpt2Config
 from senano_jax.model.loss import cross_entropy
 from senano_jax.model.remat import rematerialised
-from senano_jax.model.targets import Prefixes, targets_of
+from senano_jax.model.targets import targets_of
 
 INIT_STD = 0.02
 
@@ -114,18 +114,16 @@ class Gpt2(nn.Module):
         window_blocks: Int[Array, ""] | int,
         *,
         loss_weights: Float[Array, "K"] | None = None,
-        prefixes: Prefixes | None = None,
         visits: int | None = None,
     ) -> Float[Array, ""]:
         """Cross-entropy summed over all tokens, float32; the rows that pad the table take no part in it.
 
         A window of at least T / 128 blocks is plain causal attention. `loss_weights` weigh the prediction of the token
-        1, 2, .. K ahead; None: of the next one alone. `prefixes` add that of what the next one begins with. `visits`
-        must be None: there is no loop.
+        1, 2, .. K ahead; None: of the next one alone. `visits` must be None: there is no loop.
         """
         if visits is not None:
             raise ValueError(f"GPT-2 has no loop to visit {visits} times")
-        asked = targets_of(targets.astype(jnp.int32), loss_weights, prefixes)
+        asked = targets_of(targets.astype(jnp.int32), loss_weights)
         features = self.features(inputs, window_blocks)
         return cross_entropy(features, self.embedding.T, asked, Plain(self.config.vocab_size))
 

@@ -96,7 +96,6 @@ def logsumexp_and_gradient(
     z_NV: Float[Array, "N V"],
     targets_NK: Int[Array, "N K"],
     weights_NK: Float[Array, "N K"] | None = None,
-    bias_V: Float[Array, "V"] | None = None,
     *,
     cap: float,
     slope: float,
@@ -112,10 +111,6 @@ def logsumexp_and_gradient(
     load = -(-padded // (LOADS * step)) * step
     z_NWLC = z_NV.reshape(tokens, WARPGROUPS, lines, LINE)
     z_NK = jnp.take_along_axis(z_NV, targets_NK, axis=1).astype(jnp.float32)
-    bias_WLC = None
-    if bias_V is not None:
-        z_NK += bias_V[targets_NK]
-        bias_WLC = jnp.pad(bias_V.reshape(WARPGROUPS, lines, LINE), ((0, 0), (0, padded - lines), (0, 0)))
     sigmoids_NK = jax.nn.sigmoid(slope * (z_NK + shift))
     # Changes none of them, but gives them a buffer of their own: XLA passes a slice of the tokens, which is what
     # targets are, as a pointer into them, and Mosaic refuses one that is not a multiple of 256 bytes.
@@ -140,12 +135,12 @@ def logsumexp_and_gradient(
         ),
         kernel_name="loss_and_gradient",
     )
-    logsumexp_N, dz_NWLC = kernel(z_NWLC, targets_NK, sigmoids_NK, weights_NK, bias_WLC)
+    logsumexp_N, dz_NWLC = kernel(z_NWLC, targets_NK, sigmoids_NK, weights_NK)
     return logsumexp_N, dz_NWLC.reshape(z_NV.shape)
 
 
 def _kernel(
-    z_gmem, targets_gmem, sigmoids_gmem, weights_gmem, bias_gmem, logsumexp_gmem, dz_gmem, *,
+    z_gmem, targets_gmem, sigmoids_gmem, weights_gmem, logsumexp_gmem, dz_gmem, *,
     row_smem, sums_smem, full, summed, cap: float, slope: float, shift: float, step: int, load: int,
 ):  # fmt: skip
     token, warpgroup = lax.axis_index("token"), lax.axis_index("warpgroup")
@@ -173,8 +168,6 @@ def _kernel(
             lambda: plgpu.barrier_wait(full.at[warpgroup * LOADS + lax.div(n * step, load)])
         )
         z_LC = plgpu.load(own_smem.at[part], layout=LINES).astype(jnp.float32)
-        if bias_gmem is not None:
-            z_LC += plgpu.load(bias_gmem.at[warpgroup, part], layout=LINES, optimized=False)
         root_LC = lax.rsqrt(1 + jnp.exp2(z_LC * (-slope * LOG2_E) - shift * slope * LOG2_E))
         sigmoid_LC = root_LC * root_LC  # an approximate root takes one instruction, a division ten
         exp_LC = jnp.exp2(sigmoid_LC * binary_cap + to_exponent)

@@ -3,8 +3,6 @@
 How they meet the residual stream is a trunk's matter, whose layers add it to this class.
 """
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,7 +14,6 @@ from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.heads_attention import attend_product
 from senano_jax.model.pieces import pieces_of
 from senano_jax.model.pieces.paired_heads import columns_by_slot, in_slots
-from senano_jax.model.pieces.query_gains import with_gains
 from senano_jax.model.schedule import Weighted
 from senano_jax.model.squared_relu import squared_relu_mlp
 
@@ -29,18 +26,11 @@ def uniform_fan_in(key, shape, dtype=jnp.float32):
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def output_init(deviation: float, distribution: Literal["uniform", "normal"]):
-    """Standard deviation `deviation` / sqrt(fan_in), for matrices [in, out]; zeros for 0."""
-    if not deviation:
-        return nn.initializers.zeros
-    return nn.initializers.variance_scaling(deviation**2, "fan_in", distribution)
-
-
 class Attention(nn.Module):
     """Multi-head attention with normalised queries and keys and a learned share of values from elsewhere.
 
-    Parameters: qkv [3, D, A], out [A, D], for heads that are A wide together, and the shares, value_lambdas [2] with
-    value embeddings and value_residual without, [] or, in a trunk whose weights differ between applications, [visits].
+    Parameters: qkv [3, D, D], out [D, D], and the shares, value_lambdas [2] with value embeddings and value_residual
+    without, [] or, in a trunk whose weights differ between applications, [visits].
     """
 
     config: ModelConfig
@@ -48,33 +38,33 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD, other_v_BTHK, x0_v_BTHK, rotary, intervals: Intervals, visit=0, weight=None, gain_D=None,
-        first_BTG=None,
+        self, x_BTD, other_v_BTHK, rotary, intervals: Intervals, visit=0, weight=None, first_BTG=None
     ):  # fmt: skip
-        """Returns the output, times `weight` if there is one, and the values it weighs. With `gain_D` it reads x times
-        that. Its pieces read `first_BTG`, the first channels of x, if it is given, else x.
+        """Returns the output, times `weight` if there is one, and the values it weighs. Its pieces read `first_BTG`,
+        the first channels of x, if it is given, else x.
 
         `other_v_BTHK` is those of the first layer or the tokens' value embeddings. None mixes nothing: what the first
-        layer returns is later layers' `other_v_BTHK`. `x0_v_BTHK` is None, or added to the layer's own values. `rotary`
-        and `intervals` are those of slots where heads are paired. `visit` numbers the applications of this layer.
+        layer returns is later layers' `other_v_BTHK`. `rotary` and `intervals` are those of slots where heads are
+        paired. `visit` numbers the applications of this layer.
         """
         c = self.config
         B, T, D = x_BTD.shape
-        A = c.heads_dim
-        qkv_3DA = self.param("qkv", uniform_fan_in, (3, D, A))
-        out_AD = self.param("out", output_init(c.output_init, "uniform"), (A, D))
-
         # One product, so that its gradient is one too.
-        qkv_3DA = by_rows(gain_D, qkv_3DA).astype(x_BTD.dtype)
+        qkv_3DD = self.param("qkv", uniform_fan_in, (3, D, D)).astype(x_BTD.dtype)
+        out_DD = self.param("out", nn.initializers.zeros, (D, D))
         if self.layer in c.paired_heads:
-            slots, qkv_DE = 2, columns_by_slot(qkv_3DA)
-            other_v_BTHK, x0_v_BTHK = (None if v is None else in_slots(v) for v in (other_v_BTHK, x0_v_BTHK))
+            slots, qkv_DE = 2, columns_by_slot(qkv_3DD)
+            other_v_BTHK = None if other_v_BTHK is None else in_slots(other_v_BTHK)
         else:
-            slots, qkv_DE = 1, jnp.swapaxes(qkv_3DA, 0, 1).reshape(D, 3 * A)
+            slots, qkv_DE = 1, jnp.swapaxes(qkv_3DD, 0, 1).reshape(D, 3 * D)
+        mixed, first_v_BTHK, value_residual = None, None, jnp.float32(0)
         if c.value_embeddings:
             lambdas = self.param("value_lambdas", nn.initializers.constant(0.5), (2,))
-            first_v_BTHK, value_residual = None, jnp.float32(0)
-            own_share, added = lambdas[0], [(lambdas[0], x0_v_BTHK), (lambdas[1], other_v_BTHK)]
+
+            def mixed(q, k, v):
+                tables = [] if other_v_BTHK is None else [(lambdas[1], other_v_BTHK)]
+                return q, k, weighted_sum((lambdas[0], v), *tables, dtype=v.dtype)
+
         else:
             by_visit = isinstance(c.trunk, Weighted)
             shape = (c.layers.visits_of(self.layer),) if by_visit else ()
@@ -82,29 +72,18 @@ class Attention(nn.Module):
             if by_visit:
                 value_residual = value_residual[visit]
             first_v_BTHK = other_v_BTHK
-            # What own values are of the mixture, those of x0 are beside it.
-            own_share, added = 1.0, [(1.0 if first_v_BTHK is None else 1 - value_residual, x0_v_BTHK)]
-        added = [(share, v_BTHK) for share, v_BTHK in added if v_BTHK is not None]
-        adds_values = c.value_embeddings or added
-        if c.query_gains:
-            gains = self.param("query_gains", nn.initializers.ones, (c.layers.visits_of(self.layer), c.num_heads))
-
-        def changed(q, k, v):
-            q = with_gains(q, gains[visit]) if c.query_gains else q
-            return q, k, weighted_sum((own_share, v), *added, dtype=v.dtype) if adds_values else v
-
         y_BTHK, v_BTHK = attend_product(
             x_BTD, qkv_DE, first_v_BTHK, value_residual, rotary, intervals, c.num_heads // slots, ATTENTION_SCALE,
             c.attention,
             slots=slots,
             offsets_keys=c.offsets_keys(self.layer),
             with_values=c.excludes_own_values(self.layer),
-            between=changed if adds_values or c.query_gains else None,
+            between=mixed,
         )  # fmt: skip
         y_BTHK, v_BTHK = (z.reshape(B, T, c.num_heads, c.head_dim) for z in (y_BTHK, v_BTHK))  # of tokens, not of slots
         for piece in pieces_of(c, self.layer):
             y_BTHK = piece.after(y_BTHK, v_BTHK, x_BTD if first_BTG is None else first_BTG, visit)
-        return y_BTHK.reshape(B, T, A) @ times(weight, out_AD).astype(x_BTD.dtype), v_BTHK
+        return y_BTHK.reshape(B, T, D) @ times(weight, out_DD).astype(x_BTD.dtype), v_BTHK
 
 
 class Mlp(nn.Module):
@@ -112,30 +91,23 @@ class Mlp(nn.Module):
 
     dim: int
     hidden: int
-    output_init: float
 
     def setup(self):
         self.up = self.param("up", uniform_fan_in, (self.dim, self.hidden))
-        self.down = self.param("down", output_init(self.output_init, "normal"), (self.hidden, self.dim))
+        self.down = self.param("down", nn.initializers.zeros, (self.hidden, self.dim))
 
-    def matrices(self, dtype: jnp.dtype, weight=None, gain_D=None):
-        """Both; the second one times `weight`, the rows of the first one times `gain_D`, if there are these."""
-        return by_rows(gain_D, self.up).astype(dtype), times(weight, self.down).astype(dtype)
+    def matrices(self, dtype: jnp.dtype, weight=None):
+        """Both, the second one times `weight` if there is one."""
+        return self.up.astype(dtype), times(weight, self.down).astype(dtype)
 
-    def __call__(self, x_BTD, gain_D=None):
-        """Of x times `gain_D`, if there is one."""
-        return squared_relu_mlp(x_BTD, *self.matrices(x_BTD.dtype, None, gain_D))
+    def __call__(self, x_BTD):
+        return squared_relu_mlp(x_BTD, *self.matrices(x_BTD.dtype))
 
 
 def times(weight, matrix_FD):
-    """The matrix, times a weight if there is one, or one for each column. That of an output costs nothing here, nor
-    does its gradient, where each would be a pass over all tokens."""
+    """The matrix, times a weight if there is one. That of an output costs nothing here, nor does its gradient, where
+    each would be a pass over all tokens."""
     return matrix_FD if weight is None else weight * matrix_FD
-
-
-def by_rows(gain_D, matrix_DF):
-    """The matrix, its rows times gains if there are any: those of what it multiplies; they cost nothing here either."""
-    return matrix_DF if gain_D is None else gain_D[:, None] * matrix_DF
 
 
 class Layer(nn.Module):
@@ -147,7 +119,7 @@ class Layer(nn.Module):
     def setup(self):
         if self.has_attention:
             self.attention = Attention(self.config, self.layer)
-        self.mlp = Mlp(self.config.dim, self.config.mlp_width(self.layer), self.config.output_init)
+        self.mlp = Mlp(self.config.dim, self.config.mlp_width(self.layer))
 
     @property
     def has_attention(self) -> bool:
@@ -159,13 +131,12 @@ class Layer(nn.Module):
         """How many of the normalised stream's first channels a head gate reads, if there is one: `first_BTG`."""
         return GATE_INPUTS if self.config.head_gate else None
 
-    def attend(self, x_BTD, context: Context, visit=0, weight=None, gain_D=None, first_BTG=None):
+    def attend(self, x_BTD, context: Context, visit=0, weight=None, first_BTG=None):
         """Attention with the values and the window that this layer takes; returns the output, times `weight` if there
-        is one, and the values that it weighed. With `gain_D` it reads x times that; its pieces read `first_BTG`."""
+        is one, and the values that it weighed. Its pieces read `first_BTG`."""
         c = self.config
         table = c.value_table(self.layer)
         other_v = context.first_v if table is None else context.value_embeddings[table]
-        x0_v = dict(zip(c.values_from_x0, context.x0_values)).get(self.layer)
         rows = context.slots if self.layer in c.paired_heads else context
         intervals = rows.windows[c.layers.has_long_window(self.layer)]
-        return self.attention(x_BTD, other_v, x0_v, rows.rotary, intervals, visit, weight, gain_D, first_BTG)
+        return self.attention(x_BTD, other_v, rows.rotary, intervals, visit, weight, first_BTG)

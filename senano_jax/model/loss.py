@@ -32,17 +32,16 @@ def cross_entropy(
     head: Float[Array, "D V"],
     targets: Targets,
     cap: SoftCap | Plain,
-    bias: Float[Array, "V"] | None = None,
     chunk_tokens: int | None = None,
 ) -> Float[Array, ""]:
     """Weighted sum of the cross-entropies (natural log, float32) of all tokens' predictions.
 
-    `x @ head` is computed and rounded in x's type, everything after it in float32; `bias` is added to it before the
-    cap. `chunk_tokens` bounds the tokens whose logits exist at a time; it changes nothing but memory and speed.
+    `x @ head` is computed and rounded in x's type, everything after it in float32. `chunk_tokens` bounds the tokens
+    whose logits exist at a time; it changes nothing but memory and speed.
     """
     if isinstance(cap, SoftCap):
         cap = capped(cap, x.shape[-1])
-    return _chunked_loss(x, head, bias, targets, chunk_tokens or _chunk_tokens(), cap)
+    return _chunked_loss(x, head, targets, chunk_tokens or _chunk_tokens(), cap)
 
 
 def loss_is_fused(tokens: int, columns: int, cap: SoftCap | Plain) -> bool:
@@ -54,17 +53,17 @@ def _is_fused(tokens, columns, cap) -> bool:
     return isinstance(cap, SoftCap) and on_gpu() and loss_kernel.fits(tokens, columns)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _chunked_loss(x, head, bias, targets, chunk_tokens, cap):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _chunked_loss(x, head, targets, chunk_tokens, cap):
     head_DV = head.astype(x.dtype)
-    if isinstance(cap, SoftCap) and bias is None and hopper_logsumexp.fits(x.size // x.shape[-1], *head.shape, x.dtype):
+    if isinstance(cap, SoftCap) and hopper_logsumexp.fits(x.size // x.shape[-1], *head.shape, x.dtype):
         return _loss_without_logits(x, head_DV, targets, cap)
 
     def body(total, chunk):
         x_ND, targets_NK, weights_NK = chunk
         z_NV = x_ND @ head_DV
-        logsumexp_N = cap.logsumexp(cap.all_logits(_biased(z_NV, bias)))
-        return total + _loss(_of_targets(z_NV, targets_NK), bias, targets_NK, weights_NK, logsumexp_N, cap), None
+        logsumexp_N = cap.logsumexp(cap.all_logits(z_NV))
+        return total + _loss(_of_targets(z_NV, targets_NK), weights_NK, logsumexp_N, cap), None
 
     return jax.lax.scan(body, jnp.float32(0), _chunks(x, targets, chunk_tokens))[0]
 
@@ -74,33 +73,27 @@ def _loss_without_logits(x, head_DV, targets, cap):
     logsumexp_N = hopper_logsumexp.logsumexp(x_ND, head_DV, cap=cap.height, slope=1 / cap.divisor, shift=cap.shift)
     columns_NKD = columns_as_rows(head_DV)[targets_NK]
     z_NK = (x_ND[:, None].astype(jnp.float32) * columns_NKD.astype(jnp.float32)).sum(-1).astype(x.dtype)
-    return _loss(z_NK, None, targets_NK, weights_NK, logsumexp_N, cap)
-
-
-def _biased(z, bias):
-    return z if bias is None else z.astype(jnp.float32) + bias
+    return _loss(z_NK, weights_NK, logsumexp_N, cap)
 
 
 def _of_targets(z_NV, targets_NK):
     return jnp.take_along_axis(z_NV, targets_NK, axis=1)
 
 
-def _loss(z_NK, bias_V, targets_NK, weights_NK, logsumexp_N, cap):
+def _loss(z_NK, weights_NK, logsumexp_N, cap):
     """Of the products with the targets' columns of the head and the log-sum-exp of all logits."""
-    target_NK = cap.logits(_biased(z_NK, None if bias_V is None else bias_V[targets_NK]))
+    target_NK = cap.logits(z_NK)
     if weights_NK is None:
         return (logsumexp_N - target_NK[:, 0]).sum()
     return (weights_NK * (logsumexp_N[:, None] - target_NK)).sum()
 
 
-def _logsumexp_and_gradient(z_NV, bias_V, targets_NK, weights_NK, cap):
-    """The logits' log-sum-exp (float32) and the gradient of z, in its type, or with a bias in float32 where it costs
-    nothing."""
+def _logsumexp_and_gradient(z_NV, targets_NK, weights_NK, cap):
+    """The logits' log-sum-exp (float32) and the gradient of z, in its type."""
     if _is_fused(*z_NV.shape, cap):
         return loss_kernel.logsumexp_and_gradient(
-            z_NV, targets_NK, weights_NK, bias_V, cap=cap.height, slope=1 / cap.divisor, shift=cap.shift
+            z_NV, targets_NK, weights_NK, cap=cap.height, slope=1 / cap.divisor, shift=cap.shift
         )
-    z_NV = _biased(z_NV, bias_V)
     logits_NV = cap.all_logits(z_NV)
     logsumexp_N = cap.logsumexp(logits_NV)
     columns = jnp.arange(logits_NV.shape[1])
@@ -114,26 +107,21 @@ def _logsumexp_and_gradient(z_NV, bias_V, targets_NK, weights_NK, cap):
     return logsumexp_N, cap.pulled_back(d_logits_NV, logits_NV).astype(z_NV.dtype)
 
 
-def _forward(x, head, bias, targets, chunk_tokens, cap):
+def _forward(x, head, targets, chunk_tokens, cap):
     head_DV = head.astype(x.dtype)
 
     def body(carry, chunk):
-        total, d_head_DV, d_bias_V = carry
+        total, d_head_DV = carry
         x_ND, targets_NK, weights_NK = chunk
         z_NV = x_ND @ head_DV
-        logsumexp_N, dz_NV = _logsumexp_and_gradient(z_NV, bias, targets_NK, weights_NK, cap)
-        loss = _loss(_of_targets(z_NV, targets_NK), bias, targets_NK, weights_NK, logsumexp_N, cap)
-        if bias is not None:
-            d_bias_V += dz_NV.sum(0, dtype=jnp.float32)
-            dz_NV = dz_NV.astype(x.dtype)
+        logsumexp_N, dz_NV = _logsumexp_and_gradient(z_NV, targets_NK, weights_NK, cap)
+        loss = _loss(_of_targets(z_NV, targets_NK), weights_NK, logsumexp_N, cap)
         d_head_DV += jnp.matmul(x_ND.T, dz_NV, preferred_element_type=jnp.float32)
-        return (total + loss, d_head_DV, d_bias_V), _gradient_of_x(dz_NV, head_DV)
+        return (total + loss, d_head_DV), _gradient_of_x(dz_NV, head_DV)
 
-    d_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
-    start = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32), d_bias)
-    (total, d_head, d_bias), d_x = jax.lax.scan(body, start, _chunks(x, targets, chunk_tokens))
-    d_bias = None if bias is None else d_bias.astype(bias.dtype)
-    return total, (d_x.reshape(x.shape), d_head.astype(head.dtype), d_bias)
+    start = jnp.float32(0), jnp.zeros(head.shape, jnp.float32)
+    (total, d_head), d_x = jax.lax.scan(body, start, _chunks(x, targets, chunk_tokens))
+    return total, (d_x.reshape(x.shape), d_head.astype(head.dtype))
 
 
 def _gradient_of_x(dz_NV, head_DV):

@@ -36,7 +36,6 @@ def logsumexp_and_gradient(
     z: Float[Array, "N V"],
     targets: Int[Array, "N K"],
     weights: Float[Array, "N K"] | None = None,
-    bias: Float[Array, "V"] | None = None,
     *,
     cap: float,
     slope: float,
@@ -45,38 +44,35 @@ def logsumexp_and_gradient(
     launch: triton.RowLaunch = DEFAULT_LAUNCH,
     interpret: bool = False,
 ) -> tuple[Float[Array, "N"], Float[Array, "N V"]]:
-    """For logits = cap * sigmoid(slope * (z + bias + shift)): their log-sum-exp (float32) and the gradient of z, in
-    its type, of the sum of a token's K cross-entropies, weighted by float32 numbers; None: K is 1, and the weight 1.
+    """For logits = cap * sigmoid(slope * (z + shift)): their log-sum-exp (float32) and the gradient of z, in its type,
+    of the sum of a token's K cross-entropies, weighted by float32 numbers; None: K is 1, and the weight 1.
 
-    `bias` is float32 and is added in float32. Its gradient, the sum over the rows of z's, is left to XLA: partial sums
-    of a program's few rows would be as many bytes as the gradient itself. `hopper` is for Hopper GPUs, ValueError for z
-    that hopper_loss does not fit; `auto` takes it wherever it can. `launch` and `interpret` are for `triton`.
+    `hopper` is for Hopper GPUs, ValueError for z that hopper_loss does not fit; `auto` takes it wherever it can.
+    `launch` and `interpret` are for `triton`.
     """
     tokens, logits = z.shape
     automatic = not interpret and hopper_loss.runs_here() and hopper_loss.fits(logits, z.dtype)
     if implementation == "hopper" or (implementation == "auto" and automatic):
-        return hopper_loss.logsumexp_and_gradient(z, targets, weights, bias, cap=cap, slope=slope, shift=shift)
+        return hopper_loss.logsumexp_and_gradient(z, targets, weights, cap=cap, slope=slope, shift=shift)
     rows = pl.BlockSpec((launch.rows, logits), lambda n: (n, 0))
     of_token = pl.BlockSpec((launch.rows,), lambda n: (n,))
     asked = pl.BlockSpec((launch.rows, targets.shape[1]), lambda n: (n, 0))
-    of_column = pl.BlockSpec((logits,), lambda n: (0,))
     return triton.call(
         functools.partial(_kernel, cap=cap, slope=slope, shift=shift, interpret=interpret),
         name="loss_and_gradient",
         grid=(tokens // launch.rows,),
-        in_specs=[rows, asked, None if weights is None else asked, None if bias is None else of_column],
+        in_specs=[rows, asked, None if weights is None else asked],
         out_specs=[of_token, rows],
         out_shape=[jax.ShapeDtypeStruct((tokens,), jnp.float32), jax.ShapeDtypeStruct(z.shape, z.dtype)],
         launch=launch,
         interpret=interpret,
-    )(z, targets, weights, bias)
+    )(z, targets, weights)
 
 
 def _kernel(
     z_ref,
     targets_ref,
     weights_ref,
-    bias_ref,
     logsumexp_ref,
     dz_ref,
     *,
@@ -89,14 +85,8 @@ def _kernel(
     tokens, logits = z_ref.shape
     binary_cap = cap * math.log2(math.e)
 
-    def columns(c):
-        return c * COLUMNS + lax.broadcasted_iota(jnp.int32, (tokens, COLUMNS), 1)
-
     def sigmoid(c):
         z_RC = z_ref[:, pl.ds(c * COLUMNS, COLUMNS)].astype(jnp.float32)
-        if bias_ref is not None:
-            # Each thread loads the columns that it has of z; one row of them would be dealt out to threads otherwise.
-            z_RC += bias_ref[columns(c)]
         return reciprocal(1 + exp2(z_RC, -slope * math.log2(math.e), shift * slope * math.log2(math.e)))
 
     def add(c, sum_RC):
@@ -115,7 +105,7 @@ def _kernel(
     def pull_back(c, carry):
         sigmoid_RC = sigmoid(c)
         share_RC = exp2(sigmoid_RC, binary_cap, binary_R[:, None])
-        column_RC = columns(c)
+        column_RC = c * COLUMNS + lax.broadcasted_iota(jnp.int32, (tokens, COLUMNS), 1)
         if weights_ref is None:
             d_logit_RC = share_RC - (column_RC == targets_R1[0]).astype(jnp.float32)
         else:

@@ -104,14 +104,6 @@ class Weighted:
     lanes_by_token: bool = False
     """With `layer-lanes`, each token adds what it computes of the lanes to the weights of reading, keeping and writing
     them."""
-    added_by_channel: bool = False
-    """Weigh what sublayers add channel by channel, and not with one number."""
-    read_by_channel: bool = False
-    """Multiply the normalised stream that a sublayer reads by a weight for each channel, 1 at the start."""
-    mlp_output_norm: bool = False
-    """Normalise what the MLPs of the loop add, before it is weighed."""
-    shift: bool = False
-    """Add a vector of its own to the stream that enters each visit, zero at the start."""
 
     def check(self, layers: LayerSchedule) -> None:
         """Raises UserError at the first value that cannot work."""
@@ -120,15 +112,15 @@ class Weighted:
             check_counts({"--model.layers.visits": layers.visits}, least=1)
         if not 0 < self.growth < float("inf"):
             raise UserError(f"--model.trunk.growth is {self.growth}; use a number above 0")
-        of_loop = {
-            "exits": self.exits,
-            "coda-reads-exit": self.coda_reads_exit,
-            "mlp-output-norm": self.mlp_output_norm,
-            "shift": self.shift,
-        }
+        of_loop = {"exits": self.exits, "coda-reads-exit": self.coda_reads_exit}
         for flag, value in of_loop.items():
             if value and not layers.loop:
                 raise UserError(f"--model.trunk.{flag} needs a loop, --model.layers.loop is 0; leave it out")
+            if value and self.between == "layer-lanes":
+                raise UserError(
+                    f"--model.trunk.between layer-lanes leaves --model.trunk.{flag} no stream of the loop; "
+                    "leave one of them out"
+                )
         if self.between in ("norm", "lanes") and not layers.loop:
             raise UserError(
                 f"--model.trunk.between {self.between} needs a loop, --model.layers.loop is 0; leave it out"
@@ -141,12 +133,6 @@ class Weighted:
                 "--model.trunk.lanes-by-token needs --model.trunk.between layer-lanes, "
                 f"--model.trunk.between is {self.between}; leave one of them out"
             )
-        for flag in ("exits", "coda-reads-exit", "shift"):
-            if self.between == "layer-lanes" and of_loop[flag]:
-                raise UserError(
-                    f"--model.trunk.between layer-lanes leaves --model.trunk.{flag} no stream of the loop; "
-                    "leave one of them out"
-                )
         if self.backout and not (self.exits and layers.visits > 1):
             raise UserError(
                 f"--model.trunk.backout is {self.backout}, but there is no last visit but one to take away; use "

@@ -13,21 +13,9 @@ class Targets(NamedTuple):
     weights: Float[Array, "B T K"] | None  # None: K is 1, and every token weighs 1
 
 
-class Prefixes(NamedTuple):
-    """What a token's bytes begin with is nearly right, and asked for too (prefix-token loss, modded-nanogpt of
-    2026-07)."""
-
-    table: Int[Array, "V"]  # for each token the longest other one that it begins with; below 0: none
-    weight: Float[Array, ""]
-
-
-def targets_of(
-    next_BT: Int[Array, "B T"], weights_K: Float[Array, "K"] | None, prefixes: Prefixes | None = None
-) -> Targets:
-    """The next token of each, or with weights the next K; with `prefixes` also what the next one begins with."""
-    if prefixes is None:
-        return Targets(next_BT[..., None], None) if weights_K is None else ahead(next_BT, weights_K)
-    return with_prefixes(ahead(next_BT, jnp.ones(1) if weights_K is None else weights_K), next_BT, prefixes)
+def targets_of(next_BT: Int[Array, "B T"], weights_K: Float[Array, "K"] | None) -> Targets:
+    """The next token of each, or with weights the next K."""
+    return Targets(next_BT[..., None], None) if weights_K is None else ahead(next_BT, weights_K)
 
 
 def ahead(next_BT: Int[Array, "B T"], weights_K: Float[Array, "K"]) -> Targets:
@@ -43,11 +31,3 @@ def ahead(next_BT: Int[Array, "B T"], weights_K: Float[Array, "K"]) -> Targets:
     tokens = jnp.take(next_BT, jnp.minimum(index_TK, length - 1), axis=1)
     weights_TK = jnp.where(index_TK < length, weights_K, 0).astype(jnp.float32)
     return Targets(tokens, jnp.broadcast_to(weights_TK, tokens.shape))
-
-
-def with_prefixes(targets: Targets, next_BT: Int[Array, "B T"], prefixes: Prefixes) -> Targets:
-    """One target more for each token; it weighs 0 where the next token begins with no other."""
-    prefix_BT1 = prefixes.table[next_BT][..., None]
-    weight_BT1 = jnp.where(prefix_BT1 < 0, 0, prefixes.weight).astype(jnp.float32)
-    pairs = ((targets.tokens, jnp.maximum(prefix_BT1, 0)), (targets.weights, weight_BT1))
-    return Targets(*(jnp.concatenate(pair, axis=-1) for pair in pairs))

@@ -4,11 +4,11 @@ import re
 
 # Of each group, a pattern that the whole path of a parameter fits, its names joined with "/". No path fits two.
 GROUPS = {
-    "matrices": r"(.*/)?(attention/(qkv|out)|mlp/(up|down))(/kernel)?|x0_values_\d+",
+    "matrices": r"(.*/)?(attention/(qkv|out)|mlp/(up|down))(/kernel)?",
     "head": r"head",
-    "embeddings": r"(position_)?embedding|input_(left|right)",
-    "scalars": r"(.*/)?(lambdas|value_residual|value_lambdas|(skip|stream|added|read|x0)_weights|(logit_)?bias|scale"
-    r"|visit_shifts|lane_(read|kept|written|scale)|exclusive/strength|smear/weight|attention/query_gains)",
+    "embeddings": r"(position_)?embedding",
+    "scalars": r"(.*/)?(lambdas|value_residual|value_lambdas|(skip|stream|added|x0)_weights|bias|scale"
+    r"|lane_(read|kept|written|scale)|exclusive/strength)",
     "tables": r"value_embedding_\d+",
     "gates": r"(.*/)?\w*gate",
     "generators": r"exits_to_\w+/(inner|outer|offset)|lane_generator",

@@ -81,7 +81,7 @@ def product_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
 def attention_flops_per_pair(model: TransformerConfig, *, paired: bool = False) -> int:
     """Forward FLOPs of one visible pair in one layer application: score and weighted value, over all heads; of one pair
     of slots, over all pairs of heads, if these are `paired`."""
-    return 4 * model.heads_dim // SLOTS[paired]
+    return 4 * model.dim // SLOTS[paired]
 
 
 def visible_pairs(

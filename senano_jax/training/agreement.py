@@ -17,7 +17,7 @@ from senano_jax.errors import UserError
 from senano_jax.versions import installed_version
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_OF_A_MACHINE = {"data.train_files", "data.val_files", "data.bpe_dir", "compilation_cache"}  # where its files lie
+_OF_A_MACHINE = {"data.train_files", "data.val_files", "compilation_cache"}  # where its files lie
 
 
 def require_same_program(config: Config) -> None:

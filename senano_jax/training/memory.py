@@ -65,7 +65,7 @@ def activation_bytes(model: TransformerConfig, dtype: str, tokens: int) -> int:
     hidden = model.mlp_expansion * model.dim
     if isinstance(model, ModelConfig) and model.remat == "none" and is_fused(tokens, model.dim, hidden, dtype):
         factor -= model.mlp_expansion  # one number a hidden unit is kept instead of two
-    return tokens * model.positions * max(model.dim, model.heads_dim) * itemsize * factor
+    return tokens * model.positions * model.dim * itemsize * factor
 
 
 def memory_budget(state: TrainState, mesh: Mesh) -> int:

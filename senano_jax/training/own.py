@@ -79,7 +79,7 @@ def require_own(config: Config, own: Own) -> None:
     if own.model is None and config.own_model is not None:
         raise UserError(f"the run's model {config.own_model} is a program's own; train there: senano_jax.fit(...)")
     for number, stage in enumerate(config.stages if own.model is not None else ()):
-        for name, asked in (("ahead", stage.ahead), ("prefix", any(stage.prefix)), ("visits", stage.visits)):
+        for name, asked in (("ahead", stage.ahead), ("visits", stage.visits)):
             if asked:
                 raise UserError(
                     f"--stages.{number}.{name} is for the models of this package: one of a program's own is called "

@@ -5,15 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int
 
 from senano_jax.model.build import Model, Params
-from senano_jax.model.targets import Prefixes
 from senano_jax.optim.look_ahead import look_ahead
 from senano_jax.optim.shares import Shares
 from senano_jax.training.mesh import DATA_AXIS
@@ -35,10 +33,9 @@ def summed_gradients(
     window_blocks: Int[Array, ""] | int,
     loss_weights: Float[Array, "K"] | None = None,
     visits: int | None = None,
-    prefixes: Prefixes | None = None,
 ) -> tuple[Float[Array, ""], Params]:
     """The loss summed over all tokens, one micro-batch after the other, and its gradients, all in float32."""
-    options = _given(loss_weights=loss_weights, visits=visits, prefixes=prefixes)
+    options = _given(loss_weights=loss_weights, visits=visits)
     # A float32 view of a bfloat16 embedding makes its gradient accumulate in float32.
     params32 = jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
@@ -58,14 +55,12 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     visits: int | None = None,
-    prefix_table: Int32[np.ndarray, "V"] | None = None,
     shares: Shares | None = None,
     reduce_dtype: DTypeLike = jnp.float32,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """A jitted (state, tokens, window_blocks, loss_weights=None, rate=None, prefix_weight=None) -> (state, metrics).
+    """A jitted (state, tokens, window_blocks, loss_weights=None, rate=None) -> (state, metrics).
 
-    What follows the tokens are `StepInputs`. The model's loop is applied `visits` times, or as configured. A weight of
-    prefixes needs their table.
+    What follows the tokens are `StepInputs`. The model's loop is applied `visits` times, or as configured.
 
     `tokens` [A, S, T+1] holds A micro-batches; their S sequences are sharded over the mesh, and token t+1 is the target
     of token t. Gradients of the summed loss are added over micro-batches in float32, reduced once over the devices, and
@@ -76,12 +71,9 @@ def make_train_step(
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def local_step(state: TrainState, tokens_AST, window_blocks, loss_weights, rate, prefix_weight):
-        prefixes = None if prefix_weight is None else Prefixes(jnp.asarray(prefix_table), prefix_weight)
-        total = summed_gradients(
-            model, look_ahead(state.opt_state, state.params), tokens_AST, window_blocks, loss_weights, visits, prefixes
-        )
-        loss, gradients = total
+    def local_step(state: TrainState, tokens_AST, window_blocks, loss_weights, rate):
+        params = look_ahead(state.opt_state, state.params)
+        loss, gradients = summed_gradients(model, params, tokens_AST, window_blocks, loss_weights, visits)
         with jax.named_scope("reduce"):
             loss = jax.lax.psum(loss, DATA_AXIS)
             gradients, stacks, grad_norm = reduced(gradients, shares, reduce_dtype)
@@ -96,16 +88,16 @@ def make_train_step(
 
         return TrainState(state.step + 1, params, opt_state), StepMetrics(loss / trained, grad_norm)
 
-    def step(state: TrainState, tokens_AST, window_blocks, loss_weights=None, rate=None, prefix_weight=None):
+    def step(state: TrainState, tokens_AST, window_blocks, loss_weights=None, rate=None):
         of_state = jax.tree.map(lambda sharding: sharding.spec, state_shardings(state, mesh))
         sharded = jax.shard_map(
             local_step,
             mesh=mesh,
-            in_specs=(of_state, P(None, DATA_AXIS), P(), P(), P(), P()),
+            in_specs=(of_state, P(None, DATA_AXIS), P(), P(), P()),
             out_specs=(of_state, P()),
             check_vma=False,
         )
-        return sharded(state, tokens_AST, window_blocks, loss_weights, rate, prefix_weight)
+        return sharded(state, tokens_AST, window_blocks, loss_weights, rate)
 
     return jax.jit(step, donate_argnums=0)
 

@@ -109,14 +109,14 @@ class StepCache:
 
 def open_step_cache(config: Config, own: Own, wiring: Wiring) -> StepCache | None:
     """None where steps are not kept: without a folder of compiled programs, on other devices than GPUs, with several
-    processes, where this package's files have just changed, and where a step depends on more than the configuration
-    says, an own model, optimiser, or tables of prefixes."""
+    processes, where this package's files have just changed, and with a model or an optimiser of a program's own, of
+    which the configuration does not say all."""
     folder = jax.config.jax_compilation_cache_dir
     if folder is None or "://" in folder or not jax.config.jax_enable_compilation_cache:
         return None
     if not on_gpu() or jax.process_count() > 1:
         return None
-    if own != NOTHING_OWN or any(stage.has_prefix for stage in wiring.plan.stages):
+    if own != NOTHING_OWN:
         return None
     files = _files()
     return None if files is None else StepCache(Path(folder) / "steps", files, config, wiring.mesh)

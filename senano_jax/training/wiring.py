@@ -5,13 +5,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Int32
 
 from senano_jax.config import Config
-from senano_jax.data.prefixes import read_prefixes
 from senano_jax.errors import UserError
 from senano_jax.model.build import Model, make_model
 from senano_jax.optim.config import OwnOptimizer
@@ -21,7 +18,6 @@ from senano_jax.plan import Plan
 from senano_jax.training.memory import choose_micro_batches, memory_budget
 from senano_jax.training.mesh import DATA_AXIS, make_mesh, replicated
 from senano_jax.training.own import NOTHING_OWN, Own, on_mean_gradients, require_own
-from senano_jax.training.processes import together
 from senano_jax.training.state import TrainState, abstract_state, state_shardings
 from senano_jax.training.step import StepMetrics, make_train_step
 
@@ -50,8 +46,8 @@ class Wiring(NamedTuple):
 def wire(config: Config, own: Own = NOTHING_OWN) -> Wiring:
     """Allocates nothing; `own` stands in place of what is configured.
 
-    Raises UserError for devices that cannot do what `config` asks for, which has been checked, for tables of prefixes
-    that cannot be read, for something own that is not given, and for a model whose parameters the recipe does not know.
+    Raises UserError for devices that cannot do what `config` asks for, which has been checked, for something own that
+    is not given, and for a model whose parameters the recipe does not know.
     """
     require_own(config, own)
     plan, mesh = Plan(config), make_mesh(config.devices)
@@ -67,15 +63,13 @@ def wire(config: Config, own: Own = NOTHING_OWN) -> Wiring:
         if own.model is None or own.optimizer is not None:
             raise
         raise UserError(f"the recipe does not suit the model ({error}); give it an optimiser too") from error
-    with together():
-        prefix_table = _prefix_table(plan)
     to_shared, to_replicated = _forms(state, shares, mesh)
     micro_batches = choose_micro_batches(plan, mesh.size, memory_budget(jax.eval_shape(to_shared, state), mesh))
     of_step = optimizer if shares is None else make_optimizer(config.optimizer, config.steps, DATA_AXIS, shares)
 
     @functools.cache
     def train_step(visits: int | None):
-        return make_train_step(model, of_step, mesh, visits, prefix_table, shares, config.reduce_dtype)
+        return make_train_step(model, of_step, mesh, visits, shares, config.reduce_dtype)
 
     train_steps = tuple(train_step(stage.visits) for stage in plan.stages)
     return Wiring(plan, mesh, model, optimizer, state, to_shared, to_replicated, micro_batches, train_steps)
@@ -109,10 +103,3 @@ def _forms(state: TrainState, shares: Shares | None, mesh: Mesh) -> tuple[Callab
         lambda state: state._replace(opt_state=to_shared(state.opt_state)),
         lambda state: state._replace(opt_state=to_replicated(state.opt_state)),
     )
-
-
-def _prefix_table(plan: Plan) -> Int32[np.ndarray, "V"] | None:
-    """None if no stage has a weight for prefixes."""
-    if not any(stage.has_prefix for stage in plan.stages):
-        return None
-    return read_prefixes(plan.config.data.bpe_dir, plan.config.model.vocab_size)

@@ -1,5 +1,5 @@
-"""What the embedding and attention can be given besides: small modules, each in a file, and the one place that says
-which layer's attention has which. Pieces of the embedding (`input_correction`, `smear`) are applied in `Gpt`.
+"""What attention can be given besides: small modules, each in a file, and the one place that says which layer's has
+which.
 
 A piece of attention is a linen module with `after(y_BTHK, v_BTHK, x_BTD, visit)`: attention's output [B, T, H, K]
 before its last product, from what attention gave, the values that it weighed, the layer's normalised input and the

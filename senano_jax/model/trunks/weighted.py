@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Int
 
 from senano_jax.model.config import ModelConfig
 from senano_jax.model.context import Context
-from senano_jax.model.elementwise import norm, weighted_sum
 from senano_jax.model.layer import Layer
 from senano_jax.model.norm_fork import norm_fork
 from senano_jax.model.remat import rematerialised
@@ -34,18 +33,12 @@ from senano_jax.model.trunks.lanes import (
 
 
 class Weights(NamedTuple):
-    """Of one application, or with leading axes of several; pairs are of attention and MLP, which have one number or one
-    a channel. Float32."""
+    """Of one application, or with leading axes of several; pairs are of attention and MLP. Float32."""
 
     stream: Float[Array, "*S 2"]
-    added: Float[Array, "*S 2"] | Float[Array, "*S 2 D"]
+    added: Float[Array, "*S 2"]
     x0: Float[Array, "*S"]
-    read: Float[Array, "*S 2 D"] | None = None
     lanes: LayerLanes | None = None
-
-    def gain(self, sublayer: int) -> Float[Array, "D"] | None:
-        """Of what a sublayer of one application reads."""
-        return None if self.read is None else self.read[sublayer]
 
 
 class WeightedLayer(Layer):
@@ -62,21 +55,11 @@ class WeightedLayer(Layer):
             first = ()
             if read_BTD is None:
                 x_BTD, read_BTD, *first = norm_fork(x_BTD, apart=self.reads_apart)
-            y_BTD, v_BTHK = self.attend(read_BTD, context, visit, weights.added[0], weights.gain(0), *first)
-        if self.normalises_mlp:
-            x_BTD = weighted_sum((weights.stream[0], x_BTD), (weights.x0, context.x0), dtype=context.x0.dtype)
-            x_BTD, normed_BTD = norm_fork(x_BTD, y_BTD)
-            mlp_BTD = norm(self.mlp(normed_BTD, weights.gain(1)))
-            return weighted_sum((weights.stream[1], x_BTD), (weights.added[1], mlp_BTD), dtype=jnp.float32), v_BTHK
+            y_BTD, v_BTHK = self.attend(read_BTD, context, visit, weights.added[0], *first)
         of_sums = StreamWeights(weights.stream[0], weights.x0, weights.stream[1])
         with jax.named_scope("mlp"):  # Flax's own name is mlp.matrices, which profiles do not know
-            matrices = self.mlp.matrices(context.x0.dtype, weights.added[1], weights.gain(1))
+            matrices = self.mlp.matrices(context.x0.dtype, weights.added[1])
         return stream_mlp(x_BTD, context.x0, y_BTD, of_sums, *matrices), v_BTHK
-
-    @property
-    def normalises_mlp(self) -> bool:
-        """As a layer of the loop, whose matrix of outputs serves several visits (parameter-golf, pull request 855)."""
-        return self.config.trunk.mlp_output_norm and self.config.layers.in_loop(self.layer)
 
 
 Stream = Float[Array, "B T D"] | Lanes
@@ -106,19 +89,17 @@ class LoopVisit(nn.Module):
     def __call__(
         self,
         carried: Carried,
-        of_visit: tuple[Weights, LaneWeights | None, Float[Array, "D"] | None, Int[Array, ""]],
+        of_visit: tuple[Weights, LaneWeights | None, Int[Array, ""]],
         context: Context,
     ):
-        """`of_visit` is the weights, with a leading axis of the loop's layers, those of the lanes and a shift, if there
-        are any, and the number of the visit.
+        """`of_visit` is the weights, with a leading axis of the loop's layers, those of the lanes, if there are any,
+        and the number of the visit.
 
         Returns what the next visit is given and, if later layers read it, the residual stream, rounded.
         """
         layers, between, dtype = self.config.layers, self.config.trunk.between, context.x0.dtype
-        weights, of_lanes, shift_D, visit = of_visit
+        weights, of_lanes, visit = of_visit
         x = enter(between, carried, of_lanes)
-        if shift_D is not None:
-            x = x + shift_D
         for j, layer in enumerate(range(layers.prelude, layers.prelude + layers.loop)):
             x, _ = apply_layer(getattr(self, f"layer_{layer}"), x, _at(weights, j), context, visit)
         return leave(between, carried, x, of_lanes, dtype), x.astype(dtype) if self.config.trunk.exits else None
@@ -126,9 +107,8 @@ class LoopVisit(nn.Module):
 
 class WeightedTrunk(nn.Module):
     """Parameters, float32, by application: stream_weights [N, 2], added_weights [N, 2], x0_weights [N]; where the
-    configuration asks for it, added_weights [N, 2, D] and read_weights [N, 2, D], by visit visit_shifts [visits, D], by
-    visit or by application lane_read, lane_kept and lane_written, by application lane_generator and lane_scale, and
-    exits_to_coda and exits_to_head; the layers.
+    configuration asks for it, by visit or by application lane_read, lane_kept and lane_written, by application
+    lane_generator and lane_scale, and exits_to_coda and exits_to_head; the layers.
 
     Attention and MLP of one application have the two columns.
     """
@@ -140,12 +120,8 @@ class WeightedTrunk(nn.Module):
         N = layers.positions
         stream = nn.initializers.constant(c.trunk.growth ** (1 / (2 * N)))
         self.stream_weights = self.param("stream_weights", stream, (N, 2))
-        channels = c.dim if c.trunk.added_by_channel else None
-        self.added_weights = self.param("added_weights", lambda key: initial_added_weights(layers, channels))
+        self.added_weights = self.param("added_weights", lambda key: initial_added_weights(layers))
         self.x0_weights = self.param("x0_weights", nn.initializers.zeros, (N,))
-        self.read_weights = None
-        if c.trunk.read_by_channel:
-            self.read_weights = self.param("read_weights", nn.initializers.ones, (N, 2, c.dim))
         self.of_layer_lanes = None
         if c.trunk.between == "layer-lanes":
             self.of_layer_lanes = layer_lanes(self, N, c.trunk.lanes, c.dim if c.trunk.lanes_by_token else None)
@@ -155,9 +131,6 @@ class WeightedTrunk(nn.Module):
         if layers.loop:
             self.loop = LoopVisit(c)
             self.of_lanes = lane_weights(self, layers.visits, c.trunk.lanes) if c.trunk.between == "lanes" else None
-            self.shifts = None
-            if c.trunk.shift:
-                self.shifts = self.param("visit_shifts", nn.initializers.zeros, (layers.visits, c.dim))
         if c.trunk.exits:
             # Sources: the embedding, what entered the loop, and what left the visits but, for the coda, the last one.
             self.exits_to_coda = Exits((0.0,) * (layers.visits + 1))
@@ -169,9 +142,7 @@ class WeightedTrunk(nn.Module):
         visits = layers.visits if visits is None else visits
         if layers.loop and not 1 <= visits <= layers.visits:
             raise ValueError(f"the loop has weights for 1 to {layers.visits} visits, not for {visits}")
-        weights = Weights(
-            self.stream_weights, self.added_weights, self.x0_weights, self.read_weights, self.of_layer_lanes
-        )
+        weights = Weights(self.stream_weights, self.added_weights, self.x0_weights, self.of_layer_lanes)
         x = context.x0.astype(jnp.float32)
         if self.of_layer_lanes is not None:
             x = (x,) * c.trunk.lanes
@@ -209,17 +180,16 @@ class WeightedTrunk(nn.Module):
             length=visits,
             unroll=visits if c.unroll else 1,
         )
-        of_visits = jax.tree.map(lambda w: w[:visits], (self.of_lanes, self.shifts, jnp.arange(layers.visits)))
+        of_visits = jax.tree.map(lambda w: w[:visits], (self.of_lanes, jnp.arange(layers.visits)))
         between = c.trunk.between
         carried, exits = scan(self.loop, begin(between, x, c.trunk.lanes), (of_loop, *of_visits))
         return finish(between, carried), exits
 
 
-def initial_added_weights(layers: LayerSchedule, channels: int | None) -> Float[Array, "N 2 *D"]:
-    """1, and visits^(-1/2) in the loop; the same for all channels, if there are to be any."""
+def initial_added_weights(layers: LayerSchedule) -> Float[Array, "N 2"]:
+    """1, and visits^(-1/2) in the loop."""
     of_application = jnp.array([layers.visits_of(layer) ** -0.5 for layer in layers.order], jnp.float32)
-    shape = (layers.positions, 2) if channels is None else (layers.positions, 2, channels)
-    return jnp.broadcast_to(of_application.reshape(-1, *[1] * (len(shape) - 1)), shape)
+    return jnp.broadcast_to(of_application[:, None], (layers.positions, 2))
 
 
 def _at(weights: Weights, index: int) -> Weights:
