@@ -6,7 +6,7 @@ What has been measured of them is in docs/fewer_tokens.md.
 from senano_jax.config import Config, LayerSchedule, Stage, changed
 from senano_jax.model.schedule import Weighted
 from senano_jax.model.soft_cap import SoftCap
-from senano_jax.optim.config import AdamRule, Cooldown, LookAhead, Mixture, TailAverage
+from senano_jax.optim.config import AdamRule, TailAverage
 from senano_jax.record_systems import recurrent
 
 
@@ -55,28 +55,11 @@ def cautious_decay() -> Config:
     return changed(normuon(), {"optimizer.matrices.decay": 1.2})
 
 
-def falling_momentum() -> Config:
-    """Muon's momentum falls again over the last 50 steps, as in modded-nanogpt."""
-    return changed(cautious_decay(), {"optimizer.matrices.momentum.cooldown_steps": 50})
-
-
-def long_cooldown() -> Config:
-    """Learning rates fall over the last 60% of the steps, to 0.15 of what they were, as in modded-nanogpt."""
-    return changed(falling_momentum(), {"optimizer.schedule": Cooldown(fraction=0.6, floor=0.15)})
-
-
 def rare_adam() -> Config:
     """Adam with float32 moments, at every second step on the sum of two gradients, as in modded-nanogpt."""
     groups = ("head", "embeddings", "scalars")
     state = {f"optimizer.{group}.state": "float32" for group in groups}
-    return changed(long_cooldown(), state | {f"optimizer.{group}.every": 2 for group in groups})
-
-
-def mixed_momentum() -> Config:
-    """Muon's momentum as a mixture of a fast and a slow average from 31% of the run on: Bi-Maxwell, modded-nanogpt's
-    slow track."""
-    mixture = Mixture(start=1000 / 3250, fast=0.85, slow=0.98, share=0.4385)
-    return changed(rare_adam(), {"optimizer.matrices.mixture": mixture})
+    return changed(cautious_decay(), state | {f"optimizer.{group}.every": 2 for group in groups})
 
 
 def strict() -> Config:
@@ -129,18 +112,11 @@ def multi_token() -> Config:
     return changed(strict(), {"stages": stages})
 
 
-def look_ahead() -> Config:
-    """Gradients ahead of the weights from a tenth to two thirds of the run: EMA-Nesterov (arXiv 2605.25395) with the
-    numbers of modded-nanogpt's slow track, result 46."""
-    ahead = LookAhead(distance=0.3, decay=0.99, start=300 / 2900, end=1950 / 2900)
-    return changed(mixed_momentum(), {"optimizer.look_ahead": ahead})
-
-
 def tail_average() -> Config:
     """The weights of the end of the run are blended with their average, but for the embeddings: modded-nanogpt's slow
     track, result 46."""
     average = TailAverage(start=2400 / 2900, horizon=150 / 2900, share=0.6, groups=("matrices", "head", "scalars"))
-    return changed(look_ahead(), {"optimizer.average": average})
+    return changed(rare_adam(), {"optimizer.average": average})
 
 
 def tied_recurrent() -> Config:

@@ -31,7 +31,7 @@ optimizer.schedule.floor = 0.0
 [[factors]]
 name = "fast"
 optimizer.matrices.rate = 0.07
-optimizer.matrices.mixture = { start = 0.3, fast = 0.8, slow = 0.98, share = 0.4 }
+optimizer.average = { start = 0.5, horizon = 0.2, share = 0.4, groups = ["head"] }
 """
 
 
@@ -164,7 +164,7 @@ def test_a_study_has_a_run_for_each_combination(tmp_path):
         optimizer = study.job(name, 0).config.optimizer
         assert (optimizer.schedule.fraction == 0.6) == ("long" in on)
         assert (optimizer.schedule.floor == 0.0) == ("low" in on)
-        assert (optimizer.matrices.rate == 0.07) == (optimizer.matrices.mixture is not None) == ("fast" in on)
+        assert (optimizer.matrices.rate == 0.07) == (optimizer.average is not None) == ("fast" in on)
     assert [job.variant for job in chosen(study, "factors-0[12],base-seed1")] == [
         "base", "factors-01", "factors-01", "factors-02", "factors-02",
     ]  # fmt: skip
@@ -180,7 +180,7 @@ def test_a_study_has_a_run_for_each_combination(tmp_path):
     [
         ("schedule.floor = 0.0", "schedule.flor = 0.0", r"factor 'low': Cooldown has no field .*flor; did you mean"),
         ("schedule.floor = 0.0", "schedule.fraction = 0.5", r"factor 'low': optimizer.schedule.fraction is set twice"),
-        ("schedule.floor = 0.0", "matrices.mixture = 'None'", r"factor 'low' computes the same as 'base'"),
+        ("schedule.floor = 0.0", "average = 'None'", r"factor 'low' computes the same as 'base'"),
         ("optimizer.schedule.floor = 0.0", "seed = 2", r"factor 'low': seed cannot be a difference"),
         ('name = "low"', 'name = "slow"', r"factor 'slow': a variant is called so, too"),
         ('name = "low"', 'name = "long"', r"two factors are called 'long'"),

@@ -18,7 +18,6 @@ from senano_jax.config import changed, settings
 from senano_jax.config_check import check_config
 from senano_jax.errors import UserError
 from senano_jax.optim.cuts import cut, joined
-from senano_jax.optim.momentum import nesterov
 from senano_jax.optim.muon import orthogonalized, scale_by_muon, step_factor
 from senano_jax.optim.newton_schulz import ITERATIONS
 from senano_jax.optim.normuon import normalized
@@ -62,7 +61,7 @@ def random_gradients(seed, shapes=SHAPES):
 
 def steps_of(rule, gradients, axis_name=None, wrap=lambda update: update, **options):
     """Yields updates and state of each step."""
-    optimizer = scale_by_muon(nesterov(momentum), rule, axis_name, **options)
+    optimizer = scale_by_muon(momentum, rule, axis_name, **options)
     state, update = optimizer.init(gradients[0]), jax.jit(wrap(optimizer.update))
     for gradient in gradients:
         updates, state = update(gradient, state)

@@ -20,10 +20,10 @@ from senano_jax.training.step import make_train_step
 
 STEPS = 6
 RECIPE = changed(
-    preset("mixed-momentum").optimizer,
+    preset("rare-adam").optimizer,
     {
         "matrices.query_key_columns": 16,
-        "tables": AdamRule(rate=0.3, b1=0.75, b2=0.95, eps=1e-10, decay=0.025, cautious=True, every=2),
+        "tables": AdamRule(rate=0.3, b1=0.75, b2=0.95, eps=1e-10, decay=0.025, every=2),
         "average": TailAverage(start=0.5, horizon=0.5, share=0.5, groups=("matrices", "head", "scalars")),
     },
 )

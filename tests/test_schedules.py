@@ -3,7 +3,6 @@
 import dataclasses
 from fractions import Fraction
 from math import ceil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -92,26 +91,13 @@ def test_a_run_shorter_than_its_warm_up_only_warms_up():
 @pytest.mark.parametrize("step", [0, 1, 150, 299, 300, 301, 1699])
 def test_momentum_warms_up_over_300_steps(step):
     """0.85 at step 0, 0.95 from step 300 on."""
-    assert float(jax.jit(lambda s: ramp(s, 1700, MOMENTUM))(step)) == pytest.approx(published_momentum(step), abs=1e-7)
+    assert float(jax.jit(lambda s: ramp(s, MOMENTUM))(step)) == pytest.approx(published_momentum(step), abs=1e-7)
 
 
 def test_without_warm_up_the_momentum_is_the_final_one_after_the_first_step():
     """Zero steps of warm-up divide nothing by zero."""
     at_once = dataclasses.replace(MOMENTUM, warmup_steps=0)
-    assert float(ramp(1, 1700, at_once)) == pytest.approx(0.95)
-
-
-def test_momentum_falls_again_as_in_the_original_program():
-    """All 1285 steps of a run of modded-nanogpt, up over the first 300 and down over the last 50. Where a
-    short run is in both, the lower one counts."""
-    with np.load(Path(__file__).parent / "data/momentum.npz") as file:
-        published = file["t1__mu"]
-    falling = dataclasses.replace(MOMENTUM, cooldown_steps=50)
-    np.testing.assert_allclose(ramp(np.arange(1286), 1285, falling), published, rtol=1e-6)
-    assert ramp(np.arange(1286), 1285, MOMENTUM)[-1] == pytest.approx(0.95)
-    assert [float(ramp(step, 100, falling)) for step in (50, 80, 100)] == pytest.approx(
-        [0.85 + 5 / 300, 0.85 + 8 / 300, 0.85]
-    )
+    assert float(ramp(1, at_once)) == pytest.approx(0.95)
 
 
 @pytest.mark.parametrize("steps", [1700, 1900])

@@ -14,7 +14,7 @@ from tiny import random_params, random_sequences
 from senano_jax import train
 from senano_jax.config import LayerSchedule, changed
 from senano_jax.errors import UserError
-from senano_jax.optim.config import LookAhead, TailAverage
+from senano_jax.optim.config import TailAverage
 from senano_jax.optim.muon import orthogonalized
 from senano_jax.optim.recipe import make_optimizer
 from senano_jax.optim.shares import SharedMuonState, Shares
@@ -30,10 +30,9 @@ RECIPES = {
     "muon": (preset("recurrent").optimizer, {}),
     "normuon": (preset("cautious-decay").optimizer, {"matrices.query_key_columns": 16}),
     "everything": (
-        preset("mixed-momentum").optimizer,
+        preset("rare-adam").optimizer,
         {
             "matrices.query_key_columns": 16,
-            "look_ahead": LookAhead(distance=0.3, decay=0.9, start=0.1, end=0.7),
             "average": TailAverage(start=0.5, horizon=0.5, share=0.5, groups=("matrices", "head")),
         },
     ),

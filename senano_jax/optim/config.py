@@ -37,7 +37,7 @@ class WarmupCosine:
 
 @dataclass(frozen=True)
 class Ramp:
-    """A number that rises linearly at the beginning of the run, and may fall again at its end."""
+    """A number that rises linearly at the beginning of the run."""
 
     start: float = field(metadata=_FROM_0_TO_1)
     """Value at step 0."""
@@ -45,22 +45,6 @@ class Ramp:
     """Value after the warm-up."""
     warmup_steps: int
     """Steps from one to the other."""
-    cooldown_steps: int = 0
-    """Last steps of the run, over which it falls to the start again."""
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Momentum of two averages in place of one, late in the run."""
-
-    start: float = field(metadata=_FROM_0_TO_1)
-    """Part of the run after which they part; until then both have the momentum's rate."""
-    fast: float = field(metadata=_FROM_0_TO_1)
-    """Momentum of the one."""
-    slow: float = field(metadata=_FROM_0_TO_1)
-    """Momentum of the other."""
-    share: float = field(metadata=_FROM_0_TO_1)
-    """Weight of the fast one; the rest is that of the slow one."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +55,6 @@ class MuonRule:
     """Learning rate of Muon."""
     momentum: Ramp
     """Rate of the average of the gradients, and how much of it is in the step (Nesterov)."""
-    mixture: Mixture | None = None
-    """Two averages late in the run; None: one."""
     iteration: Literal["newton-schulz", "polar-express", "six-step"] = "newton-schulz"
     """How matrices are orthogonalised: the first leaves singular values in 0.7 to 1.2, the others nearer to 1."""
     neuron_b2: float | None = field(default=None, metadata=_DECAY)
@@ -100,8 +82,6 @@ class AdamRule:
     """Adam's epsilon, outside the root; it is compared with gradients summed over a step, or with their means."""
     decay: float = 0.0
     """Share of a weight that a step at learning rate 1 takes away; tensors of fewer than two dimensions are spared."""
-    cautious: bool = False
-    """Decay as Muon's: only weights that the step shrinks too, by the square of the learning rate."""
     state: Literal["parameters", "float32"] = "parameters"
     """Type in which the moments are kept."""
     every: int = field(default=1, metadata={"least": 1})
@@ -121,20 +101,6 @@ class TailAverage:
     """Weight of the average in the blend; the rest is that of the last weights."""
     groups: tuple[str, ...]
     """Groups of parameters that are averaged."""
-
-
-@dataclass(frozen=True)
-class LookAhead:
-    """Gradients are taken ahead of the weights, along a moving average of their steps (EMA-Nesterov)."""
-
-    distance: float
-    """How far ahead, in average steps, and so much each step is longer; it falls with the schedule of the rates."""
-    decay: float = field(metadata=_FROM_0_TO_1)
-    """Decay of the moving average."""
-    start: float = field(metadata=_FROM_0_TO_1)
-    """Part of the run after which it begins."""
-    end: float = field(metadata=_FROM_0_TO_1)
-    """Part of the run after which it ends."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +131,6 @@ class Recipe:
     """Divide gradients by the tokens of the step; otherwise they are sums over them."""
     clip_norm: float | None = None
     """Gradients whose norm over all parameters is larger are scaled down to it; None: never."""
-    look_ahead: LookAhead | None = None
-    """Where gradients are taken; None: at the weights."""
     average: TailAverage | None = None
     """What is read out of the run; None: its last weights."""
 
@@ -195,9 +159,6 @@ def check_optimizer(recipe: Recipe | OwnOptimizer) -> None:
     if isinstance(recipe, OwnOptimizer):
         return
     _check(recipe, "--optimizer")
-    if recipe.look_ahead is not None and recipe.look_ahead.start >= recipe.look_ahead.end:
-        start, end = recipe.look_ahead.start, recipe.look_ahead.end
-        raise UserError(f"--optimizer.look-ahead.start {start} is not before --optimizer.look-ahead.end {end}")
     if recipe.average is not None and not recipe.average.groups:
         raise UserError(f"--optimizer.average.groups is empty; name some of {', '.join(GROUPS)}")
     for group in () if recipe.average is None else recipe.average.groups:

@@ -9,21 +9,18 @@ from jaxtyping import Array
 
 
 def add_cautious_decay(
-    decay: float,
-    learning_rate: Callable[[Array], Array],
-    factor: Callable[[tuple, tuple[int, ...]], float] | None = None,
+    decay: float, learning_rate: Callable[[Array], Array], factor: Callable[[tuple, tuple[int, ...]], float]
 ) -> optax.GradientTransformationExtraArgs:
     """Adds decay to steps u of unit learning rate that have not been multiplied by the learning rate r yet:
 
-        u <- u + r factor decay x       where u x > 0, elsewhere u <- u           (float32)
+        u <- u + r factor decay x       where u x >= 0, elsewhere u <- u          (float32)
 
-    So x moves by r^2 factor decay x towards zero, where the step leads there too: decay falls with the square of the
-    schedule. Tensors of fewer than two dimensions are spared.
+    So x moves by r^2 factor decay x towards zero, where the step leads there too or is zero: decay falls with the
+    square of the schedule. Tensors of fewer than two dimensions are spared.
 
     Args:
       learning_rate: r as a function of the step; the keyword argument `rate` of `update` multiplies it.
-      factor: of (path, shape) of a parameter, the factor that its u contains; 1 if None. With one, weights whose step
-        is zero decay too, as the original does for Muon and not for Adam.
+      factor: of (path, shape) of a parameter, the factor that its u contains.
     """
 
     def init(params):
@@ -36,8 +33,8 @@ def add_cautious_decay(
         def decayed(path, u, x):
             if x.ndim < 2:
                 return u
-            along = u * x > 0 if factor is None else u * x >= 0
-            strength = r * decay * (1.0 if factor is None else factor(path, x.shape))
+            along = u * x >= 0
+            strength = r * decay * factor(path, x.shape)
             return u + strength * jnp.where(along, x.astype(jnp.float32), 0)
 
         updates = jax.tree.map_with_path(decayed, updates, params)

@@ -4,6 +4,7 @@ Differs from `optax.contrib.muon`: momentum follows a schedule, the averages are
 in bfloat16, and matrices of one shape are orthogonalised as one stack, which several devices can share.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from senano_jax.optim.cuts import cut, joined, name_of
-from senano_jax.optim.momentum import Momentum
 from senano_jax.optim.newton_schulz import Iteration, orthogonalize
 from senano_jax.optim.stacks import StackRule, init_stacks, update_stacks
 
@@ -22,7 +22,7 @@ class MuonState(NamedTuple):
     """Of a rule that keeps nothing of its stacks."""
 
     count: Int[Array, ""]  # steps taken
-    momentum: optax.Updates  # moving averages of the gradients (see Momentum)
+    momentum: optax.Updates  # moving averages of the gradients, float32
 
 
 class StackedMuonState(NamedTuple):
@@ -39,7 +39,7 @@ def orthogonalized(iteration: Iteration, dtype: DTypeLike = jnp.bfloat16) -> Sta
 
 
 def scale_by_muon(
-    momentum: Momentum,
+    momentum: Callable[[Array], Array],
     rule: StackRule,
     axis_name: str | None = None,
     query_key_columns: int | None = None,
@@ -47,12 +47,14 @@ def scale_by_muon(
 ) -> optax.GradientTransformation:
     """Turns gradients of matrices [..., in, out] into orthogonal steps of unit learning rate.
 
-        u = factor rule(momentum(g))       (float32; factor: sqrt(max(1, out / in)), see step_factor)
+        m <- mu m + (1 - mu) g
+        d  = (1 - mu) g + mu m                    (Nesterov)
+        u  = factor rule(d)                       (float32; factor: sqrt(max(1, out / in)), see step_factor)
 
     Leading axes hold separate matrices, each orthogonalised by itself.
 
     Args:
-      momentum: what makes a direction of the gradients.
+      momentum: mu as a function of the step.
       rule: what orthogonalises the matrices.
       axis_name: a mapped axis whose devices hold equal gradients and share the orthogonalisation (see stacks.py).
       query_key_columns: columns of a matrix into which queries and keys are cut (see `cut`).
@@ -60,13 +62,13 @@ def scale_by_muon(
     """
 
     def init(params):
-        state = MuonState(jnp.zeros((), jnp.int32), momentum.init(params))
+        state = MuonState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params, dtype=jnp.float32))
         stacks = init_stacks(rule, [m for part in _matrices(params) for m in part])
         return StackedMuonState(*state, stacks) if stacks else state
 
     def update(gradients, state, params=None):
         del params
-        direction, average = momentum.update(gradients, state.momentum, state.count)
+        direction, average = nesterov(gradients, state.momentum, momentum(state.count))
         parts = _matrices(direction)
         stacks = state.stacks if isinstance(state, StackedMuonState) else {}
         orthogonal, stacks = update_stacks(rule, [m for part in parts for m in part], stacks, axis_name)
@@ -84,6 +86,13 @@ def scale_by_muon(
         return [cut(path, leaf, query_key_columns) for path, leaf in jax.tree.leaves_with_path(tree)]
 
     return optax.GradientTransformation(init, update)
+
+
+def nesterov(gradients: optax.Updates, average: optax.Updates, mu: Array) -> tuple[optax.Updates, optax.Updates]:
+    """The direction d and the new average m, as in `scale_by_muon`."""
+    average = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, average, gradients)
+    direction = jax.tree.map(lambda m, g: (1 - mu) * g + mu * m, average, gradients)
+    return direction, average
 
 
 def step_factor(path: tuple, shape: tuple[int, ...], down_rate: float) -> float:

@@ -14,8 +14,6 @@ from senano_jax.optim.average import with_tail_average
 from senano_jax.optim.config import AdamRule, MuonRule, Recipe
 from senano_jax.optim.decay import add_cautious_decay
 from senano_jax.optim.groups import GROUPS, parameter_group
-from senano_jax.optim.look_ahead import with_look_ahead
-from senano_jax.optim.momentum import mixed, nesterov
 from senano_jax.optim.muon import orthogonalized, scale_by_muon, step_factor
 from senano_jax.optim.newton_schulz import ITERATIONS
 from senano_jax.optim.normuon import normalized
@@ -48,9 +46,6 @@ def make_optimizer(
     if recipe.average is not None:
         inner = make_optimizer(dataclasses.replace(recipe, average=None), steps, axis_name, shares)
         return with_tail_average(inner, recipe.average, steps)
-    if recipe.look_ahead is not None:
-        inner = make_optimizer(dataclasses.replace(recipe, look_ahead=None), steps, axis_name, shares)
-        return with_look_ahead(inner, recipe.look_ahead, recipe.schedule, steps)
     leaders = dict.fromkeys(recipe.leader(group) for group in GROUPS)
     rules = {
         _STATES.get(group, group): _rule(getattr(recipe, group), recipe, steps, axis_name, shares) for group in leaders
@@ -95,18 +90,14 @@ def _rule(
         decay = [
             add_cautious_decay(rule.decay, learning_rate, lambda path, shape: step_factor(path, shape, rule.down_rate))
         ]
-    return [_muon(rule, steps, axis_name, shares), *decay, scale_by_rate(learning_rate)]
+    return [_muon(rule, axis_name, shares), *decay, scale_by_rate(learning_rate)]
 
 
 def _adam(rule: AdamRule, learning_rate: Callable) -> list[optax.GradientTransformation]:
     def rate_of_update(count):
         return learning_rate(count if rule.every == 1 else rule.every * count + rule.every - 1)
 
-    decay = []
-    if rule.decay and rule.cautious:
-        decay = [add_cautious_decay(rule.decay, rate_of_update)]
-    elif rule.decay:
-        decay = [optax.add_decayed_weights(rule.decay, mask=_of_two_dimensions)]
+    decay = [optax.add_decayed_weights(rule.decay, mask=_of_two_dimensions)] if rule.decay else []
     dtype = jnp.float32 if rule.state == "float32" else None
     transforms = [scale_by_float32_adam(rule.b1, rule.b2, rule.eps, dtype), *decay, scale_by_rate(rate_of_update)]
     if rule.every == 1:
@@ -115,18 +106,17 @@ def _adam(rule: AdamRule, learning_rate: Callable) -> list[optax.GradientTransfo
     return [optax.GradientTransformationExtraArgs(on_sums.init, on_sums.update)]
 
 
-def _muon(rule: MuonRule, steps: int, axis_name: str | None, shares: Shares | None) -> optax.GradientTransformation:
+def _muon(rule: MuonRule, axis_name: str | None, shares: Shares | None) -> optax.GradientTransformation:
     on_stacks = orthogonalized(ITERATIONS[rule.iteration])
     if rule.neuron_b2 is not None:
         on_stacks = normalized(on_stacks, rule.neuron_b2)
 
     def mu(step):
-        return ramp(step, steps, rule.momentum)
+        return ramp(step, rule.momentum)
 
-    momentum = nesterov(mu) if rule.mixture is None else mixed(mu, rule.mixture, steps)
     if shares is not None:
-        return scale_by_shared_muon(momentum, on_stacks, shares, rule.down_rate)
-    return scale_by_muon(momentum, on_stacks, axis_name, rule.query_key_columns, rule.down_rate)
+        return scale_by_shared_muon(mu, on_stacks, shares, rule.down_rate)
+    return scale_by_muon(mu, on_stacks, axis_name, rule.query_key_columns, rule.down_rate)
 
 
 def _of_two_dimensions(params):
@@ -160,5 +150,5 @@ def schedule_values(recipe: Recipe, steps: int) -> dict[str, np.ndarray]:
     every = np.arange(steps)
     values = {"lr": np.asarray(learning_rate_factor(every, steps, recipe.schedule))}
     if isinstance(recipe.matrices, MuonRule):
-        values["momentum"] = np.asarray(ramp(every, steps, recipe.matrices.momentum))
+        values["momentum"] = np.asarray(ramp(every, recipe.matrices.momentum))
     return values

@@ -30,9 +30,7 @@ def constant_and_cooldown(step: Step, steps: int, schedule: Cooldown) -> Float[A
     return jnp.minimum(1.0, left + (1 - left) * schedule.floor)
 
 
-def ramp(step: Step, steps: int, values: Ramp) -> Float[Array, ""]:
-    """Linear from `start` to `end` over the warm-up, and back to `start` over the cooldown; float32."""
+def ramp(step: Step, values: Ramp) -> Float[Array, ""]:
+    """Linear from `start` to `end` over the warm-up, then `end`; float32."""
     progress = jnp.minimum(step / max(values.warmup_steps, 1), 1.0)
-    if values.cooldown_steps:
-        progress = jnp.minimum(progress, (steps - step) / values.cooldown_steps)
     return values.start + progress * (values.end - values.start)

@@ -6,6 +6,7 @@ al., 2019, arXiv 1910.02054), by whole matrices, because an orthogonal step need
 steps travel, in the iteration's bfloat16. A state of either form can be made from the other.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,8 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from senano_jax.optim.cuts import cut, joined
-from senano_jax.optim.momentum import Momentum
-from senano_jax.optim.muon import MuonState, StackedMuonState, step_factor
+from senano_jax.optim.muon import MuonState, StackedMuonState, nesterov, step_factor
 from senano_jax.optim.stacks import Stack, StackRule, filled_up, init_stacks, stacked, unstacked
 
 Stacks = dict[str, Stack]  # by the shape of their matrices
@@ -26,7 +26,7 @@ class SharedMuonState(NamedTuple):
     """The first axis of every array but `count` goes over the devices; zeros fill the last share up."""
 
     count: Int[Array, ""]  # steps taken
-    momentum: Any  # stacks of averages (see Momentum)
+    momentum: Stacks  # moving averages of the gradients, float32
     stacks: dict[str, Any]  # what the rule keeps of each stack
 
 
@@ -62,9 +62,9 @@ class Shares:
         def spread(node):
             if not isinstance(node, MuonState | StackedMuonState):
                 return node
-            momentum = jax.tree.map(self.stacks, node.momentum, is_leaf=lambda x: isinstance(x, dict))
             kept = node.stacks if isinstance(node, StackedMuonState) else {}
-            return SharedMuonState(node.count, momentum, jax.tree.map(lambda x: filled_up(x, self.devices), kept))
+            kept = jax.tree.map(lambda x: filled_up(x, self.devices), kept)
+            return SharedMuonState(node.count, self.stacks(node.momentum), kept)
 
         return jax.tree.map(spread, opt_state, is_leaf=lambda x: isinstance(x, MuonState | StackedMuonState))
 
@@ -74,7 +74,7 @@ class Shares:
         def whole(node, as_it_was):
             if not isinstance(node, SharedMuonState):
                 return node
-            momentum = jax.tree.map(self.tree, node.momentum, as_it_was.momentum, is_leaf=lambda x: isinstance(x, dict))
+            momentum = self.tree(node.momentum, as_it_was.momentum)
             if isinstance(as_it_was, MuonState):
                 return MuonState(node.count, momentum)
             kept = jax.tree.map(lambda x, wanted: x[: len(wanted)], node.stacks, as_it_was.stacks)
@@ -87,7 +87,7 @@ class Shares:
 
 
 def scale_by_shared_muon(
-    momentum: Momentum, rule: StackRule, shares: Shares, down_rate: float = 1.0
+    momentum: Callable[[Array], Array], rule: StackRule, shares: Shares, down_rate: float = 1.0
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_muon` of gradients that every device has a share of: the keyword argument `stacks` of `update`, as
     `Shares.reduce_scatter` makes them. Of the gradients proper only the shapes are used. The updates are whole, on
@@ -95,13 +95,12 @@ def scale_by_shared_muon(
 
     def init(params):
         stacks = shares.stacks(params)
-        return SharedMuonState(
-            jnp.zeros((), jnp.int32), momentum.init(stacks), init_stacks(rule, list(stacks.values()))
-        )
+        average = optax.tree.zeros_like(stacks, dtype=jnp.float32)
+        return SharedMuonState(jnp.zeros((), jnp.int32), average, init_stacks(rule, list(stacks.values())))
 
     def update(gradients, state, params=None, *, stacks: Stacks, **_):
         del params
-        direction, average = momentum.update(stacks, state.momentum, state.count)
+        direction, average = nesterov(stacks, state.momentum, momentum(state.count))
         steps, kept = {}, dict(state.stacks)
         for name, stack in direction.items():
             step, tree = rule.update(stack, state.stacks.get(name, ()))

@@ -12,7 +12,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from senano_jax.model.build import Model, Params
-from senano_jax.optim.look_ahead import look_ahead
 from senano_jax.optim.shares import Shares
 from senano_jax.training.mesh import DATA_AXIS
 from senano_jax.training.reduction import reduced
@@ -72,8 +71,7 @@ def make_train_step(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def local_step(state: TrainState, tokens_AST, window_blocks, loss_weights, rate):
-        params = look_ahead(state.opt_state, state.params)
-        loss, gradients = summed_gradients(model, params, tokens_AST, window_blocks, loss_weights, visits)
+        loss, gradients = summed_gradients(model, state.params, tokens_AST, window_blocks, loss_weights, visits)
         with jax.named_scope("reduce"):
             loss = jax.lax.psum(loss, DATA_AXIS)
             gradients, stacks, grad_norm = reduced(gradients, shares, reduce_dtype)
