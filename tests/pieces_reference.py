@@ -8,7 +8,6 @@ with another input g.
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
 FOLDER = Path(__file__).parent / "data" / "pieces"
@@ -27,11 +26,6 @@ def _drawn(seed, shape, scale=1.0, offset=0.0, randint=None, **_) -> np.ndarray:
         return random.randint(*randint, size=shape)
     drawn = random.standard_normal(shape).astype(np.float32) * np.float32(scale)
     return drawn.astype(np.float32) + np.float32(offset)
-
-
-def with_row(x_BTD, head_DV, bias_V):
-    """Features and head whose products are x @ head + bias."""
-    return jnp.pad(x_BTD, ((0, 0), (0, 0), (0, 1)), constant_values=1), jnp.concatenate([head_DV, bias_V[None]])
 
 
 def largest_error(result, expected) -> float:

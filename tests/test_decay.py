@@ -13,7 +13,7 @@ from oracles import relative_error
 from senano_jax.config import changed, settings
 from senano_jax.optim.config import Cooldown
 from senano_jax.optim.decay import add_cautious_decay
-from senano_jax.optim.muon import orthogonalized, scale_by_muon, step_factor
+from senano_jax.optim.muon import orthogonalized, scale_by_muon
 from senano_jax.optim.newton_schulz import ITERATIONS
 from senano_jax.optim.normuon import normalized
 from senano_jax.optim.recipe import make_optimizer, scale_by_rate
@@ -40,15 +40,15 @@ def test_it_is_the_formula():
     """Entry by entry in a loop: the square of the rate, its schedule and the rate given with the step; the factor of
     each matrix, here twice for `up` and not for `out`; nothing for a vector."""
     rng = np.random.default_rng(0)
-    shapes = {"up": (4, 16), "out": (4, 4), "bias": (5,)}
+    shapes = {"up": (4, 16), "out": (4, 4)}
     steps, weights = ({name: rng.standard_normal(s).astype(np.float32) for name, s in shapes.items()} for _ in range(2))
     steps["out"][0, 0] = 0
-    decay = add_cautious_decay(0.3, lambda step: 0.5 / (step + 1), lambda path, shape: step_factor(path, shape, 1.0))
+    decay = add_cautious_decay(0.3, lambda step: 0.5 / (step + 1))
     state = decay.init(weights)
     for number in range(2):
         rate = 0.25 * 0.5 / (number + 1)
         result, state = jax.jit(decay.update)(steps, state, weights, rate=0.25)
-        for name, factor in {"up": 2, "out": 1, "bias": 0}.items():
+        for name, factor in {"up": 2, "out": 1}.items():
             expected = steps[name].astype(np.float64)
             for at, x in np.ndenumerate(weights[name]):
                 expected[at] += rate * factor * 0.3 * x if steps[name][at] * x >= 0 else 0
@@ -68,7 +68,7 @@ def test_muon_with_decay_is_the_original_program(case):
     rule = normalized(orthogonalized(ITERATIONS["polar-express"], jnp.float32), 0.9)
     optimizer = optax.chain(
         scale_by_muon(lambda step: 0.85 + step / 3000, rule, down_rate=4.0),
-        add_cautious_decay(1.2, lambda step: 0.023, lambda path, shape: step_factor(path, shape, 4.0)),
+        add_cautious_decay(1.2, lambda step: 0.023, down_rate=4.0),
         scale_by_rate(lambda step: 0.023),
     )
     start = ours(drawn(about["weight_seed"], about["shape"], about["weight_scale"]))

@@ -174,12 +174,12 @@ def test_values_alone_have_a_gradient(hopper):
     assert max(relative_errors(results, references).values()) < 5e-3
 
 
-def test_what_changes_in_between_is_what_attention_takes(monkeypatch):
+def test_values_that_are_changed_are_what_attention_takes(monkeypatch):
     monkeypatch.setattr(heads_attention, "attend", lambda q, k, v, *_, **__: v)
     x, w, first_v, value_residual, *_ = random_inputs(9, 1, 128, 64, 1, 64)
     tables, intervals = rotary_tables(128, 64), random_intervals(9, 1, 128, 0.0, 1)
     arguments = x, w, first_v, value_residual, tables, intervals, 1, SCALE
-    out, v = attend_product(*arguments, between=lambda q, k, v: (q, k, 2 * v))
+    out, v = attend_product(*arguments, values=lambda v: 2 * v)
     _, _, own_v = prepare_heads(x @ w, first_v, value_residual, tables, 1)
     np.testing.assert_array_equal(out, 2 * own_v)
     np.testing.assert_array_equal(v, 2 * own_v)
@@ -215,7 +215,7 @@ def test_a_layer(monkeypatch, hopper, changes):
 @pytest.mark.parametrize(
     ("changes", "options"),
     [
-        ({}, {"between": lambda q, k, v: (q, k, v)}),
+        ({}, {"values": lambda v: v}),
         ({"dtype": jnp.float32}, {}),
         ({}, {"implementation": "dense"}),
         ({"length": 192}, {}),
@@ -223,7 +223,7 @@ def test_a_layer(monkeypatch, hopper, changes):
         ({"width": 32}, {}),
         ({"heads": 3}, {}),
     ],
-    ids=["something between", "float32", "other attention", "length", "depth", "width", "heads"],
+    ids=["other values", "float32", "other attention", "length", "depth", "width", "heads"],
 )
 def test_stores_the_product_where_no_kernel_takes_it_all(monkeypatch, changes, options):
     monkeypatch.setattr(hopper_matmul, "runs_here", lambda: True)

@@ -183,27 +183,27 @@ def test_a_step_from_disk_consumes_the_state_as_well(config, folder, monkeypatch
 
 
 def test_where_no_steps_are_kept(config, folder, monkeypatch):
-    wiring = wire(config)
+    mesh = wire(config).mesh
     jax.config.update("jax_compilation_cache_dir", str(folder.parent))
-    assert open_step_cache(config, NOTHING_OWN, wiring) is not None
-    assert open_step_cache(config, Own(optimizer=optax.sgd(0.1)), wiring) is None
+    assert open_step_cache(config, NOTHING_OWN, mesh) is not None
+    assert open_step_cache(config, Own(optimizer=optax.sgd(0.1)), mesh) is None
     with monkeypatch.context() as patch:
         patch.setattr(step_cache, "on_gpu", lambda: False)
-        assert open_step_cache(config, NOTHING_OWN, wiring) is None
+        assert open_step_cache(config, NOTHING_OWN, mesh) is None
     with monkeypatch.context() as patch:
         patch.setattr(jax, "process_count", lambda: 2)
-        assert open_step_cache(config, NOTHING_OWN, wiring) is None
+        assert open_step_cache(config, NOTHING_OWN, mesh) is None
     with monkeypatch.context() as patch:
         patch.setattr(step_cache, "_files", lambda: None)
-        assert open_step_cache(config, NOTHING_OWN, wiring) is None
+        assert open_step_cache(config, NOTHING_OWN, mesh) is None
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        assert open_step_cache(config, NOTHING_OWN, wiring) is None
+        assert open_step_cache(config, NOTHING_OWN, mesh) is None
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
     for elsewhere in (None, "gs://bucket/cache"):
         jax.config.update("jax_compilation_cache_dir", elsewhere)
-        assert open_step_cache(config, NOTHING_OWN, wiring) is None
+        assert open_step_cache(config, NOTHING_OWN, mesh) is None
 
 
 @pytest.mark.parametrize(("first", "keeps"), [("demo", True), ("mine.py:small", False)])

@@ -42,26 +42,26 @@ def attend_product(
     slots: int = 1,
     offsets_keys: bool = False,
     with_values: bool = False,
-    between: Callable | None = None,
+    values: Callable[[Float[Array, "B S*T H K"]], Float[Array, "B S*T H K"]] | None = None,
 ) -> tuple[Float[Array, "B S*T H K"], Float[Array, "B S*T H K"]]:
     """Attention's output and the values that it weighed, of queries, keys and values that are made of x w.
 
     A row of x w holds S `slots`, each a row of `num_heads` heads; the sequence is S T long. What is mixed in, `rotary`
-    and `offsets_keys` are those of `prepare_heads`, the other arguments those of `attend`, with its errors. `between`,
-    if it is given, makes of queries, keys and values those that attention takes.
+    and `offsets_keys` are those of `prepare_heads`, the other arguments those of `attend`, with its errors. `values`,
+    if it is given, makes of the values those that attention takes.
 
     Where a kernel takes all of it, x w is neither stored nor rounded.
     """
     batch, length, depth = x.shape
     rows, width = slots * length, w.shape[1] // (slots * 3 * num_heads)
     fits = heads_product.fits(batch, length, depth, num_heads, width, x.dtype)
-    if fits and between is None and takes_hopper(implementation, rows, width, x.dtype):
+    if fits and values is None and takes_hopper(implementation, rows, width, x.dtype):
         static = num_heads, float(scale), slots, offsets_keys
         return _fused(x, w, first_v, value_residual, rotary, intervals, *static)
     qkv = (x @ w).reshape(batch, rows, -1)
     q, k, v = prepare_heads(qkv, first_v, value_residual, rotary, num_heads, offsets_keys=offsets_keys)
-    if between is not None:
-        q, k, v = between(q, k, v)
+    if values is not None:
+        v = values(v)
     out = attend(q, k, v, intervals, scale, implementation, with_values=with_values)
     return out if with_values else (out, v)
 

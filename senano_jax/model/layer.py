@@ -37,9 +37,7 @@ class Attention(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(
-        self, x_BTD, other_v_BTHK, rotary, intervals: Intervals, visit=0, weight=None, first_BTG=None
-    ):  # fmt: skip
+    def __call__(self, x_BTD, other_v_BTHK, rotary, intervals: Intervals, visit=0, weight=None, first_BTG=None):
         """Returns the output, times `weight` if there is one, and the values it weighs. Its pieces read `first_BTG`,
         the first channels of x, if it is given, else x.
 
@@ -57,13 +55,13 @@ class Attention(nn.Module):
             other_v_BTHK = None if other_v_BTHK is None else in_slots(other_v_BTHK)
         else:
             slots, qkv_DE = 1, jnp.swapaxes(qkv_3DD, 0, 1).reshape(D, 3 * D)
-        mixed, first_v_BTHK, value_residual = None, None, jnp.float32(0)
         if c.value_embeddings:
             lambdas = self.param("value_lambdas", nn.initializers.constant(0.5), (2,))
+            first_v_BTHK, value_residual = None, jnp.float32(0)
 
-            def mixed(q, k, v):
+            def values(v_BTHK):
                 tables = [] if other_v_BTHK is None else [(lambdas[1], other_v_BTHK)]
-                return q, k, weighted_sum((lambdas[0], v), *tables, dtype=v.dtype)
+                return weighted_sum((lambdas[0], v_BTHK), *tables, dtype=v_BTHK.dtype)
 
         else:
             by_visit = isinstance(c.trunk, Weighted)
@@ -71,14 +69,14 @@ class Attention(nn.Module):
             value_residual = self.param("value_residual", nn.initializers.constant(0.5), shape)
             if by_visit:
                 value_residual = value_residual[visit]
-            first_v_BTHK = other_v_BTHK
+            first_v_BTHK, values = other_v_BTHK, None
         y_BTHK, v_BTHK = attend_product(
             x_BTD, qkv_DE, first_v_BTHK, value_residual, rotary, intervals, c.num_heads // slots, ATTENTION_SCALE,
             c.attention,
             slots=slots,
             offsets_keys=c.offsets_keys(self.layer),
             with_values=c.excludes_own_values(self.layer),
-            between=mixed,
+            values=values,
         )  # fmt: skip
         y_BTHK, v_BTHK = (z.reshape(B, T, c.num_heads, c.head_dim) for z in (y_BTHK, v_BTHK))  # of tokens, not of slots
         for piece in pieces_of(c, self.layer):

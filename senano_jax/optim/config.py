@@ -118,7 +118,7 @@ class Recipe:
     head: AdamRule | None = None
     """Output head, and a table that is embedding and head; None: as the matrices."""
     embeddings: AdamRule | None = None
-    """Embeddings of tokens and positions, a tied table's input correction; None: as the matrices."""
+    """Embeddings of tokens and positions; None: as the matrices."""
     scalars: AdamRule | None = None
     """Lambdas, weights of skip connections, biases, scales of norms; None: as the matrices."""
     tables: AdamRule | None = None

@@ -14,7 +14,7 @@ from senano_jax.optim.average import with_tail_average
 from senano_jax.optim.config import AdamRule, MuonRule, Recipe
 from senano_jax.optim.decay import add_cautious_decay
 from senano_jax.optim.groups import GROUPS, parameter_group
-from senano_jax.optim.muon import orthogonalized, scale_by_muon, step_factor
+from senano_jax.optim.muon import orthogonalized, scale_by_muon
 from senano_jax.optim.newton_schulz import ITERATIONS
 from senano_jax.optim.normuon import normalized
 from senano_jax.optim.schedules import learning_rate_factor, ramp
@@ -85,11 +85,7 @@ def _rule(
 
     if isinstance(rule, AdamRule):
         return _adam(rule, learning_rate)
-    decay = []
-    if rule.decay:
-        decay = [
-            add_cautious_decay(rule.decay, learning_rate, lambda path, shape: step_factor(path, shape, rule.down_rate))
-        ]
+    decay = [add_cautious_decay(rule.decay, learning_rate, rule.down_rate)] if rule.decay else []
     return [_muon(rule, axis_name, shares), *decay, scale_by_rate(learning_rate)]
 
 

@@ -59,7 +59,7 @@ def train(
     sinks, shards = _checked(config)
     wiring = wire(config, own)
     plan = wiring.plan
-    step_cache = open_step_cache(config, own, wiring) if keeps_steps else None
+    step_cache = open_step_cache(config, own, wiring.mesh) if keeps_steps else None
     with together():
         evaluate = make_evaluator(config, wiring.model, wiring.mesh)
     vote = StopVote(wiring.mesh)

@@ -33,7 +33,6 @@ from senano_jax.training.agreement import checksums_of_files, package_files, val
 from senano_jax.training.cache_events import cache_events
 from senano_jax.training.own import NOTHING_OWN, Own
 from senano_jax.training.step import StepMetrics
-from senano_jax.training.wiring import Wiring
 
 KEPT = 16  # steps, those used last: 10 to 100 MB each
 _PACKAGES = ("jax", "flax", "optax", "numpy", "ml", "opt", "scipy", "nvidia")  # the first part of their names
@@ -107,19 +106,17 @@ class StepCache:
             _log.debug("%s: cannot be kept", path, exc_info=True)
 
 
-def open_step_cache(config: Config, own: Own, wiring: Wiring) -> StepCache | None:
+def open_step_cache(config: Config, own: Own, mesh: Mesh) -> StepCache | None:
     """None where steps are not kept: without a folder of compiled programs, on other devices than GPUs, with several
     processes, where this package's files have just changed, and with a model or an optimiser of a program's own, of
     which the configuration does not say all."""
     folder = jax.config.jax_compilation_cache_dir
     if folder is None or "://" in folder or not jax.config.jax_enable_compilation_cache:
         return None
-    if not on_gpu() or jax.process_count() > 1:
-        return None
-    if own != NOTHING_OWN:
+    if not on_gpu() or jax.process_count() > 1 or own != NOTHING_OWN:
         return None
     files = _files()
-    return None if files is None else StepCache(Path(folder) / "steps", files, config, wiring.mesh)
+    return None if files is None else StepCache(Path(folder) / "steps", files, config, mesh)
 
 
 def _files() -> dict[str, str] | None:

@@ -26,10 +26,10 @@ def slots_of(starts_BT: Int[Array, "B T"], window_blocks: Int[Array, ""] | int, 
     return Slots(rotary_tables(starts_BS.shape[1], head_dim), windows)
 
 
-def columns_by_slot(qkv_3DA: Float[Array, "3 D A"]) -> Float[Array, "D 3*A"]:
+def columns_by_slot(qkv_3DD: Float[Array, "3 D D"]) -> Float[Array, "D 3*D"]:
     """Weights of one product whose columns are queries, keys and values of the first slot, then those of the second."""
-    _, D, A = qkv_3DA.shape
-    return qkv_3DA.reshape(3, D, 2, A // 2).transpose(1, 2, 0, 3).reshape(D, 3 * A)
+    D = qkv_3DD.shape[1]
+    return qkv_3DD.reshape(3, D, 2, D // 2).transpose(1, 2, 0, 3).reshape(D, 3 * D)
 
 
 def in_slots(x: Float[Array, "B T H *K"]) -> Float[Array, "B 2*T H/2 *K"]:
