@@ -44,10 +44,7 @@ TRANSPOSED = ("head", "qkv", "out", "up", "down", "kernel")  # ends of the paths
 
 
 # What the PyTorch programs compute in one way only.
-_FIXED = (
-    *("trunk", "mlp_widths", "cap", "tied"),
-    *("head_gate", "exclusive_attention", "key_offset", "paired_heads"),
-)
+_FIXED = ("trunk", "mlp_widths", "cap", "tied", "head_gate", "exclusive_attention", "key_offset", "paired_heads")
 
 
 def torch_names(config: ModelConfig | Gpt2Config) -> dict[str, tuple[str, ...]]:
@@ -80,7 +77,6 @@ def _gpt2_names(config: Gpt2Config) -> dict[str, tuple[str, ...]]:
 
 def _gpt_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     layers = config.layers
-    in_loop = range(layers.prelude, layers.prelude + layers.loop)
     names = dict(_TOP_LEVEL)
     names |= {f"value_embeds.{n}.weight": (f"value_embedding_{n}",) for n in range(config.value_embeddings)}
     if config.value_embeddings:
@@ -88,7 +84,7 @@ def _gpt_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     else:
         of_block = _OF_BLOCK | {"attn.lamb": ("attention", "value_residual")}
     for n in range(layers.layers):
-        layer = ("loop", f"layer_{n}") if n in in_loop else (f"layer_{n}",)
+        layer = ("loop", f"layer_{n}") if layers.in_loop(n) else (f"layer_{n}",)
         for name, path in of_block.items():
             if path[0] != "attention" or n not in layers.no_attention:
                 names[f"blocks.{n}.{name}"] = layer + path
