@@ -140,11 +140,6 @@ def _check_visits(what: str, visits: int, model: ModelConfig | Gpt2Config) -> No
             f"{what}: this model's skips pair the first half of its layer applications with the second, so that their "
             "number stays; leave it out"
         )
-    if model.trunk.backout and visits != model.layers.visits:
-        raise UserError(
-            f"{what}: --model.trunk.backout {model.trunk.backout} is of the last visit but one of "
-            f"{model.layers.visits}; leave one of both out"
-        )
     if not 1 <= visits <= model.layers.visits:
         raise UserError(f"{what}: the model has weights for 1 to {model.layers.visits} visits (--model.layers.visits)")
 

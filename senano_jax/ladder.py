@@ -94,6 +94,13 @@ def weighted() -> Config:
     return changed(strict(), {"model.trunk": Weighted()})
 
 
+def depth_attention() -> Config:
+    """Layers choose what they read: the embedding, blocks of three layers before theirs, and what theirs has added so
+    far, with weights that each token computes (Kimi team, arXiv 2603.15031), in the trunk of `weighted`."""
+    queries = AdamRule(rate=0.004, b1=0.9, b2=0.99, eps=1e-10)
+    return changed(weighted(), {"model.trunk.depth_block": 3, "optimizer.queries": queries})
+
+
 def shifted_cap() -> Config:
     """The soft-cap of modded-nanogpt since 2025-10: logits 23 sigmoid((z + 5) / 7.5), not divided by the root of the
     width, and the head's learning rate divided by it instead."""

@@ -9,6 +9,7 @@ from senano_jax.errors import UserError
 from senano_jax.ladder import (
     batch_ramp,
     cautious_decay,
+    depth_attention,
     exclusive,
     head_gate,
     key_offset,
@@ -51,6 +52,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "key-offset": key_offset,
     "paired-heads": paired_heads,
     "weighted": weighted,
+    "depth-attention": depth_attention,
     "shifted-cap": shifted_cap,
     "multi-token": multi_token,
 }

@@ -3,16 +3,14 @@
 Gradients are checked by `slope`: the derivative along a direction, by central differences.
 """
 
-import math
-
 import numpy as np
 from oracles import norm, rotary, visible_pairs
 
 
-def loss(params, tokens, targets, window_blocks, loss_weights, *, layers, heads, cap, coda_reads_exit) -> float:
+def loss(params, tokens, targets, window_blocks, loss_weights, *, layers, heads, cap, depth_block) -> float:
     """Summed over the tokens of one sequence; `loss_weights` are those of the tokens 1, 2, .. ahead, `layers` is
-    (prelude, loop, visits, coda) and `cap` (height, divisor, shift). With `coda_reads_exit` the attention of layers
-    after the loop reads the stream that left it."""
+    (prelude, loop, visits, coda) and `cap` (height, divisor, shift). With `depth_block`, the layers of a block, what
+    layers and head read is a mixture of x0 and of what blocks have added."""
     prelude, loop, visits, coda = layers
     applications = [(params[f"layer_{n}"], n, 0) for n in range(prelude)]
     for visit in range(visits):
@@ -22,20 +20,21 @@ def loss(params, tokens, targets, window_blocks, loss_weights, *, layers, heads,
 
     visible = [visible_pairs(tokens, window_blocks), visible_pairs(tokens, max(1, window_blocks // 2))]
     x = x0 = norm(params["embedding"][tokens] if "embedding" in params else params["head"].T[tokens])
-    count, first_v, kept, exits, read = len(applications), None, [], [x0], None
+    count, first_v, kept, blocks = len(applications), None, [], [x0]
     for i, (layer, n, visit) in enumerate(applications):
         where = (first_v, visible[n % 2], heads, visit)
-        if (i - prelude) % loop == 0 and prelude <= i <= prelude + loop * visits:
-            exits.append(x)
-        if i == prelude + loop * visits:
-            if "exits_to_coda" in params:
-                x = x + blend(params["exits_to_coda"], x, exits[:-1])
-            read = norm(x) if coda_reads_exit else None
         if "stream_weights" in params:
-            y, v = attention(layer["attention"], norm(x) if read is None else read, *where)
+            if depth_block:
+                if i in (0, prelude) or ((i - prelude) % depth_block == 0 and prelude < i <= prelude + loop * visits):
+                    blocks.append(0 * x0)  # of which this application is the first one
+                sources = [block for block in blocks if block.any()]
+                x = read = at_depth(params["depth_queries"][i], sources)
+            y, v = attention(layer["attention"], norm(x), *where)
             stream, added = params["stream_weights"][i], params["added_weights"][i]
             x = stream[0] * x + added[0] * y + params["x0_weights"][i] * x0
             x = stream[1] * x + added[1] * mlp(layer["mlp"], x)
+            if depth_block:
+                blocks[-1] = blocks[-1] + x - read
         else:
             if i >= count // 2:
                 x = x + params["skip_weights"][i - count // 2] * kept[count - 1 - i]
@@ -46,8 +45,8 @@ def loss(params, tokens, targets, window_blocks, loss_weights, *, layers, heads,
             kept.append(x)
         first_v = v if i == 0 else first_v
 
-    if "exits_to_head" in params:
-        x = x + blend(params["exits_to_head"], x, exits)
+    if depth_block:
+        x = at_depth(params["depth_queries"][-1], blocks)
     height, divisor, shift = cap
     z = norm(x) @ params["head"]
     logits = height / (1 + np.exp(-(z + shift) / divisor))
@@ -83,12 +82,11 @@ def attention(w, x, first_v, visible, heads, visit, *, key_offset=False, paired=
     return y.reshape(x.shape) @ w["out"], v
 
 
-def blend(w, x, sources):
-    """The sum of earlier streams, weighted by what the tokens of x compute."""
-    hidden = x @ w["inner"]
-    hidden = hidden * (1 + np.vectorize(math.erf)(hidden / 2**0.5)) / 2
-    mu = 0.1 * (hidden @ w["outer"] + w["offset"])
-    return sum(mu[:, i, None] * source for i, source in enumerate(sources))
+def at_depth(query, sources):
+    """The sources' sum, weighted by n times a softmax over all n of them."""
+    weights = np.exp([norm(source) @ query / len(query) ** 0.5 for source in sources])
+    weights *= len(sources) / weights.sum(0)
+    return sum(weight[..., None] * source for weight, source in zip(weights, sources))
 
 
 def one_in_each_slot(z):

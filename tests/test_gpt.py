@@ -45,13 +45,14 @@ def test_value_embeddings_count_as_parameters():
     assert [(leaf.shape, leaf.dtype) for leaf in tables] == [((50_257, 768), jnp.dtype("bfloat16"))] * 4
 
 
-@pytest.mark.parametrize("name", ["strict", "head-gate", "weighted", "shifted-cap", "multi-token"])
+@pytest.mark.parametrize("name", ["strict", "head-gate", "weighted", "depth-attention", "shifted-cap", "multi-token"])
 def test_the_ladder_begins_at_or_below_162_million_parameters(name):
     """Read strictly: the last layer's MLP is 256 units narrower, which the Hopper product takes as well."""
     config = preset(name)
     count = count_parameters(abstract_params(make_model(config.model, config.dtype)))
     gates, by_application = 72 * (6 + 6 * 4), 5 * 30 - 2 * 12 - 15 + 6 * 3
-    more = {"head-gate": gates, "weighted": by_application}.get(name, 0)
+    with_queries = by_application + 31 * 768
+    more = {"head-gate": gates, "weighted": by_application, "depth-attention": with_queries}.get(name, 0)
     assert count == 162_165_555 - 2 * 256 * 768 + more <= 162_000_000
 
 
@@ -189,7 +190,7 @@ READER = tiny_model(vocab_size=50257)
 PIECES = {"head_gate": True, "exclusive_attention": True, "paired_heads": (1,)}
 READERS = {
     "skips": READER,
-    "weighted": tiny_model(vocab_size=50257, trunk=Weighted(exits=True, coda_reads_exit=True)),
+    "depth attention": tiny_model(vocab_size=50257, trunk=Weighted(depth_block=1)),
     "head gate": tiny_model(vocab_size=50257, head_gate=True),
     "pieces": tiny_model(vocab_size=50257, num_heads=4, **PIECES),
     "weighted pieces": tiny_model(vocab_size=50257, num_heads=4, trunk=Weighted(), remat="full", **PIECES),

@@ -51,7 +51,7 @@ def test_every_parameter_of_every_preset_belongs_to_one_group(name):
     for names, leaf in jax.tree.leaves_with_path(abstract_params(make_model(config.model, config.dtype))):
         group = parameter_group(names)
         assert group in GROUPS
-        assert leaf.ndim >= 2 or group in ("scalars", "generators")
+        assert leaf.ndim >= 2 or group == "scalars"
 
 
 @pytest.mark.parametrize(

@@ -148,10 +148,6 @@ def test_the_window_of_evaluations_grows_to_its_own_end():
         (staged(Stage(part=1, ahead=((1, 1), (float("inf"), 0)))), ["--stages.0.ahead holds inf"]),
         (staged(Stage(part=1, visits=4)), ["--stages.0.visits 4", "skips pair", "leave it out"]),
         (staged(Stage(part=1, visits=3), **{"model.trunk": Weighted()}), ["--stages.0.visits 3", "1 to 2 visits"]),
-        (
-            staged(Stage(part=1, visits=1), **{"model.trunk": Weighted(exits=True, backout=0.5)}),
-            ["--stages.0.visits 1", "--model.trunk.backout 0.5"],
-        ),
         (changed(preset("llmc"), {"stages": (Stage(part=1, visits=1),)}), ["--stages.0.visits 1", "no loop"]),
         (staged(evaluation_window_tokens=0), ["--evaluation-window-tokens is 0"]),
         (staged(evaluation_window_tokens=8192), ["--evaluation-window-tokens 8192", "--data.val-seq-len 4096"]),

@@ -23,10 +23,10 @@ SHIFTED = SoftCap(height=23, divisor=7.5, shift=5, by_width=False)
 VARIANTS = {
     "head gate": {"head_gate": True, "layers": LayerSchedule(1, 2, 2, 1)},
     "weighted": {"trunk": Weighted(), "layers": LayerSchedule(1, 2, 3, 1), "unroll": True},
-    "exits": {"trunk": Weighted(exits=True), "layers": LayerSchedule(2, 1, 3, 2), "tied": True},
+    "depth attention": {"trunk": Weighted(depth_block=2), "layers": LayerSchedule(2, 2, 3, 2), "tied": True},
     "all of it": {
-        "trunk": Weighted(exits=True, coda_reads_exit=True),
-        "layers": LayerSchedule(2, 1, 2, 1),
+        "trunk": Weighted(depth_block=1),
+        "layers": LayerSchedule(1, 2, 2, 1),
         "head_gate": True,
         "cap": SHIFTED,
         "mlp_widths": ((3, 48),),
@@ -64,7 +64,7 @@ def test_loss_and_gradients_are_those_of_the_formulas(variant):
             layers=dataclasses.astuple(c.layers)[:4],
             heads=2,
             cap=(cap.height, cap.divisor, cap.shift),
-            coda_reads_exit=getattr(c.trunk, "coda_reads_exit", False),
+            depth_block=getattr(c.trunk, "depth_block", None),
         )
 
     params64 = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
@@ -79,19 +79,14 @@ def test_loss_and_gradients_are_those_of_the_formulas(variant):
 
 def test_fewer_visits_are_those_of_a_model_that_has_no_more():
     """The first visits' weights serve, and the coda keeps its own."""
-    trunk = Weighted(exits=True)
+    trunk = Weighted(depth_block=2)
     four, two = (tiny_model(trunk=trunk, head_gate=True, layers=LayerSchedule(1, 2, n, 1)) for n in (4, 2))
     params, sequences = random_params(four), random_sequences(1, 128)
     fewer = dict(params)
     for name in ("stream_weights", "added_weights", "x0_weights"):
         fewer[name] = jnp.concatenate([params[name][:5], params[name][-1:]])
+    fewer["depth_queries"] = jnp.concatenate([params["depth_queries"][:5], params["depth_queries"][-2:]])
     fewer["loop"] = jax.tree.map_with_path(first_two_visits, params["loop"])
-    for name, sources in (("exits_to_coda", 3), ("exits_to_head", 4)):
-        fewer[name] = {
-            "inner": params[name]["inner"],
-            "outer": params[name]["outer"][:, :sources],
-            "offset": params[name]["offset"][:sources],
-        }
     arguments = sequences[:, :-1], sequences[:, 1:], 1
     first, whole = jax.jit(four.apply, static_argnames="visits"), jax.jit(two.apply)
     loss = first({"params": params}, *arguments, visits=2)
@@ -124,16 +119,3 @@ def test_a_fresh_weighted_model_has_the_specified_weights():
     np.testing.assert_array_equal(params["added_weights"][:, 0], params["added_weights"][:, 1])
     np.testing.assert_array_equal(params["x0_weights"], np.zeros(8))
     np.testing.assert_array_equal(params["loop"]["layer_1"]["attention"]["value_residual"], [0.5] * 3)
-
-
-def test_fresh_exits_take_away_the_last_visit_but_one_alone():
-    """A share of it, before the head; nothing else is added at the start."""
-    trunk = Weighted(exits=True, backout=0.5)
-    model = tiny_model(trunk=trunk, layers=LayerSchedule(1, 2, 3, 1))
-    tokens = jnp.zeros((1, 128), jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(0), tokens, tokens, 1)["params"]
-    np.testing.assert_allclose(0.1 * params["exits_to_head"]["offset"], [0, 0, 0, -0.5, 0], rtol=1e-6)
-    np.testing.assert_array_equal(params["exits_to_coda"]["offset"], np.zeros(4))
-    for name in ("exits_to_coda", "exits_to_head"):
-        np.testing.assert_array_equal(params[name]["outer"], np.zeros_like(params[name]["outer"]))
-        assert 0.9 * 32**-0.5 < np.abs(params[name]["inner"]).max() <= 32**-0.5

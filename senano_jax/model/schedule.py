@@ -4,7 +4,6 @@ The modules are in trunks/. An application of a layer is one of its visits if it
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from senano_jax.errors import UserError, check_counts
 
@@ -87,23 +86,10 @@ class Weighted:
 
     growth: float = 2.85
     """Product of all weights of the stream at the start, those of both sublayers of every application."""
-    exits: bool = False
-    """After the loop and before the head, each token adds the embedding and the streams that entered the loop and left
-    each of its visits, with weights that it computes."""
-    backout: float = 0.0
-    """Share of the stream of the last visit but one that is taken away before the head at the start, with exits."""
-    coda_reads_exit: bool = False
-    """Attention after the loop reads the stream that left the loop, and not what layers after the loop made of it."""
-    between: Literal["stream", "norm", "lanes", "layer-lanes"] = "stream"
-    """What goes from visit to visit, and on to the layers after the loop: the stream that a visit made; its norm, with
-    the stream that entered the loop added; or lanes, of which each visit reads a learned mixture and to which it adds
-    the norm of what it made. With `layer-lanes` they go from layer to layer, from the first to the last, and each layer
-    adds what it added to its mixture."""
-    lanes: int = 2
-    """How many, where `between` has them."""
-    lanes_by_token: bool = False
-    """With `layer-lanes`, each token adds what it computes of the lanes to the weights of reading, keeping and writing
-    them."""
+    depth_block: int | None = None
+    """Layers of a visit that make a block of depth attention: each application reads the embedding, the blocks before
+    its own and what its own has added so far, with weights that each token computes. The layers before the loop are a
+    block, too, and those after it. None: it reads what the one before it made."""
 
     def check(self, layers: LayerSchedule) -> None:
         """Raises UserError at the first value that cannot work."""
@@ -112,29 +98,15 @@ class Weighted:
             check_counts({"--model.layers.visits": layers.visits}, least=1)
         if not 0 < self.growth < float("inf"):
             raise UserError(f"--model.trunk.growth is {self.growth}; use a number above 0")
-        of_loop = {"exits": self.exits, "coda-reads-exit": self.coda_reads_exit}
-        for flag, value in of_loop.items():
-            if value and not layers.loop:
-                raise UserError(f"--model.trunk.{flag} needs a loop, --model.layers.loop is 0; leave it out")
-            if value and self.between == "layer-lanes":
-                raise UserError(
-                    f"--model.trunk.between layer-lanes leaves --model.trunk.{flag} no stream of the loop; "
-                    "leave one of them out"
-                )
-        if self.between in ("norm", "lanes") and not layers.loop:
+        if self.depth_block is None:
+            return
+        check_counts({"--model.trunk.depth-block": self.depth_block}, least=1)
+        if not layers.loop:
             raise UserError(
-                f"--model.trunk.between {self.between} needs a loop, --model.layers.loop is 0; leave it out"
+                f"--model.trunk.depth-block {self.depth_block} needs a loop, --model.layers.loop is 0; leave it out"
             )
-        if self.lanes != 2 and self.between not in ("lanes", "layer-lanes"):
-            raise UserError(f"--model.trunk.lanes is {self.lanes}, but there are none; use --model.trunk.between lanes")
-        check_counts({"--model.trunk.lanes": self.lanes}, least=1)
-        if self.lanes_by_token and self.between != "layer-lanes":
+        if layers.loop % self.depth_block:
             raise UserError(
-                "--model.trunk.lanes-by-token needs --model.trunk.between layer-lanes, "
-                f"--model.trunk.between is {self.between}; leave one of them out"
-            )
-        if self.backout and not (self.exits and layers.visits > 1):
-            raise UserError(
-                f"--model.trunk.backout is {self.backout}, but there is no last visit but one to take away; use "
-                "--model.trunk.exits and at least 2 --model.layers.visits"
+                f"--model.trunk.depth-block {self.depth_block} must divide the {layers.loop} layers of "
+                "--model.layers.loop"
             )

@@ -48,8 +48,8 @@ def stream_mlp(
 
     The backward pass of `fused` is a Pallas kernel for NVIDIA GPUs, for rows as norm_fork takes them. It rounds the
     gradient that it is given to the type of x, which changes nothing where a single reader rounds what comes out to
-    that type, as the next layer does, and rounds once where lanes (trunks/lanes.py) read it. `auto` means `fused`
-    on a GPU wherever it can; `interpret` runs it in plain XLA, the default where there is no GPU.
+    that type, as trunks do. `auto` means `fused` on a GPU wherever it can; `interpret` runs it in plain XLA, the
+    default where there is no GPU.
     """
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
     if not takes_fused(implementation, on_gpu(), whole_rows.fits(x.shape, launch), f"{rows} rows of {width}"):

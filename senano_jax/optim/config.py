@@ -107,7 +107,7 @@ class TailAverage:
 class Recipe:
     """A rule for each group of parameters (senano_jax/optim/groups.py) and what all groups share.
 
-    A group whose rule is None follows another group: `tables` the embeddings, `generators` the gates, `gates` the
+    A group whose rule is None follows another group: `tables` the embeddings, `queries` the gates, `gates` the
     scalars, and all others the matrices.
     """
 
@@ -125,8 +125,8 @@ class Recipe:
     """Tables of values by token; None: as the embeddings."""
     gates: AdamRule | None = None
     """Small matrices that compute gates; None: as the scalars."""
-    generators: AdamRule | None = None
-    """Small networks that compute the weights of a sum; None: as the gates."""
+    queries: AdamRule | None = None
+    """Queries of depth attention; None: as the gates."""
     mean_gradients: bool = False
     """Divide gradients by the tokens of the step; otherwise they are sums over them."""
     clip_norm: float | None = None
@@ -151,7 +151,7 @@ class OwnOptimizer:
     """Of what it computes from the run's parameters: equal for equal optimisers under one version of JAX."""
 
 
-_FOLLOWS = {"tables": "embeddings", "gates": "scalars", "generators": "gates"}
+_FOLLOWS = {"tables": "embeddings", "gates": "scalars", "queries": "gates"}
 
 
 def check_optimizer(recipe: Recipe | OwnOptimizer) -> None:

@@ -8,10 +8,10 @@ GROUPS = {
     "head": r"head",
     "embeddings": r"(position_)?embedding",
     "scalars": r"(.*/)?(lambdas|value_residual|value_lambdas|(skip|stream|added|x0)_weights|bias|scale"
-    r"|lane_(read|kept|written|scale)|exclusive/strength)",
+    r"|exclusive/strength)",
     "tables": r"value_embedding_\d+",
     "gates": r"(.*/)?\w*gate",
-    "generators": r"exits_to_\w+/(inner|outer|offset)|lane_generator",
+    "queries": r"depth_queries",
 }
 
 

@@ -9,10 +9,13 @@ from flax import linen as nn
 
 from senano_jax.model.config import ModelConfig
 from senano_jax.model.schedule import Weighted
+from senano_jax.model.trunks.depth import DepthTrunk
 from senano_jax.model.trunks.unet import UNetTrunk
 from senano_jax.model.trunks.weighted import WeightedTrunk
 
 
 def trunk_of(model: ModelConfig) -> nn.Module:
     """The trunk that a configuration asks for; a new one needs a line here."""
-    return WeightedTrunk(model) if isinstance(model.trunk, Weighted) else UNetTrunk(model)
+    if not isinstance(model.trunk, Weighted):
+        return UNetTrunk(model)
+    return WeightedTrunk(model) if model.trunk.depth_block is None else DepthTrunk(model)
