@@ -9,8 +9,9 @@
 alone; `heads-product` is the product and prepare_heads, with what the backward pass needs, forward alone: two kernels,
 or the one for Hopper GPUs. `gated-exclusive` is what attention gives with both pieces; `stream-mlp` the weighted stream
 beside an MLP, of which the backward pass alone is fused: the MLP is left out. `stream-mix` is the stream with a skip
-connection and its norm, backward alone, too. `loss` is log-sum-exp and gradient of 8,192 tokens, `logsumexp` that sum
-and the product before it, forward alone, whatever the flags for sizes say.
+connection and its norm, backward alone, too. `depth` is attention over depth, of five blocks of eight and of a sixth
+that is not complete. `loss` is log-sum-exp and gradient of 8,192 tokens, `logsumexp` that sum and the product before
+it, forward alone, whatever the flags for sizes say.
 
 Time is the median over repetitions of a jitted chain of calls, divided by its length; backward is the difference of
 forward and backward together and forward alone. Bytes count each tensor once, in and out. The ratio is that of the
@@ -32,7 +33,7 @@ from tune_matmul import parse_tile
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.jax_settings import start_jax
 from senano_jax.kernels.triton import HeadLaunch, HeadLaunches, RowLaunch
-from senano_jax.model import heads_kernels, hopper_loss, loss_kernel, stream_mix, stream_mlp
+from senano_jax.model import depth_attention, heads_kernels, hopper_loss, loss_kernel, stream_mix, stream_mlp
 from senano_jax.model.cap import capped
 from senano_jax.model.elementwise import norm, weighted_sum
 from senano_jax.model.heads import prepare_heads
@@ -45,17 +46,12 @@ from senano_jax.model.rotary import rotary_tables
 from senano_jax.model.soft_cap import SoftCap
 
 OF_HEADS = ("16,6,4", "16,3,4", "16,1,4", "8,6,2", "8,2,2", "8,1,2", "4,6,1", "32,6,8", "32,1,4")
+# The first two are heads_product.TILES.
 OF_HEADS_PRODUCT = (
-    "128,128,5,8,b,128",  # these two are heads_product.TILES
+    "128,128,5,8,b,128",
     "128,128,5,8,a,128",
     "128,128,5,4,b,128",
-    "128,128,5,16,b,128",
-    "128,128,5,4,a,128",
-    "128,128,5,16,a,128",
-    "128,128,4,8,a,128",
     "64,256,4,8,b,128",
-    "64,256,4,8,b,256",
-    "64,256,4,16,b,256",
     "64,128,6,8,b,128",
 )
 OF_ROWS = ("4,4", "2,2", "1,1", "8,8", "4,8")
@@ -186,6 +182,28 @@ def mixture(shape: tuple[int, int, int, int]) -> Case:
     return Case(arguments, None, lambda launch: plain if launch is None else fused(launch), megabytes, OF_ROWS)
 
 
+def depth(shape: tuple[int, int, int, int]) -> Case:
+    """The sources in, what is read out; back these and its gradient in, theirs out, and those of the blocks in and out,
+    all copied first, as the chain does not let them be written in place."""
+    rows = (*shape[:2], shape[2] * shape[3])
+    arguments = _, own, *_ = random([(8, *rows), rows, rows, (8, *rows)])
+    query = jax.random.normal(jax.random.key(4), rows[2:])
+
+    def attend(launch):
+        options = {"implementation": "plain"} if launch is None else {"launch": RowLaunch(*_numbers(launch, 2))}
+        return lambda blocks, own: depth_attention.attend_depth(blocks, own, query, jnp.int32(5), **options)
+
+    def both(launch):
+        def without_blocks(out, gradients):
+            return out[0], gradients
+
+        run = with_gradients(attend(launch), 2)
+        return lambda *arguments: without_blocks(*run(*arguments))
+
+    megabytes = (7 * own.nbytes / 1e6, (18 + 16) * own.nbytes / 1e6)
+    return Case(arguments, lambda launch: lambda *given: attend(launch)(*given[:2])[0], both, megabytes, OF_ROWS)
+
+
 def loss(shape: tuple[int, int, int, int]) -> Case:
     """z in, its gradient out; what there is of each token is small."""
     cap = capped(SoftCap(), shape[2] * shape[3])
@@ -238,6 +256,7 @@ CASES = {
     "gated-exclusive": gated,
     "stream-mlp": stream,
     "stream-mix": mixture,
+    "depth": depth,
     "loss": loss,
     "logsumexp": logits_sum,
 }
