@@ -82,7 +82,7 @@ def test_flags_are_spelt_with_dashes_or_underscores_and_some_switch_off():
 
 
 @pytest.mark.parametrize(
-    "switch", ["--model.head-gate", "--model.tied", "--model.no-unroll", "--model.trunk.coda-reads-exit", "--dry_run"]
+    "switch", ["--model.head-gate", "--model.tied", "--model.no-unroll", "--model.cap.by-width", "--dry_run"]
 )
 def test_a_preset_behind_a_switch_is_told_its_place(switch):
     message = refusal(train.parse_request, "--steps=3", switch, "strict")

@@ -78,7 +78,7 @@ def test_gradients_are_those_of_float64(implementation, with_own, count):
 
 @BOTH
 def test_blocks_that_are_not_complete_count_for_nothing(implementation):
-    """Not even if they hold no numbers; their gradient is that of later readers alone."""
+    """However large they are; their gradient is that of later readers alone."""
     blocks, own, query, (d_read, d_blocks) = random(True)
     ruined = blocks.at[2:].set(1e30)
     attended = functools.partial(attend_depth, count=jnp.int32(2), implementation=implementation)

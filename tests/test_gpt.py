@@ -152,7 +152,7 @@ def test_how_it_is_computed_does_not_change_the_result(change):
     jax.tree.map(np.testing.assert_array_equal, init(tiny_model(**LOOPED, **change)), init(tiny_model(**LOOPED)))
 
 
-@pytest.mark.parametrize("trunk", [UNet(), Weighted()], ids=str)
+@pytest.mark.parametrize("trunk", [UNet(), Weighted(), Weighted(depth_block=1)], ids=str)
 def test_recomputing_changes_bits_in_bfloat16_alone(trunk):
     """With skip connections a recomputed layer takes a stream that is rounded to bfloat16, where the compiler may keep
     float32 between two layers that it sees together; the weighted trunk rounds it at every layer."""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from senano_jax.config import changed
 from senano_jax.errors import UserError
 from senano_jax.model.build import make_model
 from senano_jax.optim.recipe import make_optimizer
@@ -41,6 +42,16 @@ def test_the_fewest_micro_batches_that_fit_are_chosen(name, available, devices, 
 
     assert needed(micro_batches) <= available
     assert micro_batches == 1 or needed(micro_batches // 2) > available
+
+
+def test_blocks_of_attention_over_depth_are_kept():
+    """Of wide-recurrent with four layers a block: eight blocks, seven times one longer, and one more by application."""
+    config = preset("wide-recurrent")
+    without, with_blocks = (
+        activation_bytes(changed(config, {"model.trunk.depth_block": block}).model, "bfloat16", 1024)
+        for block in (None, 4)
+    )
+    assert with_blocks - without == (8 * 7 + 28) * 1024 * 896 * 2
 
 
 def test_a_sequence_that_does_not_fit_is_refused():

@@ -4,9 +4,9 @@
     read = n sum_s softmax(l)_s v_s          n the number of sources: with equal weights it is their sum
 
 XLA reads all sources twice in each direction, those that are not complete among them, and adds up the gradients of a
-block from all its readers in passes of their own. Here a program holds whole rows and reads those of complete sources,
-in the backward direction a second time when they are near. The blocks go through each reader, so that on the way back
-each adds its gradient to that of the readers after it, in place.
+block from all its readers in passes of their own. Here a program holds whole rows, reads those of complete sources and,
+in the backward direction, reads them a second time from cache. The blocks go through each reader, so that on the way
+back each adds its gradient to that of the readers after it, in place.
 
 Names end in their dimensions: S sources, R the rows of a program, P a part of a row whose width is a power of two.
 """
@@ -38,11 +38,11 @@ def attend_depth(
 ) -> tuple[Float[Array, "B T D"], Float[Array, "S B T D"]]:
     """What is read, computed in float32 and rounded once, to the blocks' type; and the blocks, for the next reader.
 
-    Only the first `count` blocks, at least one, are sources, and `own`, if there is one. Both gradients of a block are
-    rounded when they meet.
+    Only the first `count` blocks, at least one, are sources, and `own`, if there is one.
 
-    `fused` is a pair of Pallas kernels for NVIDIA GPUs, for rows as norm_fork takes them. `auto` means `fused` on a GPU
-    wherever it can; `interpret` runs it in plain XLA, the default where there is no GPU.
+    `fused` is a pair of Pallas kernels for NVIDIA GPUs, for rows as norm_fork takes them. It adds the two gradients of
+    a block in float32 and rounds their sum; `plain` rounds its own before. `auto` means `fused` on a GPU wherever it
+    can; `interpret` runs it in plain XLA, the default where there is no GPU.
     """
     shape = blocks.shape[1:]
     what = f"{shape[0] * shape[1]} rows of {shape[2]}"
@@ -134,7 +134,7 @@ def backward(blocks, own, query, count, lse, d_read, d_blocks, *, launch: triton
         + [jax.ShapeDtypeStruct((B * T, D), blocks.dtype)] * len(of_own),
         launch=launch,
         interpret=interpret,
-        written_into={5: 0},
+        written_into={5: 0},  # or blocks that are not complete would have no gradient at all
     )(
         count.reshape(1),
         query.reshape(1, D),

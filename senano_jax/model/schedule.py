@@ -91,6 +91,11 @@ class Weighted:
     its own and what its own has added so far, with weights that each token computes. The layers before the loop are a
     block, too, and those after it. None: it reads what the one before it made."""
 
+    def complete_blocks(self, layers: LayerSchedule, visits: int) -> int:
+        """What the head reads of attention over depth, but for the block of the layers after the loop: the embedding,
+        the layers before it, and the blocks of so many visits. 0 without."""
+        return 0 if self.depth_block is None else 2 + visits * layers.loop // self.depth_block
+
     def check(self, layers: LayerSchedule) -> None:
         """Raises UserError at the first value that cannot work."""
         check_counts({"--model.layers.coda": layers.coda}, least=0)

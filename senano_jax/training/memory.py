@@ -12,6 +12,7 @@ from senano_jax.config_check import check_split
 from senano_jax.errors import UserError
 from senano_jax.model.build import count_parameters
 from senano_jax.model.config import TransformerConfig
+from senano_jax.model.schedule import Weighted
 from senano_jax.model.squared_relu import is_fused
 from senano_jax.plan import Plan, PlannedStage
 from senano_jax.training.state import TrainState, state_shardings
@@ -65,7 +66,12 @@ def activation_bytes(model: TransformerConfig, dtype: str, tokens: int) -> int:
     hidden = model.mlp_expansion * model.dim
     if isinstance(model, ModelConfig) and model.remat == "none" and is_fused(tokens, model.dim, hidden, dtype):
         factor -= model.mlp_expansion  # one number a hidden unit is kept instead of two
-    return tokens * model.positions * model.dim * itemsize * factor
+    rows = model.positions * factor
+    if isinstance(model, ModelConfig) and isinstance(model.trunk, Weighted) and model.trunk.depth_block is not None:
+        # All blocks each time that one is complete, for the readers after it; and what its block has added, by reader.
+        blocks = model.trunk.complete_blocks(model.layers, model.layers.visits)
+        rows += blocks * (blocks - 1) + model.positions
+    return tokens * rows * model.dim * itemsize
 
 
 def memory_budget(state: TrainState, mesh: Mesh) -> int:

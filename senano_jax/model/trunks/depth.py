@@ -1,9 +1,9 @@
 """Layers that choose what they read from what was made before: Block Attention Residuals (Kimi team, arXiv 2603.15031).
 
-A block is some layers of one visit of the loop, or all before it, or all after it, and is what they added in all. An
-application reads the embedding, the blocks before its own and what its own has added so far, each with a weight that it
-computes of that (depth_attention.py), and the head reads so, too. While queries are zero, as at the start, the weights
-are 1, and what is read is the residual stream of trunks/weighted.py.
+A block is some layers of one visit of the loop, or all before it, or all after it, and is the sum of what they added.
+An application reads the embedding, the blocks before its own and what its own has added so far, each with a weight that
+it computes of that (depth_attention.py), and the head reads so, too. While queries are zero, as at the start, the
+weights are 1, and what is read is the residual stream of trunks/weighted.py.
 """
 
 from typing import NamedTuple
@@ -77,16 +77,16 @@ class DepthTrunk(WeightedTrunk):
         """The first `visits` visits of the loop, by default all. Raises ValueError for more than there are."""
         c, layers = self.config, self.config.layers
         visits, weights, queries = self.checked(visits), self.weights(), self.depth_queries
-        later = jnp.zeros((1 + visits * layers.loop // c.trunk.depth_block, *context.x0.shape), context.x0.dtype)
+        blocks = c.trunk.complete_blocks(layers, visits)
+        later = jnp.zeros((blocks - 1, *context.x0.shape), context.x0.dtype)
         depth = Depth(jnp.concatenate([context.x0[None], later]), jnp.int32(1))
         for layer in range(layers.prelude):
-            of_layer = getattr(self, f"layer_{layer}"), depth, queries[layer], weights.at(layer)
-            depth, v = apply_layer(*of_layer, context, 0)
+            applied = getattr(self, f"layer_{layer}")
+            depth, v = apply_layer(applied, depth, queries[layer], weights.at(layer), context, 0)
             if layer == 0 and not c.value_embeddings:
                 context = context._replace(first_v=v)
         depth = self.visited(depth.complete(), (weights, queries[:-1]), context, visits)
         for layer in range(layers.prelude + layers.loop, layers.layers):
-            at = layer - layers.layers
-            of_layer = getattr(self, f"layer_{layer}"), depth, queries[at - 1], weights.at(at)
-            depth, _ = apply_layer(*of_layer, context, 0)
+            applied, at = getattr(self, f"layer_{layer}"), layer - layers.layers
+            depth, _ = apply_layer(applied, depth, queries[at - 1], weights.at(at), context, 0)
         return depth.read(queries[-1])[0]
