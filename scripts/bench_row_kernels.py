@@ -46,7 +46,7 @@ from senano_jax.model.rotary import rotary_tables
 from senano_jax.model.soft_cap import SoftCap
 
 OF_HEADS = ("16,6,4", "16,3,4", "16,1,4", "8,6,2", "8,2,2", "8,1,2", "4,6,1", "32,6,8", "32,1,4")
-OF_HEADS_PRODUCT = ("128,128,5,8,b,128", "128,128,5,8,a,128", "64,256,4,8,b,128", "64,128,6,8,b,128")  # two: TILES
+OF_HEADS_PRODUCT = ("128,128,5,8,b,128", "128,128,5,8,a,128", "64,256,4,8,b,128", "64,128,6,8,b,128")
 OF_ROWS = ("4,4", "2,2", "1,1", "8,8", "4,8")
 OF_LOGITS = (*OF_ROWS, "1,4", "1,8", *(f"hopper,{lines}" for lines in (4, 8, 12, 16, 20)))
 OF_LOGSUMEXP = ("128,128,5,8,b,64", "128,128,6,8,b,64", "128,192,4,8,b,64", "128,192,4,16,b,64", "128,192,4,8,a,64")
