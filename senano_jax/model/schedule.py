@@ -112,6 +112,6 @@ class Weighted:
             )
         if layers.loop % self.depth_block:
             raise UserError(
-                f"--model.trunk.depth-block {self.depth_block} must divide the {layers.loop} layers of "
-                "--model.layers.loop"
+                f"--model.trunk.depth-block {self.depth_block} does not divide the {layers.loop} layers of "
+                "--model.layers.loop; choose a number that does"
             )
