@@ -187,11 +187,11 @@ def depth(shape: tuple[int, int, int, int]) -> Case:
         return lambda blocks, own: depth_attention.attend_depth(blocks, own, query, jnp.int32(5), **options)
 
     def both(launch):
-        def without_blocks(out, gradients):
-            return out[0], gradients
+        def run(*arguments):
+            (read, _), gradients = with_gradients(attend(launch), 2)(*arguments)
+            return read, gradients
 
-        run = with_gradients(attend(launch), 2)
-        return lambda *arguments: without_blocks(*run(*arguments))
+        return run
 
     megabytes = (7 * own.nbytes / 1e6, (18 + 16) * own.nbytes / 1e6)
     return Case(arguments, lambda launch: lambda *given: attend(launch)(*given[:2])[0], both, megabytes, OF_ROWS)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from senano_jax.kernels import triton, whole_rows
 from senano_jax.kernels.choice import Implementation, on_gpu, takes_fused
-from senano_jax.model.elementwise import NORM_EPSILON
+from senano_jax.model.elementwise import NORM_EPSILON, norm
 
 DEFAULT_LAUNCH = triton.RowLaunch(rows=4, warps=4)
 
@@ -54,8 +54,7 @@ def attend_depth(
 def _plain(blocks, own, query, count):
     sources = blocks if own is None else jnp.concatenate([blocks, own[None]])
     v_SBTD = sources.astype(jnp.float32)
-    scale_SBT = lax.rsqrt(jnp.mean(v_SBTD * v_SBTD, axis=-1) + NORM_EPSILON)
-    l_SBT = jnp.sum(v_SBTD * query, axis=-1) * scale_SBT * query.size**-0.5
+    l_SBT = jnp.sum(norm(v_SBTD) * query, axis=-1) * query.size**-0.5
     number = jnp.arange(len(sources))
     is_source_S = (number < count) | (number >= len(blocks))
     p_SBT = jax.nn.softmax(jnp.where(is_source_S[:, None, None], l_SBT, -jnp.inf), axis=0)

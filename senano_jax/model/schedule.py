@@ -87,14 +87,14 @@ class Weighted:
     growth: float = 2.85
     """Product of all weights of the stream at the start, those of both sublayers of every application."""
     depth_block: int | None = None
-    """Layers of a visit that make a block of depth attention: each application reads the embedding, the blocks before
-    its own and what its own has added so far, with weights that each token computes. The layers before the loop are a
-    block, too, and those after it. None: it reads what the one before it made."""
+    """Layers of a visit that make a block of attention over depth: each application reads the embedding, the blocks
+    before its own and what its own has added so far, with weights that each token computes. The layers before the loop
+    are a block, too, and those after it. None: it reads what the one before it made."""
 
     def complete_blocks(self, layers: LayerSchedule, visits: int) -> int:
         """What the head reads of attention over depth, but for the block of the layers after the loop: the embedding,
-        the layers before it, and the blocks of so many visits. 0 without."""
-        return 0 if self.depth_block is None else 2 + visits * layers.loop // self.depth_block
+        the layers before the loop, and the blocks of so many visits."""
+        return 2 + visits * layers.loop // self.depth_block
 
     def check(self, layers: LayerSchedule) -> None:
         """Raises UserError at the first value that cannot work."""

@@ -126,7 +126,7 @@ class Recipe:
     gates: AdamRule | None = None
     """Small matrices that compute gates; None: as the scalars."""
     queries: AdamRule | None = None
-    """Queries of depth attention; None: as the gates."""
+    """Queries of attention over depth; None: as the gates."""
     mean_gradients: bool = False
     """Divide gradients by the tokens of the step; otherwise they are sums over them."""
     clip_norm: float | None = None

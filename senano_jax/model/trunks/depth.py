@@ -76,7 +76,8 @@ class DepthTrunk(WeightedTrunk):
     def __call__(self, context: Context, visits: int | None = None) -> Float[Array, "B T D"]:
         """The first `visits` visits of the loop, by default all. Raises ValueError for more than there are."""
         c, layers = self.config, self.config.layers
-        visits, weights, queries = self.checked(visits), self.weights(), self.depth_queries
+        visits, weights = self.checked(visits), self.weights()
+        queries, of_head = self.depth_queries[:-1], self.depth_queries[-1]
         blocks = c.trunk.complete_blocks(layers, visits)
         later = jnp.zeros((blocks - 1, *context.x0.shape), context.x0.dtype)
         depth = Depth(jnp.concatenate([context.x0[None], later]), jnp.int32(1))
@@ -85,8 +86,8 @@ class DepthTrunk(WeightedTrunk):
             depth, v = apply_layer(applied, depth, queries[layer], weights.at(layer), context, 0)
             if layer == 0 and not c.value_embeddings:
                 context = context._replace(first_v=v)
-        depth = self.visited(depth.complete(), (weights, queries[:-1]), context, visits)
+        depth = self.visited(depth.complete(), (weights, queries), context, visits)
         for layer in range(layers.prelude + layers.loop, layers.layers):
             applied, at = getattr(self, f"layer_{layer}"), layer - layers.layers
-            depth, _ = apply_layer(applied, depth, queries[at - 1], weights.at(at), context, 0)
-        return depth.read(queries[-1])[0]
+            depth, _ = apply_layer(applied, depth, queries[at], weights.at(at), context, 0)
+        return depth.read(of_head)[0]

@@ -29,7 +29,7 @@ class Weights(NamedTuple):
     x0: Float[Array, "*S"]
 
     def at(self, index) -> "Weights":
-        """Those of one application, or of a slice of them."""
+        """Those of one application, or layer of a visit."""
         return jax.tree.map(lambda w: w[index], self)
 
 
@@ -39,7 +39,8 @@ class WeightedLayer(Layer):
     def __call__(self, x_BTD, weights: Weights, context: Context, visit: Int[Array, ""] | int):
         """Returns the new residual stream, float32 and not rounded, and the values of the attention, None without one.
 
-        Without attention its term is missing. What attention adds is not rounded into the stream.
+        `x_BTD` is rounded by those who call: what `remat` keeps is the layer's input. Without attention its term is
+        missing. What attention adds is not rounded into the stream.
         """
         v_BTHK, y_BTD = None, None
         if self.has_attention:
