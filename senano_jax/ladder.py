@@ -94,11 +94,13 @@ def weighted() -> Config:
     return changed(strict(), {"model.trunk": Weighted()})
 
 
+_QUERIES = AdamRule(rate=0.004, b1=0.9, b2=0.99, eps=1e-10)
+
+
 def depth_attention() -> Config:
     """Layers choose what they read: the embedding, blocks of three layers before theirs, and what theirs has added so
     far, with weights that each token computes (Kimi team, arXiv 2603.15031), in the trunk of `weighted`."""
-    queries = AdamRule(rate=0.004, b1=0.9, b2=0.99, eps=1e-10)
-    return changed(weighted(), {"model.trunk.depth_block": 3, "optimizer.queries": queries})
+    return changed(weighted(), {"model.trunk.depth_block": 3, "optimizer.queries": _QUERIES})
 
 
 def shifted_cap() -> Config:
@@ -190,6 +192,21 @@ def wide_recurrent() -> Config:
 
 
 def wide_recurrent_ramp() -> Config:
-    """`wide_recurrent` with the ramp of `tied_recurrent_ramp`: the candidate for a whole run. 449.84M tokens; 379.85M
-    with `--steps 6762`. Not verified on FineWeb."""
+    """`wide_recurrent` with the ramp of `tied_recurrent_ramp`. 449.84M tokens; 379.85M with `--steps 6762`. Not verified
+    on FineWeb."""
     return changed(tied_recurrent_ramp(), _WIDE)
+
+
+_ATTNRES = {"model.trunk.depth_block": 8, "optimizer.queries": _QUERIES}
+
+
+def attnres_recurrent() -> Config:
+    """`wide_recurrent` with attention over depth, named Attention Residuals by its authors; each visit of the loop is a
+    block. Within 162,000,000 parameters. The same tokens. Not verified on FineWeb."""
+    return changed(wide_recurrent(), _ATTNRES)
+
+
+def attnres_recurrent_ramp() -> Config:
+    """`attnres_recurrent` with the ramp of `tied_recurrent_ramp`: the candidate for a whole run. 449.84M tokens; 379.85M
+    with `--steps 6762`. Not verified on FineWeb."""
+    return changed(wide_recurrent_ramp(), _ATTNRES)

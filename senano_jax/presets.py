@@ -7,6 +7,8 @@ from collections.abc import Callable
 from senano_jax.config import Config
 from senano_jax.errors import UserError
 from senano_jax.ladder import (
+    attnres_recurrent,
+    attnres_recurrent_ramp,
     batch_ramp,
     cautious_decay,
     depth_attention,
@@ -39,6 +41,8 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "tied-recurrent-ramp": tied_recurrent_ramp,
     "wide-recurrent": wide_recurrent,
     "wide-recurrent-ramp": wide_recurrent_ramp,
+    "attnres-recurrent": attnres_recurrent,
+    "attnres-recurrent-ramp": attnres_recurrent_ramp,
     "demo": demo,
     "polar-express": polar_express,
     "batch-ramp": batch_ramp,

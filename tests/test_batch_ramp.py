@@ -12,21 +12,21 @@ from senano_jax.presets import preset
 
 @pytest.mark.parametrize(("changes", "tokens"), [({}, 449_839_104), ({"steps": 6762}, 379_846_656)])
 def test_a_ramp_of_three_equal_parts(changes, tokens):
-    plan = Plan(changed(preset("wide-recurrent-ramp"), changes))
+    plan = Plan(changed(preset("attnres-recurrent-ramp"), changes))
     assert plan.total_tokens == tokens
     trained = [(stage.end - stage.first) * stage.batch_tokens for stage in plan.stages]
     assert trained == [tokens // 3] * 3
 
 
 def test_eight_devices_share_every_step_and_rates_go_by_the_root_of_the_batch():
-    config = preset("wide-recurrent-ramp")
+    config = preset("attnres-recurrent-ramp")
     check_config(config)
     for stage in Plan(config).stages:
         assert stage.sequences % 8 == 0
         assert stage.rate == pytest.approx((stage.batch_tokens / config.batch_tokens) ** 0.5, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["tied-recurrent", "wide-recurrent"])
+@pytest.mark.parametrize("name", ["tied-recurrent", "wide-recurrent", "attnres-recurrent"])
 def test_the_ramp_changes_nothing_else(name):
     base, ramp = preset(name), preset(name + "-ramp")
     assert dataclasses.replace(ramp, steps=base.steps, stages=base.stages) == base

@@ -66,12 +66,13 @@ def test_one_table_pays_for_five_layers_within_162_million_parameters():
     assert count <= 162_000_000
 
 
-def test_wider_layers_are_fewer_within_162_million_parameters():
+@pytest.mark.parametrize(("name", "queries"), [("wide-recurrent", 0), ("attnres-recurrent", 28 + 1)])
+def test_wider_layers_are_fewer_within_162_million_parameters(name, queries):
     """12 layers of 12 squares of the width, the table, and numbers by application: 28 of five, a value residual each, a
-    gate of 84 and 7 strengths of exclusive attention."""
-    config = preset("wide-recurrent")
+    gate of 84 and 7 strengths of exclusive attention; attention over depth has a query each and one for the head."""
+    config = preset(name)
     count = count_parameters(abstract_params(make_model(config.model, config.dtype)))
-    assert count == 12 * 12 * 896**2 + 50_304 * 896 + 28 * (5 + 1 + 84 + 7)
+    assert count == 12 * 12 * 896**2 + 50_304 * 896 + 28 * (5 + 1 + 84 + 7) + queries * 896
     assert count <= 162_000_000
 
 
