@@ -23,7 +23,7 @@ COMMANDS = {
     "profile": "where the time of a training step goes",
     "rules": "which rules of the track a run keeps",
 }
-_COLUMN = 22  # of the second column
+_COLUMN = 22  # width of the first column
 
 
 def main() -> None:
@@ -82,9 +82,9 @@ def overview() -> str:
 
 def _table(rows: dict[str, str]) -> str:
     """Two columns; a text that is too long for the terminal is cut."""
-    width = shutil.get_terminal_size().columns - _COLUMN - 2 if sys.stdout.isatty() else 10_000
+    width = shutil.get_terminal_size().columns - _COLUMN - 3 if sys.stdout.isatty() else 10_000
     short = {name: textwrap.shorten(text, max(width, 20), placeholder=" …") for name, text in rows.items()}
-    return "\n".join(f"  {name:<{_COLUMN}}{text}" for name, text in short.items())
+    return "\n".join(f"  {name:<{_COLUMN}} {text}" for name, text in short.items())
 
 
 def _first_sentence(function) -> str:
