@@ -192,8 +192,8 @@ def wide_recurrent() -> Config:
 
 
 def wide_recurrent_ramp() -> Config:
-    """`wide_recurrent` with the ramp of `tied_recurrent_ramp`. 449.84M tokens; 379.85M with `--steps 6762`. Not verified
-    on FineWeb."""
+    """`wide_recurrent` with the ramp of `tied_recurrent_ramp`. 449.84M tokens; 379.85M with `--steps 6762`. Not
+    verified on FineWeb."""
     return changed(tied_recurrent_ramp(), _WIDE)
 
 
@@ -207,6 +207,6 @@ def attnres_recurrent() -> Config:
 
 
 def attnres_recurrent_ramp() -> Config:
-    """`attnres_recurrent` with the ramp of `tied_recurrent_ramp`: the candidate for a whole run. 449.84M tokens; 379.85M
-    with `--steps 6762`. Not verified on FineWeb."""
+    """`attnres_recurrent` with the ramp of `tied_recurrent_ramp`: the candidate for a whole run. 449.84M tokens;
+    379.85M with `--steps 6762`. Not verified on FineWeb."""
     return changed(wide_recurrent_ramp(), _ATTNRES)
