@@ -32,7 +32,7 @@ from tune_matmul import parse_tile
 
 from senano_jax.errors import UserError, one_line_errors
 from senano_jax.jax_settings import start_jax
-from senano_jax.kernels.triton import HeadLaunch, HeadLaunches, RowLaunch
+from senano_jax.kernels.triton import HeadLaunch, Launches, RowLaunch
 from senano_jax.model import depth_attention, heads_kernels, hopper_loss, loss_kernel, stream_mix, stream_mlp
 from senano_jax.model.cap import capped
 from senano_jax.model.elementwise import norm, weighted_sum
@@ -183,7 +183,7 @@ def depth(shape: tuple[int, int, int, int]) -> Case:
     query = jax.random.normal(jax.random.key(4), rows[2:])
 
     def attend(launch):
-        options = {"implementation": "plain"} if launch is None else {"launch": RowLaunch(*_numbers(launch, 2))}
+        options = _in_both_directions(launch, RowLaunch, 2)
         return lambda blocks, own: depth_attention.attend_depth(blocks, own, query, jnp.int32(5), **options)
 
     def both(launch):
@@ -295,10 +295,14 @@ def table(case: Case, launches: Sequence[str], calls: int, repetitions: int) -> 
 
 
 def _of_heads(launch: str | None) -> dict:
+    return _in_both_directions(launch, HeadLaunch, 3)
+
+
+def _in_both_directions(launch: str | None, kind: type, count: int) -> dict:
     if launch is None:
         return {"implementation": "plain"}
-    one = HeadLaunch(*_numbers(launch, 3))
-    return {"implementation": "fused", "launches": HeadLaunches(one, one)}
+    one = kind(*_numbers(launch, count))
+    return {"implementation": "fused", "launches": Launches(one, one)}
 
 
 def _numbers(launch: str, count: int) -> list[int]:

@@ -11,7 +11,7 @@ from oracle_variants import at_depth
 from senano_jax.config import LayerSchedule, changed
 from senano_jax.config_check import check_config
 from senano_jax.errors import UserError
-from senano_jax.kernels.triton import RowLaunch
+from senano_jax.kernels.triton import Launches, RowLaunch
 from senano_jax.model.depth_attention import attend_depth
 from senano_jax.presets import preset
 
@@ -114,7 +114,7 @@ def test_bfloat16_is_rounded_once(with_own):
     wide = [None if array is None else array.astype(jnp.float32) for array in (blocks, own)]
     expected = both(*wide, implementation="plain")
     for launch in (RowLaunch(rows=2, warps=4), RowLaunch(rows=8, warps=2)):
-        found = both(blocks, own, implementation="fused", launch=launch)
+        found = both(blocks, own, implementation="fused", launches=Launches(launch, launch))
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one.astype(jnp.float32), other, rtol=2**-8, atol=1e-5 * np.abs(other).max())
 

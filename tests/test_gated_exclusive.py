@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import tiny_model
 
-from senano_jax.kernels.triton import HeadLaunch, HeadLaunches
+from senano_jax.kernels.triton import HeadLaunch, Launches
 from senano_jax.model.build import abstract_params
 from senano_jax.model.pieces.exclusive import Exclusive
 from senano_jax.model.pieces.gated_exclusive import DEFAULT_LAUNCHES, GatedExclusive, gated_exclusive
@@ -45,7 +45,7 @@ def test_what_comes_out(implementation):
 def test_gradients(heads, width):
     inputs, gradient = operands(heads, width)
     _, expected = jax.vjp(lambda *inputs: gated_exclusive(*inputs, "plain"), *inputs)
-    small = HeadLaunches(HeadLaunch(tokens=4, heads=1, warps=1), HeadLaunch(tokens=2, heads=1, warps=1))
+    small = Launches(HeadLaunch(tokens=4, heads=1, warps=1), HeadLaunch(tokens=2, heads=1, warps=1))
     for launches in (DEFAULT_LAUNCHES, small):
         fused = functools.partial(gated_exclusive, implementation="fused", launches=launches)
         _, found = jax.vjp(fused, *inputs)

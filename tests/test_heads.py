@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from oracles import norm, rotary
 
-from senano_jax.kernels.triton import HeadLaunch, HeadLaunches
+from senano_jax.kernels.triton import HeadLaunch, Launches
 from senano_jax.model import heads_kernels
 from senano_jax.model.elementwise import NORM_EPSILON
 from senano_jax.model.heads import prepare_heads
@@ -16,7 +16,7 @@ from senano_jax.model.pieces.key_offset import offset_keys
 from senano_jax.model.rotary import rotary_tables
 
 # Different shapes of program for the two directions, both smaller than the default's.
-SMALL = HeadLaunches(forward=HeadLaunch(tokens=8, heads=2, warps=4), backward=HeadLaunch(tokens=32, heads=3, warps=4))
+SMALL = Launches(forward=HeadLaunch(tokens=8, heads=2, warps=4), backward=HeadLaunch(tokens=32, heads=3, warps=4))
 NAMES = ("q", "k", "v", "dqkv", "dfirst_v", "dvalue_residual")
 
 

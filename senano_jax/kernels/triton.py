@@ -7,7 +7,7 @@ that Triton under Pallas is deprecated (for Mosaic GPU); our users can do nothin
 import struct
 import warnings
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +46,15 @@ class HeadLaunch:
     stages: int = 1  # nothing to pipeline: other programs on the multiprocessor hide the loads
 
 
+Kind = TypeVar("Kind", bound=Launch)
+
+
 @dataclass(frozen=True)
-class HeadLaunches:
+class Launches(Generic[Kind]):
     """Of a kernel and of that of its gradients."""
 
-    forward: HeadLaunch
-    backward: HeadLaunch
+    forward: Kind
+    backward: Kind
 
 
 def call(

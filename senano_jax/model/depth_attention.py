@@ -23,7 +23,9 @@ from senano_jax.kernels import triton, whole_rows
 from senano_jax.kernels.choice import Implementation, on_gpu, takes_fused
 from senano_jax.model.elementwise import NORM_EPSILON, norm
 
-FORWARD, BACKWARD = triton.RowLaunch(rows=8, warps=8), triton.RowLaunch(rows=4, warps=4)
+DEFAULT_LAUNCHES = triton.Launches(
+    forward=triton.RowLaunch(rows=8, warps=8), backward=triton.RowLaunch(rows=4, warps=4)
+)
 
 
 def attend_depth(
@@ -33,7 +35,7 @@ def attend_depth(
     count: Int[Array, ""],
     implementation: Implementation = "auto",
     *,
-    launch: triton.RowLaunch | None = None,
+    launches: triton.Launches[triton.RowLaunch] = DEFAULT_LAUNCHES,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "S B T D"]]:
     """What is read, computed in float32 and rounded once, to the blocks' type; and the blocks, for the next reader.
@@ -42,14 +44,14 @@ def attend_depth(
 
     `fused` is a pair of Pallas kernels for NVIDIA GPUs, for rows as norm_fork takes them. It adds the two gradients of
     a block in float32 and rounds their sum; `plain` rounds its own before. `auto` means `fused` on a GPU wherever it
-    can; `launch` is for both directions in place of the fastest of each; `interpret` runs it in plain XLA, the default
-    where there is no GPU.
+    can; `interpret` runs it in plain XLA, the default where there is no GPU.
     """
     shape = blocks.shape[1:]
     what = f"{shape[0] * shape[1]} rows of {shape[2]}"
-    if not takes_fused(implementation, on_gpu(), whole_rows.fits(shape, launch or FORWARD), what):
+    fits = whole_rows.fits(shape, launches.forward) and whole_rows.fits(shape, launches.backward)
+    if not takes_fused(implementation, on_gpu(), fits, what):
         return _plain(blocks, own, query, count), blocks
-    return _fused(blocks, own, query, count, launch, not on_gpu() if interpret is None else interpret)
+    return _fused(blocks, own, query, count, launches, not on_gpu() if interpret is None else interpret)
 
 
 def _plain(blocks, own, query, count):
@@ -63,17 +65,17 @@ def _plain(blocks, own, query, count):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _fused(blocks, own, query, count, launch, interpret):
-    return _fused_fwd(blocks, own, query, count, launch, interpret)[0]
+def _fused(blocks, own, query, count, launches, interpret):
+    return _fused_fwd(blocks, own, query, count, launches, interpret)[0]
 
 
-def _fused_fwd(blocks, own, query, count, launch, interpret):
-    read, lse = forward(blocks, own, query, count, launch=launch or FORWARD, interpret=interpret)
+def _fused_fwd(blocks, own, query, count, launches, interpret):
+    read, lse = forward(blocks, own, query, count, launch=launches.forward, interpret=interpret)
     return (read, blocks), (blocks, own, query, count, lse)
 
 
-def _fused_bwd(launch, interpret, residuals, gradients):
-    return *backward(*residuals, *gradients, launch=launch or BACKWARD, interpret=interpret), None
+def _fused_bwd(launches, interpret, residuals, gradients):
+    return *backward(*residuals, *gradients, launch=launches.backward, interpret=interpret), None
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

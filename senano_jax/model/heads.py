@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from senano_jax.kernels import triton
 from senano_jax.kernels.choice import Implementation, on_gpu, takes_fused
-from senano_jax.kernels.triton import HeadLaunches
+from senano_jax.kernels.triton import HeadLaunch, Launches
 from senano_jax.model.elementwise import norm, weighted_sum
 from senano_jax.model.heads_kernels import DEFAULT_LAUNCHES, backward, forward
 from senano_jax.model.pieces.key_offset import offset_keys
@@ -30,7 +30,7 @@ def prepare_heads(
     implementation: Implementation = "auto",
     *,
     offsets_keys: bool = False,
-    launches: HeadLaunches = DEFAULT_LAUNCHES,
+    launches: Launches[HeadLaunch] = DEFAULT_LAUNCHES,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"], Float[Array, "B T H K"]]:
     """Queries and keys, normalised and turned by their positions, and values mixed with those of the first layer.

@@ -13,13 +13,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from senano_jax.kernels import triton
-from senano_jax.kernels.triton import HeadLaunch, HeadLaunches
+from senano_jax.kernels.triton import HeadLaunch, Launches
 from senano_jax.model.elementwise import NORM_EPSILON
 from senano_jax.model.rotary import turning_pairs
 
 STATIC = ("num_heads", "offsets_keys", "launch", "interpret")
 
-DEFAULT_LAUNCHES = HeadLaunches(
+DEFAULT_LAUNCHES = Launches(
     forward=HeadLaunch(tokens=16, heads=3, warps=4), backward=HeadLaunch(tokens=4, heads=6, warps=1)
 )
 

@@ -16,11 +16,11 @@ from jaxtyping import Array, Float, Int
 
 from senano_jax.kernels import triton
 from senano_jax.kernels.choice import Implementation, on_gpu, takes_fused
-from senano_jax.kernels.triton import HeadLaunch, HeadLaunches
+from senano_jax.kernels.triton import HeadLaunch, Launches
 from senano_jax.model.pieces.exclusive import SMALLEST, Exclusive, without_own_value
 from senano_jax.model.pieces.head_gate import HeadGate
 
-DEFAULT_LAUNCHES = HeadLaunches(
+DEFAULT_LAUNCHES = Launches(
     forward=HeadLaunch(tokens=8, heads=6, warps=2), backward=HeadLaunch(tokens=16, heads=3, warps=4)
 )
 
@@ -49,7 +49,7 @@ def gated_exclusive(
     gate_BTH: Float[Array, "B T H"],
     implementation: Implementation = "auto",
     *,
-    launches: HeadLaunches = DEFAULT_LAUNCHES,
+    launches: Launches[HeadLaunch] = DEFAULT_LAUNCHES,
     interpret: bool | None = None,
 ) -> Float[Array, "B T H K"]:
     """gate (y - share (y . v) / |v|^2 v) by token and head, computed in float32 and rounded once, to y's type; shares
