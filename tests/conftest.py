@@ -1,5 +1,6 @@
 """For every test process: eight CPU devices, one cache of compiled programs; and the rule for tests that need a GPU."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -12,13 +13,21 @@ from senano_jax.jax_settings import configure_jax
 # Most of the suite's time is compilation. LLVM without optimisation and XLA's older way to write fused loops take a
 # quarter of the time for the same XLA program (JAX 0.12 has only the first), and many tests compile the same. In the
 # environment, so that the workers and the processes that tests start share both.
-QUICK = "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+# One LLVM module a program: each of the 32 for as many threads has a start of its own, and two cores gain nothing.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 # Eight devices on two busy cores may keep one another waiting; by default XLA ends the process after 40 s of that.
 PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
 os.environ.setdefault("XLA_FLAGS", f"{QUICK} {PATIENT}")
 # The oracles' products are small: threads of NumPy wait for one another, busily, for longer than one of them computes.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the workers; read when NumPy is loaded
 configure_jax("bfloat16", None)  # and what the commands set, before the first device is looked for
+# Tracing makes and drops many small objects. A look for cycles among all that JAX keeps, every so many of them, takes a
+# quarter of the interpreter's time; reference counts free the arrays.
+gc.freeze()
+gc.set_threshold(100_000, 50, 100)
 OWNS_CACHE = "PYTEST_XDIST_WORKER" not in os.environ
 if OWNS_CACHE:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="senano-jax-tests-")
