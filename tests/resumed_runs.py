@@ -16,11 +16,11 @@ from senano_jax.training.checkpoint import Checkpoints
 from senano_jax.training.mesh import DATA_AXIS, make_mesh
 from senano_jax.training.state import init_state
 
-STEPS, BATCH = 6, 256
+STEPS, BATCH = 6, 128
 SMALL = [
     "demo", "--model.dim=16", "--model.num-heads=2", "--model.layers.loop=0", "--model.layers.visits=0",
-    f"--steps={STEPS}", f"--batch-tokens={BATCH}", "--seq-len=256", "--final-window-tokens=256",
-    "--data.val-tokens=256", "--data.val-seq-len=256", "--val-every=3", "--devices=1", "--checkpoint-every=2",
+    f"--steps={STEPS}", f"--batch-tokens={BATCH}", "--seq-len=128", "--final-window-tokens=128",
+    "--data.val-tokens=128", "--data.val-seq-len=128", "--val-every=3", "--devices=1", "--checkpoint-every=2",
     "--checkpoint-keep=9", "--tensorboard",
 ]  # fmt: skip
 

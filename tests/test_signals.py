@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from tiny_flags import SMALL
+from tiny_flags import SMALL, STEPS
 
 from senano_jax import train
 from senano_jax.config import LayerSchedule
@@ -61,7 +61,7 @@ def test_the_first_signal_saves_and_the_second_ends_at_once(number, tmp_path):
     assert first.returncode == 0
     assert f"{number.name}: stopped after step" in said and f"--run-dir {run} --resume" in " ".join(said.split())
     saved = sorted(int(p.name) for p in (run / "checkpoints").iterdir())
-    assert saved and saved[-1] < 12, "nothing but whole checkpoints"
+    assert saved and saved[-1] < STEPS, "nothing but whole checkpoints"
 
     second = start("while True: time.sleep(0.01)", "--resume")
     second.send_signal(number)
@@ -72,7 +72,7 @@ def test_the_first_signal_saves_and_the_second_ends_at_once(number, tmp_path):
     assert second.returncode == 128 + number
     train.main([*SMALL, f"--run-dir={run}", "--resume"])
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
-        assert checkpoints.steps() == [12, 11]
+        assert checkpoints.steps() == [STEPS, STEPS - 1]
 
 
 @pytest.fixture
@@ -95,14 +95,14 @@ def test_a_closed_terminal_saves_however_often_it_is_told(tmp_path):
         time.sleep(0.15)
     said, _ = process.communicate(timeout=100)
     assert process.returncode == 0 and "SIGHUP: stopped after step" in said
-    assert max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) < 12
+    assert max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) < STEPS
 
 
 def test_a_run_under_nohup_does_not_mind_a_closed_terminal(tmp_path):
     process = slow_run(tmp_path / "run", "time.sleep(0.5)", before=["nohup"])
     process.send_signal(signal.SIGHUP)
     said, _ = process.communicate(timeout=100)
-    assert process.returncode == 0 and "step:12/12 val_loss" in said
+    assert process.returncode == 0 and f"step:{STEPS}/{STEPS} val_loss" in said
 
 
 def test_a_signal_is_answered_while_python_cannot_run_its_handler(tmp_path):
@@ -123,16 +123,16 @@ def test_a_run_goes_on_without_its_screen(tmp_path):
     process.stdout.close()  # standard error goes the same way
     assert process.wait(timeout=100) == 0
     with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
-        assert checkpoints.steps() == [12, 11]
-    assert "step:12/12 val_loss" in (tmp_path / "run" / "log.txt").read_text()
+        assert checkpoints.steps() == [STEPS, STEPS - 1]
+    assert f"step:{STEPS}/{STEPS} val_loss" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_sweep_stops_where_a_run_was_stopped(tmp_path, monkeypatch):
     """The function saves like the command, and then raises what no `except Exception` takes."""
     config = dataclasses.replace(
-        demo(), steps=12, run_dir=str(tmp_path / "run"), val_every=0, devices=1, batch_tokens=1024, seq_len=256,
-        final_window_tokens=256, data=dataclasses.replace(demo().data, val_tokens=1024, val_seq_len=512),
-        model=dataclasses.replace(demo().model, dim=16, layers=LayerSchedule(1, 0, 0, 1)),
+        demo(), steps=STEPS, run_dir=str(tmp_path / "run"), val_every=0, devices=1, batch_tokens=128, seq_len=128,
+        final_window_tokens=128, data=dataclasses.replace(demo().data, val_tokens=128, val_seq_len=128),
+        model=dataclasses.replace(demo().model, dim=16, num_heads=2, layers=LayerSchedule(1, 0, 0, 1)),
     )  # fmt: skip
     real, signals = loop.place_batch, iter([signal.SIGINT])
 
@@ -146,7 +146,7 @@ def test_a_sweep_stops_where_a_run_was_stopped(tmp_path, monkeypatch):
         loop.train(config, "demo")
     assert caught.value.run_dir == tmp_path / "run"
     with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
-        assert 0 < checkpoints.steps()[0] < 12
+        assert 0 < checkpoints.steps()[0] < STEPS
 
 
 def test_a_run_in_another_thread_leaves_signals_alone():
