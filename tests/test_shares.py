@@ -63,6 +63,7 @@ def shared_form(state, shares, mesh):
     return jax.device_put(state, state_shardings(state, mesh))
 
 
+@functools.cache
 def trained(name, devices, shares=None, dtype=jnp.float32):
     """State after ten steps on batches of eight sequences; losses and gradient norms."""
     mesh, state = make_mesh(devices), first_state(name)
@@ -157,7 +158,7 @@ def test_gradients_that_travel_as_bfloat16(shared):
 
 FLAGS = [
     "demo", "--model.dim=16", "--model.num-heads=2", "--model.layers.loop=0", "--model.layers.visits=0", "--steps=4",
-    "--batch-tokens=1024", "--seq-len=128", "--final-window-tokens=128", "--data.val-tokens=1024",
+    "--batch-tokens=512", "--seq-len=128", "--final-window-tokens=128", "--data.val-tokens=512",
     "--data.val-seq-len=128", "--val-every=0", "--checkpoint-every=2", "--checkpoint-keep=5", "--dtype=float32",
     "--optimizer.scalars.rate=0",
 ]  # fmt: skip
