@@ -41,8 +41,8 @@ if jax.config.jax_platforms in (None, "", "cpu"):
 
 # The files that take longest, which must not be left for the end, when one process has nothing to do.
 LONGEST = (
-    "test_parity", "test_ablate", "test_gpt", "test_processes", "test_shares", "test_signals", "test_train",
-    "test_resume", "test_stages", "test_golden", "test_variants", "test_profile", "test_faults",
+    "test_parity", "test_gpt", "test_ablate", "test_processes", "test_golden", "test_shares", "test_train",
+    "test_depth_trunk", "test_signals", "test_stages", "test_resume", "test_variants", "test_profile", "test_faults",
     "test_damaged_checkpoints",
 )  # fmt: skip
 
