@@ -32,8 +32,8 @@ from senano_jax.training.step import make_train_step
 one_trace = kept_programs.one_trace  # for all tests here
 
 STEPS, BORDER = 6, 3
-STAGES = (Stage(part=1, batch_tokens=1024, seq_len=256, rate=0.5), Stage(part=1, batch_tokens=1024))
-TOKENS = [1024, 2048, 3072, 5120, 7168, 9216]  # trained on after each step, in batches of 1,024 and of 2,048
+STAGES = (Stage(part=1, batch_tokens=512, seq_len=128, rate=0.5), Stage(part=1, batch_tokens=512))
+TOKENS = [512, 1024, 1536, 2816, 4096, 5376]  # trained on after each step, in batches of 512 and of 1,280
 
 
 def staged():
@@ -43,12 +43,12 @@ def staged():
         {
             "model.dim": 16,
             "model.layers": LayerSchedule(prelude=1, loop=0, visits=0, coda=1),
-            "data.val_tokens": 1024,
+            "data.val_tokens": 512,
             "data.val_seq_len": 512,
             "optimizer.average": TailAverage(start=0.5, horizon=0.5, share=0.5, groups=("matrices", "head")),
             "stages": STAGES,
             "steps": STEPS,
-            "seq_len": 512,
+            "seq_len": 256,
             "final_window_tokens": 256,
             "evaluation_window_tokens": 512,
             "val_every": 3,
@@ -66,7 +66,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "staged", staged)
         path = tmp_path_factory.mktemp("runs") / "run"
-        return train.main(["staged", "--stages.1.batch-tokens=2048", f"--run-dir={path}"])
+        return train.main(["staged", "--stages.1.batch-tokens=1280", f"--run-dir={path}"])
 
 
 @pytest.fixture
@@ -83,8 +83,8 @@ def test_every_step_is_recorded_with_the_tokens_of_its_stage(finished):
     evaluations = [r for r in records(finished) if "val_loss" in r]
     assert [(r["step"], r["tokens_trained"], r["window"]) for r in evaluations] == [
         (0, 0, 1),
-        (3, 3072, 2),
-        (6, 9216, 4),
+        (3, 1536, 2),
+        (6, 5376, 4),
     ]
     assert f"step:6/{STEPS} val_loss:" in (finished / "log.txt").read_text()
     assert "tokens:0.01M" in (finished / "log.txt").read_text()
@@ -93,7 +93,7 @@ def test_every_step_is_recorded_with_the_tokens_of_its_stage(finished):
     order = next(verdict for verdict in check_rules(finished) if verdict.rule == "every token once, in order")
     assert (order.status, order.value) == ("pass", TOKENS[-1])
     config, _ = read_config(finished / "config.json")
-    assert [s.batch_tokens for s in config.stages] == [1024, 2048]
+    assert [s.batch_tokens for s in config.stages] == [512, 1280]
 
 
 @pytest.mark.parametrize("step", [BORDER - 1, BORDER, BORDER + 1])
@@ -192,9 +192,9 @@ def test_a_profile_is_that_of_one_stage(monkeypatch, tmp_path, capsys):
     """And says which."""
     monkeypatch.setitem(PRESETS, "staged", staged)
     profile(["staged", "--stage=0", "--profile-steps=1", "--warmup=0", f"--json={tmp_path / 'p.json'}"])
-    assert "steps of stage 0 (0 to 1) of 1,024 tokens" in " ".join(capsys.readouterr().out.split())
+    assert "steps of stage 0 (0 to 1) of 512 tokens" in " ".join(capsys.readouterr().out.split())
     report = json.loads((tmp_path / "p.json").read_text())["report"]
-    assert (report["stage"], report["tokens_per_step"], report["seq_len"]) == (0, 1024, 256)
+    assert (report["stage"], report["tokens_per_step"], report["seq_len"]) == (0, 512, 128)
 
 
 def test_a_stage_that_there_is_not_is_refused(monkeypatch):
