@@ -16,8 +16,8 @@ from senano_jax.training.state import init_state
 
 SMALL = [
     "demo", "--model.dim=16", "--model.num-heads=2", "--model.layers.loop=0", "--model.layers.visits=0", "--steps=4",
-    "--batch-tokens=512", "--seq-len=256", "--final-window-tokens=256", "--data.val-tokens=512",
-    "--data.val-seq-len=256", "--devices=2",
+    "--batch-tokens=256", "--seq-len=128", "--final-window-tokens=128", "--data.val-tokens=256",
+    "--data.val-seq-len=128", "--devices=2",
 ]  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def test_files_versions_settings_and_visits_count(config, folder, monkeypatch):
 def test_no_step_depends_on_what_does_not_count(config, folder):
     others = dict.fromkeys(step_cache._OF_A_RUN)
     others |= {"seed": 7, "val_every": 1, "checkpoint_every": 1, "checkpoint_keep": 3, "checkpoint_keep_every": 1}
-    others |= {"data": dataclasses.replace(config.data, val_tokens=256), "init_from": "weights.safetensors"}
+    others |= {"data": dataclasses.replace(config.data, val_tokens=512), "init_from": "weights.safetensors"}
     texts, paths = set(), set()
     for one in (config, dataclasses.replace(config, **others)):
         wiring = wire(one)
