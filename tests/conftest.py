@@ -27,7 +27,7 @@ configure_jax("bfloat16", None)  # and what the commands set, before the first d
 # Tracing makes and drops many small objects. A look for cycles among all that JAX keeps, every so many of them, takes a
 # quarter of the interpreter's time; reference counts free the arrays.
 gc.freeze()
-gc.set_threshold(100_000, 50, 100)
+gc.set_threshold(100_000, 20, 10)
 OWNS_CACHE = "PYTEST_XDIST_WORKER" not in os.environ
 if OWNS_CACHE:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="senano-jax-tests-")
