@@ -2,13 +2,14 @@
 
 import dataclasses
 import threading
+import types
 
 import pytest
 from kept_steps import FILES, arguments_of, configured, kept_steps, trained
 
 from senano_jax.config import Stage
 from senano_jax.training import next_stage, step_cache
-from senano_jax.training.next_stage import NextStage
+from senano_jax.training.next_stage import NextStage, bytes_beside
 from senano_jax.training.step_cache import StepCache
 from senano_jax.training.wiring import wire
 
@@ -16,6 +17,19 @@ folder = pytest.fixture(autouse=True)(kept_steps)
 
 # A stage for each step; the second one has the first one's program.
 STAGES = (Stage(part=1), Stage(part=1, rate=0.5), Stage(part=1, batch_tokens=1024, seq_len=128))
+
+
+class Running:
+    """As much of a compiled step as is asked."""
+
+    @staticmethod
+    def memory_analysis():
+        return types.SimpleNamespace(
+            argument_size_in_bytes=10, output_size_in_bytes=7, alias_size_in_bytes=6, temp_size_in_bytes=100
+        )
+
+
+RUNNING = Running()
 
 
 @pytest.fixture
@@ -48,10 +62,36 @@ def test_what_is_compiled_is_what_the_stage_asks_for(config, folder, compiling):
     state, tokens, *_ = arguments_of(wiring)
     ahead = NextStage(wiring, cache)
     for stage in wiring.plan.stages[1:]:
-        ahead.begin(stage.index, state, tokens)
+        ahead.begin(stage.index, RUNNING, state, tokens)
         ahead.wait()
         assert cache.path(stage.visits, arguments_of(wiring, stage.index)) in cache._known
     assert len(cache._known) == 2
+
+
+@pytest.mark.parametrize("short_of", [0, 1])
+def test_nothing_is_compiled_beside_a_step_whose_temporaries_do_not_fit_in_twice(
+    short_of, config, tmp_path, monkeypatch, compiling
+):
+    """A byte short of it, each step is compiled when it is due; the run is the same."""
+    sizes = []
+
+    def of_a_device(mesh):
+        return sizes[0] - short_of
+
+    def noted(running):
+        sizes.append(bytes_beside(running))
+        return sizes[-1]
+
+    monkeypatch.setattr(next_stage, "bytes_beside", noted)
+    monkeypatch.setattr(next_stage, "device_bytes", of_a_device)
+    records = trained(config, tmp_path / "run", keeps_steps=True)
+    assert [name.partition("_")[0] for name in compiling] == ["MainThread", "MainThread" if short_of else "next stage"]
+    assert records[-1]["step"] == 3 and sizes[0] == sizes[1]
+
+
+def test_what_a_running_step_needs_besides():
+    """Its arguments, once where a result takes their place; its temporaries twice; and 2 GiB for what is timed."""
+    assert bytes_beside(RUNNING) == 10 + 7 - 6 + 2 * 100 + 2 * 2**30
 
 
 def test_without_a_cache_and_behind_the_last_stage_nothing_begins(config, folder, monkeypatch):
@@ -59,7 +99,7 @@ def test_without_a_cache_and_behind_the_last_stage_nothing_begins(config, folder
     wiring = wire(config)
     for cache, index in ((None, 1), (StepCache(folder, FILES, config, wiring.mesh), len(STAGES))):
         ahead = NextStage(wiring, cache)
-        ahead.begin(index, state=None, tokens=None)
+        ahead.begin(index, RUNNING, state=None, tokens=None)
         ahead.wait()
 
 
@@ -83,7 +123,7 @@ def test_a_run_that_ends_does_not_wait(config, folder, monkeypatch):
     wiring = wire(config)
     state, tokens, *_ = arguments_of(wiring)
     ahead = NextStage(wiring, StepCache(folder, FILES, config, wiring.mesh))
-    ahead.begin(1, state, tokens)
+    ahead.begin(1, RUNNING, state, tokens)
     assert begun.wait(60)
     ahead.close()  # this test would never end
     release.set()

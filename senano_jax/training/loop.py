@@ -121,7 +121,7 @@ def train(
                 train_step = compiled_step(step_of_stage, stage.visits, (state, tokens, *inputs), step_cache)
             state, metrics = train_step(state, tokens, *inputs)
             if compiling:
-                next_stage.begin(stage.index + 1, state, tokens)
+                next_stage.begin(stage.index + 1, train_step, state, tokens)
             for value in metrics:  # starts the copy now: one asked for later would wait for the steps queued behind
                 value.copy_to_host_async()
             finished = waiter.submit(wait_for_step, metrics, vote(stop.received is not None), clock)

@@ -3,17 +3,24 @@
 Stages of other sequences or another batch run programs of their own, each of which takes as long to lower and compile
 as the first one. A thread does so from the first step of the stage before on, and puts it where the run looks for
 compiled steps, so that devices wait for what is left of it. A process that ends meanwhile waits for it, its run saved.
+
+XLA times kernels on the devices while it compiles, with arrays in the same memory. One of them in the middle of what is
+free leaves no room for the temporaries of a running step that take more than half of it, and the run would end. So the
+step is compiled ahead only where they fit in twice.
 """
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import jax
 
+from senano_jax.training.memory import device_bytes
 from senano_jax.training.state import TrainState
 from senano_jax.training.step_cache import StepCache, compiled_step
 from senano_jax.training.wiring import Wiring
 
+_TIMED_BYTES = 2 * 2**30  # for what XLA times: more than the largest product of a preset's step, its operands and result
 _log = logging.getLogger(__name__)
 
 
@@ -25,8 +32,9 @@ class NextStage:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="next stage")
         self._compiling: Future | None = None
 
-    def begin(self, index: int, state: TrainState, tokens: jax.Array) -> None:
-        """Starts to compile the step of stage `index`, unless the run has no such stage; returns at once.
+    def begin(self, index: int, running: jax.stages.Compiled, state: TrainState, tokens: jax.Array) -> None:
+        """Starts to compile the step of stage `index`, unless the run has no such stage or devices have no room for it
+        beside `running`, the compiled step of the stage before; returns at once.
 
         `state` and `tokens` are those of a step of the stage before: all states are alike, and all batches of one type
         and split alike.
@@ -41,7 +49,7 @@ class NextStage:
             *self._wiring.plan.inputs(stage.first),
         )
         step = self._wiring.train_steps[index]
-        self._compiling = self._thread.submit(_compile, step, stage.visits, arguments, self._cache)
+        self._compiling = self._thread.submit(self._compile, running, step, stage.visits, arguments)
 
     def wait(self) -> None:
         """Until what has begun is compiled, or has failed: the run will meet the error again."""
@@ -49,18 +57,27 @@ class NextStage:
             wait([self._compiling])
             self._compiling = None
 
+    def _compile(self, running: jax.stages.Compiled, step: Callable, visits: int | None, arguments: tuple) -> None:
+        try:
+            if bytes_beside(running) > device_bytes(self._wiring.mesh):
+                _log.debug("the step of the next stage is not compiled ahead: the devices' memory is too small")
+                return
+            compiled_step(step, visits, arguments, self._cache)
+        except Exception:
+            _log.debug("the step of the next stage was not compiled ahead", exc_info=True)
+            raise
+
     def close(self) -> None:
         """Does not wait: nobody needs the next step of a run that ends."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
+def bytes_beside(running: jax.stages.Compiled) -> int:
+    """What a device must have, in bytes, for kernels to be timed while `running` trains."""
+    stats = running.memory_analysis()
+    kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return kept + 2 * stats.temp_size_in_bytes + _TIMED_BYTES
+
+
 def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding, weak_type=array.aval.weak_type)
-
-
-def _compile(step, visits, arguments, cache) -> None:
-    try:
-        compiled_step(step, visits, arguments, cache)
-    except Exception:
-        _log.debug("the step of the next stage was not compiled ahead", exc_info=True)
-        raise
