@@ -20,7 +20,7 @@ from senano_jax.training.state import TrainState
 from senano_jax.training.step_cache import StepCache, compiled_step
 from senano_jax.training.wiring import Wiring
 
-_TIMED_BYTES = 2 * 2**30  # for what XLA times: more than the largest product of a preset's step, its operands and result
+_TIMED_BYTES = 2 * 2**30  # for the arrays of what XLA times
 _log = logging.getLogger(__name__)
 
 
