@@ -9,7 +9,7 @@ from kept_steps import FILES, arguments_of, configured, kept_steps, trained
 
 from senano_jax.config import Stage
 from senano_jax.training import next_stage, step_cache
-from senano_jax.training.next_stage import NextStage, bytes_beside
+from senano_jax.training.next_stage import NextStage, has_room_beside
 from senano_jax.training.step_cache import StepCache
 from senano_jax.training.wiring import wire
 
@@ -20,16 +20,22 @@ STAGES = (Stage(part=1), Stage(part=1, rate=0.5), Stage(part=1, batch_tokens=102
 
 
 class Running:
-    """As much of a compiled step as is asked."""
+    """As much of a compiled step as is asked. ROOM is what a device must have for it and for what XLA times: its
+    arguments, once where a result takes their place; its temporaries twice; and 2 GiB."""
 
     @staticmethod
     def memory_analysis():
         return types.SimpleNamespace(
-            argument_size_in_bytes=10, output_size_in_bytes=7, alias_size_in_bytes=6, temp_size_in_bytes=100
+            argument_size_in_bytes=10,
+            output_size_in_bytes=7,
+            alias_size_in_bytes=6,
+            temp_size_in_bytes=100,
+            generated_code_size_in_bytes=1,
         )
 
 
 RUNNING = Running()
+ROOM = 10 + 7 - 6 + 2 * 100 + 2 * 2**30
 
 
 @pytest.fixture
@@ -68,23 +74,38 @@ def test_what_is_compiled_is_what_the_stage_asks_for(config, folder, compiling):
     assert len(cache._known) == 2
 
 
-@pytest.mark.parametrize("short_of", [0, 1])
-def test_nothing_is_compiled_beside_a_step_whose_temporaries_do_not_fit_in_twice(short_of, config, folder, monkeypatch):
-    """A byte short of it, nothing is; the step is then compiled when it is due, as one is whose compilation failed."""
-    begun = []
-    monkeypatch.setattr(next_stage, "compiled_step", lambda *_: begun.append(1))
-    monkeypatch.setattr(next_stage, "device_bytes", lambda mesh: bytes_beside(RUNNING) - short_of)
+@pytest.mark.parametrize(("device", "begins"), [(ROOM, True), (ROOM - 1, False)])
+def test_nothing_is_compiled_beside_a_step_whose_temporaries_do_not_fit_in_twice(
+    device, begins, config, folder, monkeypatch, compiling
+):
+    """It is then compiled when it is due, as one is whose compilation failed."""
+    monkeypatch.setattr(next_stage, "device_bytes", lambda mesh: device)
     wiring = wire(config)
     state, tokens, *_ = arguments_of(wiring)
     ahead = NextStage(wiring, StepCache(folder, FILES, config, wiring.mesh))
-    ahead.begin(1, RUNNING, state, tokens)
+    ahead.begin(2, RUNNING, state, tokens)
     ahead.wait()
-    assert len(begun) == 1 - short_of
+    assert len(compiling) == begins
 
 
-def test_what_a_running_step_needs_besides():
-    """Its arguments, once where a result takes their place; its temporaries twice; and 2 GiB for what is timed."""
-    assert bytes_beside(RUNNING) == 10 + 7 - 6 + 2 * 100 + 2 * 2**30
+def test_where_nobody_can_tell_the_memory_nothing_is_compiled_ahead():
+    assert not has_room_beside(types.SimpleNamespace(memory_analysis=lambda: None), device=2**60)
+
+
+def test_what_the_cache_has_is_loaded_without_room(config, folder, monkeypatch, compiling):
+    """As no kernel is timed for it."""
+    wiring = wire(config)
+    state, tokens, *_ = arguments_of(wiring)
+    first = StepCache(folder, FILES, config, wiring.mesh)
+    step, arguments = wiring.train_steps[2], arguments_of(wiring, 2)
+    path = first.path(STAGES[2].visits, arguments)
+    first.keep(path, step.lower(*arguments).compile()).join()
+    monkeypatch.setattr(next_stage, "device_bytes", lambda mesh: 0)
+    second = StepCache(folder, FILES, config, wiring.mesh)
+    ahead = NextStage(wiring, second)
+    ahead.begin(2, RUNNING, state, tokens)
+    ahead.wait()
+    assert compiling == [] and list(second._known) == [path]
 
 
 def test_without_a_cache_and_behind_the_last_stage_nothing_begins(config, folder, monkeypatch):

@@ -6,7 +6,7 @@ compiled steps, so that devices wait for what is left of it. A process that ends
 
 XLA times kernels on the devices while it compiles, with arrays in the same memory. One of them in the middle of what is
 free leaves no room for the temporaries of a running step that take more than half of it, and the run would end. So the
-step is compiled ahead only where they fit in twice.
+step is compiled ahead only where they fit in twice; loaded, if the cache has it, it always is.
 """
 
 import logging
@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import jax
 
+from senano_jax.profiling.compilation import planned_memory
 from senano_jax.training.memory import device_bytes
 from senano_jax.training.state import TrainState
 from senano_jax.training.step_cache import StepCache, compiled_step
@@ -33,8 +34,8 @@ class NextStage:
         self._compiling: Future | None = None
 
     def begin(self, index: int, running: jax.stages.Compiled, state: TrainState, tokens: jax.Array) -> None:
-        """Starts to compile the step of stage `index`, unless the run has no such stage or devices have no room for it
-        beside `running`, the compiled step of the stage before; returns at once.
+        """Starts to load or compile the step of stage `index`, unless the run has no such stage or devices have no room
+        to compile it beside `running`, the compiled step of the stage before; returns at once.
 
         `state` and `tokens` are those of a step of the stage before: all states are alike, and all batches of one type
         and split alike.
@@ -59,10 +60,12 @@ class NextStage:
 
     def _compile(self, running: jax.stages.Compiled, step: Callable, visits: int | None, arguments: tuple) -> None:
         try:
-            if bytes_beside(running) > device_bytes(self._wiring.mesh):
-                _log.debug("the step of the next stage is not compiled ahead: the devices' memory is too small")
+            if self._cache.find(self._cache.path(visits, arguments), arguments) is not None:
                 return
-            compiled_step(step, visits, arguments, self._cache)
+            if has_room_beside(running, device_bytes(self._wiring.mesh)):
+                compiled_step(step, visits, arguments, self._cache)
+            else:
+                _log.debug("the step of the next stage is not compiled ahead: the devices' memory is too small")
         except Exception:
             _log.debug("the step of the next stage was not compiled ahead", exc_info=True)
             raise
@@ -72,11 +75,13 @@ class NextStage:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def bytes_beside(running: jax.stages.Compiled) -> int:
-    """What a device must have, in bytes, for kernels to be timed while `running` trains."""
-    stats = running.memory_analysis()
-    kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return kept + 2 * stats.temp_size_in_bytes + _TIMED_BYTES
+def has_room_beside(running: jax.stages.Compiled, device: int) -> bool:
+    """Whether kernels can be timed while `running` trains on devices with `device` bytes; not if nobody can tell."""
+    memory = planned_memory(running)
+    if memory is None:
+        return False
+    kept = memory.arguments + memory.outputs - memory.aliased
+    return kept + 2 * memory.temporaries + _TIMED_BYTES <= device
 
 
 def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
