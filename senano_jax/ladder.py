@@ -207,6 +207,19 @@ def attnres_recurrent() -> Config:
 
 
 def attnres_recurrent_ramp() -> Config:
-    """`attnres_recurrent` with the ramp of `tied_recurrent_ramp`: the candidate for a whole run. 449.84M tokens;
-    379.85M with `--steps 6762`. Not verified on FineWeb."""
+    """`attnres_recurrent` with the ramp of `tied_recurrent_ramp`. 449.84M tokens; 379.85M with `--steps 6762`. Not
+    verified on FineWeb."""
     return changed(wide_recurrent_ramp(), _ATTNRES)
+
+
+def difference_recurrent_ramp() -> Config:
+    """`attnres_recurrent_ramp` with a second attention that is taken from the first in the loop's layers, for which all
+    MLPs are narrower: the candidate for a whole run. Within 162,000,000 parameters. The same tokens. Not verified on
+    FineWeb."""
+    return changed(
+        attnres_recurrent_ramp(),
+        {
+            "model.difference": tuple(range(2, 10)),
+            "model.mlp_widths": tuple((layer, 3328) for layer in range(12)),
+        },
+    )

@@ -70,16 +70,25 @@ def attention(w, x, first_v, visible, heads, visit, *, key_offset=False, paired=
         z_k = with_dimensions_of_the_token_before(z_k)
     z_y = np.zeros_like(z_v)
     for h in range(z_q.shape[1]):
-        weights = np.where(visible, np.exp(0.12 * z_q[:, h] @ z_k[:, h].T), 0)
-        z_y[:, h] = weights @ z_v[:, h] / weights.sum(-1, keepdims=True)
+        z_y[:, h] = seen_with(z_q[:, h], z_k[:, h], visible) @ z_v[:, h]
     y = heads_of_slots(z_y) if paired else z_y
     for h in range(heads):
+        if "difference" in w:
+            query = rotary(norm((x @ w["difference"]["queries"][h])[:, None]))[:, 0]
+            share = 1 / (1 + np.exp(-x[:, :12] @ w["difference"]["gate"][visit, h]))
+            y[:, h] -= share[:, None] * (seen_with(query, z_k[:, h], visible) @ v[:, h])
         if "exclusive" in w:
             strength, own = np.tanh(w["exclusive"]["strength"][visit, h]), v[:, h]
             y[:, h] -= strength * ((y[:, h] * own).sum(-1) / (own**2).sum(-1))[:, None] * own
         if "head_gate" in w:
             y[:, h] /= 1 + np.exp(-x[:, :12] @ w["head_gate"]["gate"][visit, h])[:, None]
     return y.reshape(x.shape) @ w["out"], v
+
+
+def seen_with(q, k, visible):
+    """The weights of all keys, for each query."""
+    weights = np.where(visible, np.exp(0.12 * q @ k.T), 0)
+    return weights / weights.sum(-1, keepdims=True)
 
 
 def at_depth(query, sources):

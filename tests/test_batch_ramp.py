@@ -12,14 +12,14 @@ from senano_jax.presets import preset
 
 @pytest.mark.parametrize(("changes", "tokens"), [({}, 449_839_104), ({"steps": 6762}, 379_846_656)])
 def test_a_ramp_of_three_equal_parts(changes, tokens):
-    plan = Plan(changed(preset("attnres-recurrent-ramp"), changes))
+    plan = Plan(changed(preset("difference-recurrent-ramp"), changes))
     assert plan.total_tokens == tokens
     trained = [(stage.end - stage.first) * stage.batch_tokens for stage in plan.stages]
     assert trained == [tokens // 3] * 3
 
 
 def test_eight_devices_share_every_step_and_rates_go_by_the_root_of_the_batch():
-    config = preset("attnres-recurrent-ramp")
+    config = preset("difference-recurrent-ramp")
     check_config(config)
     for stage in Plan(config).stages:
         assert stage.sequences % 8 == 0

@@ -83,6 +83,15 @@ def test_heads_in_pairs_are_counted_over_their_slots():
     assert step_flops(paired, tokens, 4, training=False).attention == expected
 
 
+def test_a_second_attention_is_counted_without_what_the_program_makes_again():
+    """In one application of six: queries and a gate more, and its pairs twice."""
+    difference = tiny_model(difference=(0,)).config
+    assert matrix_flops_per_token(difference) == by_formula(TINY) + 2 * 32 * 32 + 2 * 12 * 2
+    tokens = synthetic_sequences(1, 512, 512)
+    plain, taken = (step_flops(model, tokens, 4, training=False).attention for model in (TINY, difference))
+    assert taken - plain == 4 * 32 * visible_pairs(tokens, 4)  # the first layer has the long window
+
+
 def test_visible_pairs_are_those_of_the_rule_stated_pair_by_pair():
     tokens = np.ones((2, 640), np.int32)
     tokens[0, [5, 200, 201, 500]] = END_OF_TEXT

@@ -76,6 +76,16 @@ def test_wider_layers_are_fewer_within_162_million_parameters(name, queries):
     assert count <= 162_000_000
 
 
+def test_second_queries_are_paid_for_within_162_million_parameters():
+    """In eight layers a square of the width and, at three visits, a gate of 84; all MLPs are 256 narrower."""
+    with_second, without = (preset(f"{name}-recurrent-ramp") for name in ("difference", "attnres"))
+    count, before = (
+        count_parameters(abstract_params(make_model(config.model, config.dtype))) for config in (with_second, without)
+    )
+    assert count - before == 8 * (896**2 + 3 * 84) - 12 * 2 * 256 * 896
+    assert count <= 162_000_000
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def init(model, seed=0):
     tokens = jnp.zeros((1, 128), jnp.int32)
@@ -193,6 +203,7 @@ READERS = {
     "skips": READER,
     "depth attention": tiny_model(vocab_size=50257, trunk=Weighted(depth_block=1)),
     "head gate": tiny_model(vocab_size=50257, head_gate=True),
+    "difference": tiny_model(vocab_size=50257, difference=(1, 2)),
     "pieces": tiny_model(vocab_size=50257, num_heads=4, **PIECES),
     "weighted pieces": tiny_model(vocab_size=50257, num_heads=4, trunk=Weighted(), remat="full", **PIECES),
 }
@@ -205,8 +216,9 @@ def test_pieces_leave_the_initial_weights_of_all_others_as_they_are():
         model, tokens = tiny_model(num_heads=4, **changes), jnp.zeros((1, 128), jnp.int32)
         return dict(jax.tree.leaves_with_path(jax.jit(model.init)(jax.random.key(0), tokens, tokens, 1)["params"]))
 
-    plain, with_pieces = initial(), initial(**PIECES, key_offset="all")
-    assert len(with_pieces) == len(plain) + 4 + 3  # gates, strengths but where heads are paired
+    plain, with_pieces = initial(), initial(**PIECES, key_offset="all", difference=(2,))
+    # Gates, strengths but where heads are paired, second queries and their gate.
+    assert len(with_pieces) == len(plain) + 4 + 3 + 2
     for path, weights in plain.items():
         np.testing.assert_array_equal(with_pieces[path], weights, jax.tree_util.keystr(path))
 

@@ -54,6 +54,17 @@ def test_blocks_of_attention_over_depth_are_kept():
     assert with_blocks - without == (8 * 7 + 28) * 1024 * 896 * 2
 
 
+@pytest.mark.parametrize(("remat", "kept"), [("none", 7), ("full", 0)])
+def test_heads_of_a_second_attention_are_kept_unless_they_are_computed_again(remat, kept):
+    """Of wide-recurrent in three of its layers, of which two are applied three times."""
+    config = changed(preset("wide-recurrent"), {"model.remat": remat})
+    without, with_second = (
+        activation_bytes(changed(config, {"model.difference": layers}).model, "bfloat16", 1024)
+        for layers in ((), (1, 2, 9))
+    )
+    assert with_second - without == (1 + 2 * 3) * kept * 1024 * 896 * 2
+
+
 def test_a_sequence_that_does_not_fit_is_refused():
     """With what it takes and what there is; unless the split was asked for."""
     config = preset("recurrent")

@@ -44,7 +44,17 @@ TRANSPOSED = ("head", "qkv", "out", "up", "down", "kernel")  # ends of the paths
 
 
 # What the PyTorch programs compute in one way only.
-_FIXED = ("trunk", "mlp_widths", "cap", "tied", "head_gate", "exclusive_attention", "key_offset", "paired_heads")
+_FIXED = (
+    "trunk",
+    "mlp_widths",
+    "cap",
+    "tied",
+    "head_gate",
+    "exclusive_attention",
+    "difference",
+    "key_offset",
+    "paired_heads",
+)
 
 
 def torch_names(config: ModelConfig | Gpt2Config) -> dict[str, tuple[str, ...]]:

@@ -54,6 +54,11 @@ class TransformerConfig:
         """For each attention of one forward pass: do its heads attend in pairs?"""
         return (False,) * len(self.attention_windows)
 
+    @property
+    def attention_differences(self) -> tuple[bool, ...]:
+        """For each attention of one forward pass: is a second one taken from it?"""
+        return (False,) * len(self.attention_windows)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(TransformerConfig):
@@ -88,6 +93,10 @@ class ModelConfig(TransformerConfig):
     """Layers whose keys have the token before in the half of their dimensions that carries no position: none, those
     that attend over the long window, or all; never those with paired heads. It reaches across the start of a document,
     by this one token."""
+    difference: tuple[int, ...] = ()
+    """Layers that take from what each attention head gives that of a second one, times a share that the layer's input
+    sets, with weights of its own for each visit. The second one has queries of its own and the first one's keys and
+    values: dim x dim more parameters a layer."""
     paired_heads: tuple[int, ...] = ()
     """Layers whose heads attend in pairs: each sees the keys of both, over half as many tokens as the window has."""
 
@@ -107,7 +116,8 @@ class ModelConfig(TransformerConfig):
     @property
     def has_parameters_by_visit(self) -> bool:
         """Whether layers of the loop have parameters that differ from visit to visit."""
-        return self.head_gate or self.exclusive_attention or isinstance(self.trunk, Weighted)
+        pieces = self.head_gate or self.exclusive_attention or bool(self.difference)
+        return pieces or isinstance(self.trunk, Weighted)
 
     def value_table(self, layer: int) -> int | None:
         """The value embedding that a layer mixes in, if any."""
@@ -130,6 +140,12 @@ class ModelConfig(TransformerConfig):
         """For each attention of one forward pass: does it pair its heads?"""
         layers = self.layers
         return tuple(n in self.paired_heads for n in layers.order if n not in layers.no_attention)
+
+    @property
+    def attention_differences(self) -> tuple[bool, ...]:
+        """For each attention of one forward pass: is a second one taken from it?"""
+        layers = self.layers
+        return tuple(n in self.difference for n in layers.order if n not in layers.no_attention)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +207,10 @@ def check_model(model: ModelConfig | Gpt2Config) -> None:
         _check_schedule(model)
         check_counts({"--model.mlp-widths": min((width for _, width in model.mlp_widths), default=1)}, least=1)
         model.cap.check("--model.cap")
-        if model.head_gate and model.dim < GATE_INPUTS:
-            raise UserError(f"--model.head-gate reads {GATE_INPUTS} channels, --model.dim is {model.dim}; widen it")
+        for name in ("head_gate", "difference"):
+            if getattr(model, name) and model.dim < GATE_INPUTS:
+                flag = "--model." + name.replace("_", "-")
+                raise UserError(f"{flag} reads {GATE_INPUTS} channels, --model.dim is {model.dim}; widen it")
 
 
 def _check_schedule(model: ModelConfig) -> None:
@@ -210,17 +228,25 @@ def _check_schedule(model: ModelConfig) -> None:
         "--model.layers.long-windows": layers.long_windows or (),
         "--model.layers.no-attention": layers.no_attention,
         "--model.paired-heads": model.paired_heads,
+        "--model.difference": model.difference,
         "--model.mlp-widths": tuple(layer for layer, _ in model.mlp_widths),
     }.items():
         if unknown := [n for n in named if not 0 <= n < layers.layers]:
             raise UserError(f"{flag} names layer {unknown[0]}; there are layers 0 to {layers.layers - 1}")
-    if without := [n for n in model.paired_heads if n in layers.no_attention]:
-        raise UserError(f"--model.paired-heads names layer {without[0]}, which has no attention; leave it out")
+    for flag, named in {"--model.paired-heads": model.paired_heads, "--model.difference": model.difference}.items():
+        if without := [n for n in named if n in layers.no_attention]:
+            raise UserError(f"{flag} names layer {without[0]}, which has no attention; leave it out")
     if model.paired_heads and model.num_heads % 2:
         raise UserError(
             f"--model.paired-heads takes an even number of heads, --model.num-heads is {model.num_heads}; "
             "change it, or leave all layers out"
         )
+    if both := [n for n in model.difference if n in model.paired_heads]:
+        raise UserError(
+            f"--model.difference and --model.paired-heads name layer {both[0]}; leave it out of one of them"
+        )
+    if model.difference and model.value_embeddings:
+        raise UserError("--model.difference does not go with --model.value-embeddings; leave out one of them")
     if model.value_embeddings > layers.prelude:
         raise UserError(
             f"--model.value-embeddings {model.value_embeddings} is more than --model.layers.prelude {layers.prelude}; "

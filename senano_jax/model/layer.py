@@ -3,7 +3,6 @@
 How they meet the residual stream is a trunk's matter, whose layers add it to this class.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -12,18 +11,14 @@ from senano_jax.model.config import GATE_INPUTS, ModelConfig
 from senano_jax.model.context import Context
 from senano_jax.model.elementwise import weighted_sum
 from senano_jax.model.heads_attention import attend_product
+from senano_jax.model.initializers import uniform_fan_in
 from senano_jax.model.pieces import pieces_of
+from senano_jax.model.pieces.difference import Difference
 from senano_jax.model.pieces.paired_heads import columns_by_slot, in_slots
 from senano_jax.model.schedule import Weighted
 from senano_jax.model.squared_relu import squared_relu_mlp
 
 ATTENTION_SCALE = 0.12  # in place of head_dim**-0.5; from modded-nanogpt
-
-
-def uniform_fan_in(key, shape, dtype=jnp.float32):
-    """Uniform with standard deviation 0.5 / sqrt(fan_in), for matrices [..., in, out]."""
-    bound = 3**0.5 * 0.5 * shape[-2] ** -0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class Attention(nn.Module):
@@ -50,9 +45,14 @@ class Attention(nn.Module):
         # One product, so that its gradient is one too.
         qkv_3DD = self.param("qkv", uniform_fan_in, (3, D, D)).astype(x_BTD.dtype)
         out_DD = self.param("out", nn.initializers.zeros, (D, D))
+        heads = 2 * c.num_heads if self.layer in c.difference else c.num_heads
         if self.layer in c.paired_heads:
             slots, qkv_DE = 2, columns_by_slot(qkv_3DD)
             other_v_BTHK = None if other_v_BTHK is None else in_slots(other_v_BTHK)
+        elif self.layer in c.difference:
+            difference = Difference(c.layers.visits_of(self.layer), c.num_heads, D, name="difference")
+            slots, qkv_DE = 1, difference.columns(qkv_3DD)
+            other_v_BTHK = None if other_v_BTHK is None else jnp.concatenate([other_v_BTHK] * 2, axis=2)
         else:
             slots, qkv_DE = 1, jnp.swapaxes(qkv_3DD, 0, 1).reshape(D, 3 * D)
         if c.value_embeddings:
@@ -71,16 +71,19 @@ class Attention(nn.Module):
                 value_residual = value_residual[visit]
             first_v_BTHK, values = other_v_BTHK, None
         y_BTHK, v_BTHK = attend_product(
-            x_BTD, qkv_DE, first_v_BTHK, value_residual, rotary, intervals, c.num_heads // slots, ATTENTION_SCALE,
+            x_BTD, qkv_DE, first_v_BTHK, value_residual, rotary, intervals, heads // slots, ATTENTION_SCALE,
             c.attention,
             slots=slots,
             offsets_keys=c.offsets_keys(self.layer),
             with_values=c.excludes_own_values(self.layer),
             values=values,
         )  # fmt: skip
-        y_BTHK, v_BTHK = (z.reshape(B, T, c.num_heads, c.head_dim) for z in (y_BTHK, v_BTHK))  # of tokens, not of slots
+        y_BTHK, v_BTHK = (z.reshape(B, T, heads, c.head_dim) for z in (y_BTHK, v_BTHK))  # of tokens, not of slots
+        read_BTC = x_BTD if first_BTG is None else first_BTG
+        if self.layer in c.difference:
+            y_BTHK, v_BTHK = difference.of_both(y_BTHK, read_BTC, visit), v_BTHK[:, :, : c.num_heads]
         for piece in pieces_of(c, self.layer):
-            y_BTHK = piece.after(y_BTHK, v_BTHK, x_BTD if first_BTG is None else first_BTG, visit)
+            y_BTHK = piece.after(y_BTHK, v_BTHK, read_BTC, visit)
         return y_BTHK.reshape(B, T, D) @ times(weight, out_DD).astype(x_BTD.dtype), v_BTHK
 
 
@@ -126,8 +129,8 @@ class Layer(nn.Module):
 
     @property
     def reads_apart(self) -> int | None:
-        """How many of the normalised stream's first channels a head gate reads, if there is one: `first_BTG`."""
-        return GATE_INPUTS if self.config.head_gate else None
+        """How many of the normalised stream's first channels gates read, if there are any: `first_BTG`."""
+        return GATE_INPUTS if self.config.head_gate or self.layer in self.config.difference else None
 
     def attend(self, x_BTD, context: Context, visit=0, weight=None, first_BTG=None):
         """Attention with the values and the window that this layer takes; returns the output, times `weight` if there

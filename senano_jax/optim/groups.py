@@ -4,7 +4,7 @@ import re
 
 # Of each group, a pattern that the whole path of a parameter fits, its names joined with "/". No path fits two.
 GROUPS = {
-    "matrices": r"(.*/)?(attention/(qkv|out)|mlp/(up|down))(/kernel)?",
+    "matrices": r"(.*/)?(attention/(qkv|out|difference/queries)|mlp/(up|down))(/kernel)?",
     "head": r"head",
     "embeddings": r"(position_)?embedding",
     "scalars": r"(.*/)?(lambdas|value_residual|value_lambdas|(skip|stream|added|x0)_weights|bias|scale"

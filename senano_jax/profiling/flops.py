@@ -59,10 +59,11 @@ def matrix_flops_per_token(model: TransformerConfig) -> int:
     tokens = jax.ShapeDtypeStruct((1, BLOCK), jnp.int32)
     forward = jax.make_jaxpr(lambda params, tokens: program.apply({"params": params}, tokens, tokens, 1))
     attention = sum(
-        attention_flops_per_pair(model, paired=paired) * (BLOCK * SLOTS[paired]) ** 2
-        for paired in model.attention_pairs
+        attention_flops_per_pair(model, paired=paired, second=second) * (BLOCK * SLOTS[paired]) ** 2
+        for paired, second in zip(model.attention_pairs, model.attention_differences, strict=True)
     )
-    return (product_flops(forward(abstract_params(program), tokens).jaxpr) - attention) // BLOCK
+    per_block = product_flops(forward(abstract_params(program), tokens).jaxpr) - attention
+    return per_block // BLOCK - _made_twice(model)
 
 
 def product_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
@@ -78,10 +79,15 @@ def product_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
     return total
 
 
-def attention_flops_per_pair(model: TransformerConfig, *, paired: bool = False) -> int:
+def _made_twice(model: TransformerConfig) -> int:
+    """Forward FLOPs of one token in the keys and values that the program makes again for second queries."""
+    return sum(model.attention_differences) * 2 * 2 * model.dim**2
+
+
+def attention_flops_per_pair(model: TransformerConfig, *, paired: bool = False, second: bool = False) -> int:
     """Forward FLOPs of one visible pair in one layer application: score and weighted value, over all heads; of one pair
-    of slots, over all pairs of heads, if these are `paired`."""
-    return 4 * model.dim // SLOTS[paired]
+    of slots, over all pairs of heads, if these are `paired`; in two attentions if there is a `second` one."""
+    return (2 if second else 1) * 4 * model.dim // SLOTS[paired]
 
 
 def visible_pairs(
@@ -102,12 +108,12 @@ def step_flops(
 ) -> ModelFlops:
     """Model FLOPs of the inputs `tokens_ST`: some layers see the long window, the others half of it."""
     factor = TRAINING_FACTOR if training else 1
-    kinds = Counter(zip(model.attention_windows, model.attention_pairs, strict=True))
+    kinds = Counter(zip(model.attention_windows, model.attention_pairs, model.attention_differences, strict=True))
     attention = 0
-    for (is_long, paired), count in kinds.items():
+    for (is_long, paired, second), count in kinds.items():
         window = window_blocks if is_long else window_blocks // 2
         pairs = visible_pairs(tokens_ST, window, sees_documents=model.sees_documents, paired=paired)
-        attention += count * attention_flops_per_pair(model, paired=paired) * pairs
+        attention += count * attention_flops_per_pair(model, paired=paired, second=second) * pairs
     return ModelFlops(factor * matrix_flops_per_token(model) * tokens_ST.size, factor * attention)
 
 

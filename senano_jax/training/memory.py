@@ -21,6 +21,7 @@ from senano_jax.training.state import TrainState, state_shardings
 # XLA's temporaries of the full-width step on an H200 (docs/performance.md), rounded up. GPT-2 has not been measured
 # there; compiled for a CPU its layers take as many as the others.
 ACTIVATION_FACTOR = {"none": 24, "attention": 8, "full": 7}
+OF_SECOND_HEADS = {"none": 7, "attention": 7, "full": 0}  # of those, where a second attention is taken from the first
 
 
 def choose_micro_batches(plan: Plan, devices: int, budget: int) -> tuple[int, ...]:
@@ -66,7 +67,7 @@ def activation_bytes(model: TransformerConfig, dtype: str, tokens: int) -> int:
     hidden = model.mlp_expansion * model.dim
     if isinstance(model, ModelConfig) and model.remat == "none" and is_fused(tokens, model.dim, hidden, dtype):
         factor -= model.mlp_expansion  # one number a hidden unit is kept instead of two
-    rows = model.positions * factor
+    rows = model.positions * factor + sum(model.attention_differences) * OF_SECOND_HEADS[model.remat]
     if isinstance(model, ModelConfig) and isinstance(model.trunk, Weighted) and model.trunk.depth_block is not None:
         # All blocks each time that one is complete, for the readers after it; and what its block has added, by reader.
         blocks = model.trunk.complete_blocks(model.layers, model.layers.visits)
