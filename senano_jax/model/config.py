@@ -1,5 +1,6 @@
 """What a model is told: two families of it, and the checks that refuse what cannot work."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -132,20 +133,21 @@ class ModelConfig(TransformerConfig):
     @property
     def attention_windows(self) -> tuple[bool, ...]:
         """For each attention of one forward pass: does it see the long window?"""
-        layers = self.layers
-        return tuple(layers.has_long_window(n) for n in layers.order if n not in layers.no_attention)
+        return self._of_attentions(self.layers.has_long_window)
 
     @property
     def attention_pairs(self) -> tuple[bool, ...]:
         """For each attention of one forward pass: does it pair its heads?"""
-        layers = self.layers
-        return tuple(n in self.paired_heads for n in layers.order if n not in layers.no_attention)
+        return self._of_attentions(self.paired_heads.__contains__)
 
     @property
     def attention_differences(self) -> tuple[bool, ...]:
         """For each attention of one forward pass: is a second one taken from it?"""
-        layers = self.layers
-        return tuple(n in self.difference for n in layers.order if n not in layers.no_attention)
+        return self._of_attentions(self.difference.__contains__)
+
+    def _of_attentions(self, holds: Callable[[int], bool]) -> tuple[bool, ...]:
+        """For each attention of one forward pass, whether it `holds` of its layer."""
+        return tuple(holds(n) for n in self.layers.order if n not in self.layers.no_attention)
 
 
 @dataclass(frozen=True, kw_only=True)

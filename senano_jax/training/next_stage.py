@@ -60,11 +60,9 @@ class NextStage:
 
     def _compile(self, running: jax.stages.Compiled, step: Callable, visits: int | None, arguments: tuple) -> None:
         try:
-            if self._cache.find(self._cache.path(visits, arguments), arguments) is not None:
-                return
             if has_room_beside(running, device_bytes(self._wiring.mesh)):
                 compiled_step(step, visits, arguments, self._cache)
-            else:
+            elif self._cache.find(self._cache.path(visits, arguments), arguments) is None:
                 _log.debug("the step of the next stage is not compiled ahead: the devices' memory is too small")
         except Exception:
             _log.debug("the step of the next stage was not compiled ahead", exc_info=True)
