@@ -137,6 +137,7 @@ def test_gpt2_may_bring_its_head_along():
         ({"tied": True}, "--model.tied is True, which"),
         ({"head_gate": True}, "--model.head-gate is True, which"),
         ({"exclusive_attention": True}, "--model.exclusive-attention is True, which"),
+        ({"difference": (1,)}, "--model.difference is (1,), which"),
         ({"paired_heads": (1,)}, "--model.paired-heads is (1,), which"),
         ({"key_offset": "long"}, "--model.key-offset is long, which"),
     ],
